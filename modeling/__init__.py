@@ -1,0 +1,33 @@
+"""Networks, their checkpoints, and what they take as input."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from modeling.checkpoint import check_finite
+from modeling.classification import build_classifier
+from utils.inputs import InputSpec
+
+
+@dataclass(frozen=True)
+class Network:
+    """A float network in eval mode with its input, its name and where its weights are from."""
+
+    model: nn.Module
+    spec: InputSpec
+    name: str
+    weights: str
+
+
+_BUILDERS = {"classification": build_classifier}
+
+
+def build_model(name: str, weights: str | None = None, task: str = "classification") -> Network:
+    """Build, load and check a network; every mistake is a UserError.
+
+    name: a network of the project, 'torchvision:NAME', 'timm:NAME' or 'package.module:factory'.
+    weights: path or URL; None: the official weights (a factory's own).
+    """
+    model, spec, source = _BUILDERS[task](name, weights)
+    check_finite(model)
+    return Network(model.eval(), spec, name, source)
