@@ -51,10 +51,9 @@ def open_voc(root: str, task: str, split: str | None = None) -> VocSplit:
     split = split or _default_split(there, year)
     if split not in there:
         raise UserError(f"no split {split!r} in {str(lists)!r}; --split can be {', '.join(there)}")
-    names = (lists / f"{split}.txt").read_text(encoding="utf-8").split("\n")
-    names = [name.strip() for name in names if name.strip()]
+    names = _words(lists / f"{split}.txt", r"\n")
     if not names:
-        raise UserError(f"split {split!r} is empty: {str(lists / split)}.txt names no image")
+        raise UserError(f"split {split!r} is empty: {lists / split}.txt names no image")
 
     pictures = folder / "JPEGImages"
     if not pictures.is_dir():
@@ -74,7 +73,9 @@ def _find_folder(root: Path, task: str, split: str | None) -> Path:
     inside = [root, *sorted(root.iterdir(), reverse=True), *sorted(root.glob("VOCdevkit/*"), reverse=True)]
     folders = [folder for folder in inside if _splits(folder / "ImageSets" / task)]
     if not folders:
-        raise UserError(f"no VOC folder at {str(root)!r}: neither it nor a folder in it holds ImageSets/{task} with the lists of its splits")
+        tasks = sorted({lists.parent.name for folder in inside for lists in folder.glob("ImageSets/*/*.txt")})
+        hint = f"; there is ImageSets/{' and '.join(tasks)}, for another task" if tasks else ""
+        raise UserError(f"no VOC folder at {str(root)!r}: neither it nor a folder in it holds ImageSets/{task} with the lists of its splits{hint}")
     having = [folder for folder in folders if split in _splits(folder / "ImageSets" / task)]
     return (having or folders)[0]
 
@@ -99,8 +100,14 @@ def _labels(folder: Path) -> tuple[str, ...] | None:
     """Class names from labels.txt in the folder or beside it: separated by commas or lines."""
     for file in (folder / "labels.txt", folder.resolve().parent / "labels.txt"):
         if file.is_file():
-            labels = tuple(label.strip() for label in re.split(r"[,\n]", file.read_text(encoding="utf-8")) if label.strip())
+            labels = tuple(_words(file, r"[,\n]"))
             if not labels:
                 raise UserError(f"{str(file)!r} names no class; it must hold the class names, separated by commas")
             return labels
     return None
+
+
+def _words(file: Path, separator: str) -> list[str]:
+    """What stands between the separators (a regular expression), without blanks and empty ones."""
+    words = re.split(separator, file.read_text(encoding="utf-8-sig", errors="replace"))
+    return [word.strip() for word in words if word.strip()]
