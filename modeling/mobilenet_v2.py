@@ -16,15 +16,17 @@ _FIRST_BLOCK = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"}  # the one that does
 
 
 def to_torchvision_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of tonylins' layout (features.2.conv.6.weight) turned into torchvision's; others pass."""
-    if "features.1.conv.3.weight" not in tensors:
-        return dict(tensors)
+    """Names of tonylins' layout (features.2.conv.6.weight) turned into torchvision's; others pass.
+
+    The blocks may stand anywhere: features.2 in a classifier, base_net.2 or extras.0 in a detector.
+    """
 
     def rename(key: str) -> str:
-        if match := re.fullmatch(r"features\.(\d+)\.conv\.(\d)\.(\w+)", key):
+        match = re.fullmatch(r"(.+)\.conv\.(\d)\.(\w+)", key)
+        if match and f"{match[1]}.conv.0.weight" in tensors:
             block, layer, tensor = match.groups()
-            places = _FIRST_BLOCK if block == "1" else _BLOCK
-            return f"features.{block}.conv.{places.get(layer, layer)}.{tensor}"
+            places = _BLOCK if f"{block}.conv.6.weight" in tensors else _FIRST_BLOCK
+            return f"{block}.conv.{places.get(layer, layer)}.{tensor}"
         return re.sub(r"^classifier\.(weight|bias)$", r"classifier.1.\1", key)
 
     return {rename(key): value for key, value in tensors.items()}
@@ -34,14 +36,15 @@ def mobilenet_v2(tensors: Mapping[str, Tensor] | None = None, width: float = 1.0
     """torchvision's MobileNetV2; with tensors (torchvision's layout), of their width and classes."""
     if tensors and "classifier.1.weight" in tensors and "features.0.0.weight" in tensors:
         classes = tensors["classifier.1.weight"].shape[0]
-        width = _width_of(tensors)
+        width = width_of(tensors)
     return torchvision.models.mobilenet_v2(num_classes=classes, width_mult=width)
 
 
-def _width_of(tensors: Mapping[str, Tensor]) -> float:
+def width_of(tensors: Mapping[str, Tensor], features: str = "features") -> float:
+    """The width multiplier of a checkpoint in torchvision's layout; features: what its layers' names start with."""
     from torchvision.models.mobilenetv2 import _make_divisible
 
-    first, last = tensors["features.0.0.weight"].shape[0], tensors.get("features.17.conv.2.weight")
+    first, last = tensors[f"{features}.0.0.weight"].shape[0], tensors.get(f"{features}.17.conv.2.weight")
     for width in WIDTHS:
         fits = _make_divisible(32 * width, 8) == first
         if fits and (last is None or _make_divisible(320 * width, 8) == last.shape[0]):
