@@ -1,0 +1,628 @@
+"""Data-free quantization: the passes, in the order in which they run.
+
+Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction (ICCV 2019,
+arXiv 1906.04721), called "the paper" below. Every pass takes the traced network, edits it and notes
+in the journal what it did. What passes share is an argument: the statistics that BatchNorm left
+behind, and the moments of every activation that follow from them.
+
+Notation: a layer computes y = W x + b; r(W)_i is the largest |W| of a channel i.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from utils.errors import UserError
+from utils.graph import (
+    Link,
+    Port,
+    describe,
+    find_links,
+    insert_module,
+    is_tensor,
+    module_of,
+    run_in_place,
+    shape,
+    tidy,
+    trace,
+    weighted_nodes,
+)
+from utils.inputs import InputSpec
+from utils.journal import Journal
+from utils.layers import WEIGHTED, CappedReLU, channels_in, channels_out, input_sums, scale_inputs, scale_outputs, taps
+from utils.moments import SIGMAS, Gaussian, Moments, Statistics, Unknown, batchnorm_output, propagate
+from utils.quantizer import (
+    QParams,
+    Quantizer,
+    affine_grid,
+    bias_grid,
+    quantize_bias,
+    quantize_weight,
+    weight_grid,
+)
+
+TOLERANCE = 1e-4  # by how much of its largest output an exact pass may change any output
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which passes run, and on what grids; the names are those of the command line."""
+
+    relu: bool = False
+    clear_dead: bool = False
+    equalize: bool = False
+    absorption: bool = False
+    clip_weight: float | None = None
+    quantize: bool = False
+    correction: bool = False
+    bits_weight: int = 8
+    bits_activation: int = 8
+    bits_bias: int = 32
+    per_channel: bool = False
+    asymmetric: bool = False
+
+    def __str__(self) -> str:
+        """The row's name as in the published tables, such as +ReLU+LE+BC +clip_15."""
+        parts = [
+            ("+ReLU", self.relu),
+            ("+DC", self.clear_dead and not self.equalize),
+            ("+LE", self.equalize),
+            ("+HBA", self.absorption),
+            ("+BC", self.correction),
+            (f" +clip_{self.clip_weight or 0:g}", self.clip_weight),
+        ]
+        return "".join(name for name, there in parts if there).strip() or "Original"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantize_data_free made.
+
+    original: the network as loaded, traced, BatchNorm folded. float: the row's own float network,
+    after --relu and the exact passes. simulated: the quantized network in simulation, None without
+    --quantize. weight_grids, bias_grids: by layer name.
+    """
+
+    original: fx.GraphModule
+    float: fx.GraphModule
+    simulated: fx.GraphModule | None
+    weight_grids: dict[str, QParams]
+    bias_grids: dict[str, QParams]
+    journal: Journal
+
+
+def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Quantized:
+    """Run the recipe's passes on a copy of the network; no data is used.
+
+    A network that cannot be traced, or lacks what a pass needs, is a UserError; so is a pass that
+    should be exact and changes the output of a probe batch.
+    """
+    journal = Journal()
+    probe = spec.probe()
+    network = trace(model, spec)
+    journal.did("traced", f"{len(weighted_nodes(network))} convolutions and linear layers")
+    with torch.no_grad():
+        expected = model(probe)
+    check_unchanged("tracing", expected, network, probe)
+
+    statistics = fold_batchnorm(network, journal)
+    check_unchanged("BatchNorm folding", expected, network, probe)
+    if not statistics:
+        refuse_without_statistics(recipe)
+    original = copy.deepcopy(network) if recipe.relu else network
+
+    if recipe.relu:
+        replace_relu6(network, journal)
+        expected = output_of(network, probe)
+    if recipe.clear_dead or recipe.equalize:
+        clear_dead_channels(network, spec, statistics, journal)
+        check_unchanged("clearing dead channels", expected, network, probe)
+    if recipe.equalize:
+        equalize(network, statistics, journal)
+        check_unchanged("equalization", expected, network, probe)
+    if recipe.absorption:
+        absorb_high_biases(network, statistics, journal)
+        journal.did("output moved by absorption", f"{deviation(expected, network, probe):.1e} of its largest value")
+    if not recipe.quantize:
+        return Quantized(original, run_in_place(network), None, {}, {}, journal)
+
+    moments = propagate(network, spec, statistics)
+    simulated = copy.deepcopy(network)
+    quantizable = choose_layers(simulated, moments, journal)
+    exact = {node.target: module_of(simulated, node).weight.detach().clone() for node in quantizable}
+    if recipe.clip_weight:
+        clip_weights(simulated, recipe.clip_weight, journal)
+    weight_grids = quantize_weights(simulated, quantizable, recipe, journal)
+    if recipe.correction:
+        correct_biases(simulated, quantizable, exact, moments, journal)
+    insert_quantizers(simulated, moments, recipe.bits_activation, journal)
+    bias_grids = quantize_biases(simulated, weight_grids, recipe.bits_bias, journal)
+    return Quantized(original, run_in_place(network), run_in_place(simulated), weight_grids, bias_grids, journal)
+
+
+# ------------------------------------------------------------------------------------ self-checks
+
+
+def output_of(model: nn.Module, probe: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(probe)
+
+
+def deviation(expected: Tensor, model: nn.Module, probe: Tensor) -> float:
+    """The largest change of any output on the probe, as a share of the largest output."""
+    return float((output_of(model, probe) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def check_unchanged(name: str, expected: Tensor, model: nn.Module, probe: Tensor) -> None:
+    moved = deviation(expected, model, probe)
+    if not moved <= TOLERANCE:
+        raise UserError(
+            f"{name} should leave the network's output as it is, but moved it by {moved:.1e} of its largest value "
+            f"(tolerance {TOLERANCE:.0e}): this network is not handled rightly, and nothing was recorded"
+        )
+
+
+def refuse_without_statistics(recipe: Recipe) -> None:
+    needy = [flag for flag in ("quantize", "correction", "absorption", "clear_dead") if getattr(recipe, flag)]
+    if needy:
+        flags = " and ".join(f"--{flag}" for flag in needy)
+        raise UserError(f"the network has no BatchNorm, whose statistics {flags} would need; use a network trained with BatchNorm")
+
+
+# ---------------------------------------------------------------------------------- fold BatchNorm
+
+
+def fold_batchnorm(model: fx.GraphModule, journal: Journal) -> Statistics:
+    """Multiply every BatchNorm into the layer before it; returns what it knew of that layer's output.
+
+    A BatchNorm that reads anything else becomes a 1x1 depthwise convolution, which every later
+    pass then treats as the layer that it is in an integer engine.
+    """
+    statistics = {}
+    for node in list(model.graph.nodes):
+        norm = module_of(model, node)
+        if not isinstance(norm, _BatchNorm):
+            continue
+        if norm.running_var is None:
+            journal.left("folded BatchNorm", node.target, "it keeps no running statistics")
+            continue
+        source = node.args[0]
+        layer = module_of(model, source)
+        follows = isinstance(layer, WEIGHTED) and len(source.users) == 1
+        if follows and (isinstance(layer, _ConvNd) or len(shape(source)) == 2):
+            name = source.target
+            node.replace_all_uses_with(source)
+            model.graph.erase_node(node)
+            journal.did("folded BatchNorm", f"{node.target} into {name}")
+        elif len(shape(node)) == 4:
+            name, layer = node.target, _identity_convolution(norm.num_features)
+            model.set_submodule(name, layer)
+            journal.did("folded BatchNorm", f"{name} as a 1x1 depthwise convolution", "stands alone")
+        else:
+            journal.left("folded BatchNorm", node.target, f"reads {describe(layer, source)}")
+            continue
+        gain = norm.running_var.double().add(norm.eps).rsqrt()
+        if norm.affine:
+            gain = gain * norm.weight.double()
+        shift = (layer.bias.double() - norm.running_mean.double()) * gain
+        view = taps(layer)
+        view.copy_(view.double() * gain.view(view.shape[0], -1, 1, 1))
+        layer.bias.data.copy_(shift + (norm.bias.double() if norm.affine else 0))
+        statistics[name] = batchnorm_output(norm)
+    tidy(model)
+    return statistics
+
+
+def _identity_convolution(channels: int) -> nn.Conv2d:
+    layer = nn.Conv2d(channels, channels, 1, groups=channels).requires_grad_(False)
+    nn.init.ones_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ----------------------------------------------------------------------------------- ReLU6 -> ReLU
+
+
+def replace_relu6(model: fx.GraphModule, journal: Journal) -> None:
+    """Replace every ReLU6 by ReLU, as the published method does; changes the network's function."""
+    for node in model.graph.nodes:
+        if isinstance(module_of(model, node), nn.ReLU6):
+            model.set_submodule(node.target, nn.ReLU())
+            journal.did("replaced ReLU6 by ReLU", node.target)
+
+
+# ---------------------------------------------------------------------------------- dead channels
+
+
+def clear_dead_channels(model: fx.GraphModule, spec: InputSpec, statistics: Statistics, journal: Journal) -> None:
+    """Zero the weights that read channels which are constant, keeping the output as it is.
+
+    Training leaves channels whose weights have decayed to nothing: their output is a constant, act(b).
+    A BatchNorm behind such a channel saw no variance, so folding multiplied the weights that read it by
+    up to 1 / sqrt(eps), and these set the range of the whole layer. A channel that is constantly 0 can
+    be cleared anywhere; another constant is moved to the reader's bias where no padding interferes.
+    """
+    moments = propagate(model, spec, statistics)
+    by_name = {link.producer: link for link in find_links(model)[0]}
+    nodes = {node.target: node for node in weighted_nodes(model)}
+    for name, link in by_name.items():
+        source = moments.get(nodes[name].args[0].name)
+        if not isinstance(source, Moments) or not link.rectified:
+            continue
+        low, high = activation_bounds(model, nodes[name], source, link)
+        constant = high - low <= 1e-5 * high.max().clamp_min(1e-6)
+        zero = constant & (high <= 0)
+        if name in statistics:  # what BatchNorm remembers of a channel that has died since is wrong
+            known, bias = statistics[name], module_of(model, nodes[name]).bias
+            mean = torch.where(constant & ~zero, bias, known.mean)
+            statistics[name] = Gaussian(mean, known.variance.masked_fill(constant, 0))
+        for port in link.readers:
+            _clear(module_of(model, nodes[port.name]), port, zero, constant, (low + high) / 2, name, journal)
+
+
+def activation_bounds(model: fx.GraphModule, node: fx.Node, source: Moments, link: Link) -> tuple[Tensor, Tensor]:
+    """The lowest and highest value [C] that the producer's channels can take after their activation,
+    whatever its inputs do within their own ranges."""
+    layer = module_of(model, node)
+    largest = torch.maximum(source.low.abs(), source.high.abs())
+    largest = largest.transpose(0, 1).flatten(1).amax(1)  # [C_in]
+    view = taps(layer)
+    reach = (view.abs().sum(3) * largest.view(view.shape[0], 1, -1)).sum(2).reshape(-1)
+    low, high = ((layer.bias + side * reach).clamp_min(0) for side in (-1, 1))
+    for port in link.clips:
+        cap = _caps(model.get_submodule(port.name), port, link.channels)
+        low, high = torch.minimum(low, cap), torch.minimum(high, cap)
+    return low, high
+
+
+def _caps(clip: nn.Module, port: Port, channels: int) -> Tensor:
+    """The caps [channels] that a ReLU6 or CappedReLU puts on a producer's channels."""
+    if isinstance(clip, CappedReLU):
+        return clip.cap[port.columns(channels)].view(channels, port.repeat)[:, 0]
+    return torch.full((channels,), 6.0)
+
+
+def _clear(layer: nn.Module, port: Port, zero: Tensor, constant: Tensor, value: Tensor, producer: str, journal: Journal) -> None:
+    """Clear one reader's columns of the channels that are constantly 0, or constant where that is exact."""
+    clearable = constant if port.keeps_constants else zero
+    for channel in (constant & ~clearable).nonzero().flatten().tolist():
+        journal.left("cleared dead channels", f"{producer}[{channel}] in {port.name}", "constant is not 0 and the reader pads with zeros")
+    if not clearable.any():
+        return
+    columns = port.columns(len(value))
+    values = torch.zeros(channels_in(layer))
+    values[columns] = port.spread(torch.where(clearable & ~zero, value, torch.zeros_like(value)))
+    layer.bias.data.add_(input_sums(layer, values))
+    keep = torch.ones(channels_in(layer))
+    keep[columns] = port.spread((~clearable).float())
+    scale_inputs(layer, keep)
+    for channel in clearable.nonzero().flatten().tolist():
+        journal.did("cleared dead channels", f"{producer}[{channel}] in {port.name}", f"constant {float(value[channel]):.3g}")
+
+
+# ------------------------------------------------------------------------------------- equalize
+
+
+def equalization_scale(r1: Tensor, r2: Tensor) -> Tensor:
+    """s that gives both layers of a pair the same channel ranges; the paper, equation 11.
+
+    r1, r2: [C] ranges of the producer's output and the readers' input channels. Dividing the first and
+    multiplying the second by s makes both sqrt(r1 r2). A channel with no range on one side keeps s = 1.
+    """
+    live = (r1 > 0) & (r2 > 0)
+    return torch.where(live, (r1 / torch.where(live, r2, torch.ones_like(r2))).sqrt(), torch.ones_like(r1))
+
+
+def equalize(model: fx.GraphModule, statistics: Statistics, journal: Journal, limit: float = 1e4, sweeps: int = 100) -> None:
+    """Rescale channels between every layer and its readers until their ranges agree; section 4.1.
+
+    Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6 becomes a
+    CappedReLU. Sweeps over the network until no factor moves by more than 0.1 %. No factor may stretch
+    the range of the activation (lowest_scale), nor go beyond limit, either way. Works on the kernels' maxima; weights are touched once.
+    """
+    links, refused = find_links(model)
+    for name, reason in refused.items():
+        journal.left("equalized", name, reason)
+    layers = {name: model.get_submodule(name) for link in links for name in (link.producer, *(p.name for p in link.readers))}
+    maxima = {name: taps(layer).abs().amax(3) for name, layer in layers.items()}  # [groups, out, in]
+    totals = [torch.ones(link.channels) for link in links]
+    floors = [lowest_scale(model, link, statistics) for link in links]
+    for _ in range(sweeps):
+        moved = 0.0
+        for link, total, floor in zip(links, totals, floors, strict=True):
+            first = maxima[link.producer]
+            r2 = torch.stack([_input_range(maxima[port.name], port, link.channels) for port in link.readers]).amax(0)
+            scale = equalization_scale(first.amax(2).reshape(-1), r2)
+            scale = (total * scale).clamp(1 / limit, limit)
+            scale = torch.maximum(scale, floor) / total
+            total *= scale
+            first /= scale.view(first.shape[0], -1, 1)
+            for port in link.readers:
+                _scale_columns(maxima[port.name], port, scale)
+            moved = max(moved, float(scale.log().abs().max()))
+        if moved < 1e-3:
+            break
+    for link, total in zip(links, totals, strict=True):
+        apply_scale(model, link, total, statistics)
+        names = ", ".join(port.name for port in link.readers)
+        journal.did("equalized", f"{link.producer} -> {names}", f"factors {float(total.min()):.3g} to {float(total.max()):.3g}")
+    tidy(model)
+
+
+def lowest_scale(model: fx.GraphModule, link: Link, statistics: Statistics) -> Tensor:
+    """The smallest factor [C] by which each channel's activation stays within the layer's present range.
+
+    Dividing by less would stretch the one range that all channels share: a channel of tiny weights and
+    a common bias would, scaled up for its weights' sake, leave the others a few steps of the grid.
+    """
+    known = statistics.get(link.producer)
+    if known is None:
+        return torch.zeros(link.channels)
+    reach = SIGMAS * known.variance.sqrt()
+    largest = (known.mean + reach).clamp_min(0) if link.rectified else known.mean.abs() + reach
+    for port in link.clips:
+        largest = torch.minimum(largest, _caps(model.get_submodule(port.name), port, link.channels))
+    return largest / largest.max().clamp_min(1e-30)
+
+
+def apply_scale(model: fx.GraphModule, link: Link, scale: Tensor, statistics: Statistics) -> None:
+    """Divide the producer's channels by scale [C], multiply the readers' columns, scale what lies between."""
+    scale_outputs(model.get_submodule(link.producer), 1 / scale)
+    known = statistics.get(link.producer)
+    if known is not None:
+        statistics[link.producer] = Gaussian(known.mean / scale, known.variance / scale**2)
+    for port in link.readers:
+        layer = model.get_submodule(port.name)
+        factors = torch.ones(channels_in(layer))
+        factors[port.columns(link.channels)] = port.spread(scale)
+        scale_inputs(layer, factors)
+    for port in link.clips:
+        _scale_caps(model, port, 1 / scale)
+
+
+def _input_range(maxima: Tensor, port: Port, channels: int) -> Tensor:
+    """r(W)_i over the columns that read each of a producer's channels."""
+    return maxima.amax(1).reshape(-1)[port.columns(channels)].view(channels, port.repeat).amax(1)
+
+
+def _scale_columns(maxima: Tensor, port: Port, scale: Tensor) -> None:
+    factors = torch.ones(maxima.shape[0] * maxima.shape[2])
+    factors[port.columns(len(scale))] = port.spread(scale)
+    maxima *= factors.view(maxima.shape[0], 1, -1)
+
+
+def _scale_caps(model: fx.GraphModule, port: Port, factor: Tensor) -> None:
+    """Scale a clip's caps of one producer's channels; a ReLU6 first becomes a CappedReLU."""
+    clip = model.get_submodule(port.name)
+    if isinstance(clip, nn.ReLU6):
+        node = next(n for n in model.graph.nodes if n.target == port.name)
+        clip = CappedReLU(torch.full((shape(node)[1],), 6.0))
+        model.set_submodule(port.name, clip)
+    clip.cap[port.columns(len(factor))] *= port.spread(factor)
+
+
+# --------------------------------------------------------------------------------- absorb high biases
+
+
+def absorb_high_biases(model: fx.GraphModule, statistics: Statistics, journal: Journal) -> None:
+    """Move what a channel almost never falls below from its bias to its readers'; section 4.1.3.
+
+    c = max(0, mean - 3 std): relu(x - c) = relu(x) - c for all but 0.1 % of x. Only where every reader
+    sees the constant at every tap: zero padding would make the border wrong.
+    """
+    links, _ = find_links(model)
+    for link in links:
+        known = statistics.get(link.producer)
+        if known is None:
+            journal.left("absorbed high biases", link.producer, "no BatchNorm statistics")
+        elif not link.rectified:
+            journal.left("absorbed high biases", link.producer, "no ReLU on the way to its readers")
+        elif not all(port.keeps_constants for port in link.readers):
+            journal.left("absorbed high biases", link.producer, "a reader sees zero padding")
+        else:
+            excess = (known.mean - 3 * known.variance.sqrt()).clamp_min(0)
+            for port in link.clips:  # a cap must stay above what was absorbed
+                excess = torch.minimum(excess, 0.5 * _caps(model.get_submodule(port.name), port, link.channels))
+            if not (excess > 0).any():
+                journal.left("absorbed high biases", link.producer, "no channel has a mean above 3 deviations")
+                continue
+            _move_bias(model, link, excess)
+            statistics[link.producer] = Gaussian(known.mean - excess, known.variance)
+            journal.did("absorbed high biases", link.producer, f"{int((excess > 0).sum())} channels, up to {float(excess.max()):.3g}")
+    tidy(model)
+
+
+def _move_bias(model: fx.GraphModule, link: Link, excess: Tensor) -> None:
+    model.get_submodule(link.producer).bias.data.sub_(excess)
+    for port in link.readers:
+        layer = model.get_submodule(port.name)
+        values = torch.zeros(channels_in(layer))
+        values[port.columns(link.channels)] = port.spread(excess)
+        layer.bias.data.add_(input_sums(layer, values))
+    for port in link.clips:
+        _scale_caps(model, port, torch.ones_like(excess))
+        model.get_submodule(port.name).cap[port.columns(link.channels)] -= port.spread(excess)
+
+
+# ------------------------------------------------------------------------------------- weights
+
+
+def choose_layers(model: fx.GraphModule, moments: dict[str, Moments | Unknown], journal: Journal) -> list[fx.Node]:
+    """The layers that an integer engine could run: those whose input can be given a range."""
+    chosen = []
+    for node in weighted_nodes(model):
+        source = moments.get(node.args[0].name, Unknown("its input is no activation"))
+        if isinstance(source, Unknown):
+            journal.left("quantized weights", node.target, f"nothing is known of its input {source.reason}")
+        else:
+            chosen.append(node)
+    if not chosen:
+        raise UserError("no layer of the network can be quantized: see the reasons above with --verbose")
+    return chosen
+
+
+def clip_weights(model: fx.GraphModule, limit: float, journal: Journal) -> None:
+    """Cut weights of convolutions and linear layers to [-limit, limit]; changes the network's function."""
+    for node in weighted_nodes(model):
+        weight = module_of(model, node).weight.data
+        beyond = int((weight.abs() > limit).sum())
+        if beyond:
+            weight.clamp_(-limit, limit)
+            journal.did("clipped weights", node.target, f"{beyond} of {weight.numel()}")
+
+
+def quantize_weights(model: fx.GraphModule, nodes: list[fx.Node], recipe: Recipe, journal: Journal) -> dict[str, QParams]:
+    """Round every layer's weights to their grid; returns the grids."""
+    grids = {}
+    for node in nodes:
+        layer = module_of(model, node)
+        grids[node.target] = grid = weight_grid(layer, recipe.bits_weight, recipe.per_channel, not recipe.asymmetric)
+        quantize_weight(layer, grid)
+        journal.did("quantized weights", node.target, f"largest step {float(grid.scale.max()):.3g}")
+    return grids
+
+
+# ------------------------------------------------------------------------------- bias correction
+
+
+def correct_biases(
+    model: fx.GraphModule, nodes: list[fx.Node], exact: dict[str, Tensor], moments: dict[str, Moments | Unknown], journal: Journal
+) -> None:
+    """Take the mean shift that changed weights cause out of the biases; section 4.2, equation 16.
+
+    E[(W + e) x] - E[W x] = e * E[x], with the mean of x at every position, so that taps over zero padding
+    count as zeros at the border. exact: the weights before clipping and rounding, by layer.
+    """
+    for node in nodes:
+        layer = module_of(model, node)
+        error = {"weight": layer.weight - exact[node.target], "bias": torch.zeros_like(layer.bias)}
+        mean = moments[node.args[0].name].mean.contiguous()
+        with torch.no_grad():
+            shift = torch.func.functional_call(layer, error, (mean,))
+        axis = shift.dim() - 1 if isinstance(layer, nn.Linear) else 1
+        shift = shift.transpose(0, axis).flatten(1).mean(1)
+        layer.bias.data.sub_(shift)
+        journal.did("corrected biases", node.target, f"largest shift {float(shift.abs().max()):.3g}")
+
+
+def quantize_biases(model: fx.GraphModule, weight_grids: dict[str, QParams], bits: int, journal: Journal) -> dict[str, QParams]:
+    """Round the biases: at 32 bits to the grid of the accumulator, weight scale times input scale."""
+    grids = {}
+    for node in weighted_nodes(model):
+        if node.target not in weight_grids:
+            continue
+        layer, source = module_of(model, node), quantizer_before(model, node.args[0])
+        if source is None:
+            journal.left("quantized biases", node.target, "its input has no quantizer")
+            continue
+        grid = bias_grid(layer.bias, bits, weight_grids[node.target].scale * source.scale)
+        layer.bias.data.copy_(quantize_bias(layer.bias, grid))
+        grids[node.target] = grid
+        journal.did("quantized biases", node.target)
+    return grids
+
+
+# ----------------------------------------------------------------------------------- activations
+
+# Operations whose output lies on the grid of their input: an integer engine needs no quantizer behind them.
+_KEEPS_GRID = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.ZeroPad2d, nn.UpsamplingNearest2d, nn.PixelShuffle, nn.ChannelShuffle)
+_KEEPS_GRID_FUNCTIONS = {
+    *(operator.getitem, torch.chunk, torch.split, torch.transpose, torch.permute, torch.reshape, torch.unsqueeze, torch.squeeze, F.pad),
+    *("chunk", "split", "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "expand", "contiguous"),
+}
+_CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)
+
+
+def insert_quantizers(model: fx.GraphModule, moments: dict[str, Moments | Unknown], bits: int, journal: Journal) -> None:
+    """Put a quantizer wherever an integer engine writes a tensor.
+
+    That is: the network's input, a layer's output behind its ReLU or ReLU6, sums, products and other
+    functions, average pooling and interpolation. What only moves values keeps its input's grid. The
+    inputs of a concat share one grid if nothing else reads them; otherwise its output is quantized.
+    Ranges are those of the moments.
+    """
+    ranges = {}
+    for node in model.graph.nodes:
+        if not _writes_tensor(model, node):
+            continue
+        known = moments.get(node.name, Unknown("here"))
+        if isinstance(known, Unknown):
+            journal.left("inserted quantizers", node.name, f"nothing is known {known.reason}")
+        else:
+            ranges[node] = known.range()
+    for node in model.graph.nodes:
+        if node.target is torch.cat and isinstance(moments.get(node.name), Moments):
+            sources = {source for part in node.args[0] for source in _grid_sources(model, part)}
+            together = moments[node.name].range()
+            if all(source in ranges and _feeds_only(model, source, node) for source in sources):
+                ranges.update(dict.fromkeys(sources, together))
+            else:
+                ranges[node] = together
+    for node, (low, high) in ranges.items():
+        quantizer = Quantizer(affine_grid(torch.tensor(low), torch.tensor(high), bits))
+        activation = module_of(model, node)
+        if isinstance(activation, _CLIPS) and quantizer.lowest == 0:
+            cap = getattr(activation, "cap", None)
+            quantizer = Quantizer(quantizer.grid, None if cap is None or bool((cap >= high).all()) else cap)
+            model.set_submodule(node.target, quantizer)
+            placed = node
+        else:
+            placed = insert_module(model, node, f"{node.name}_quantizer", quantizer)
+        quantizer.inplace = _is_fresh(model, placed.args[0]) if placed.args else False
+        journal.did("inserted quantizers", node.name, quantizer.extra_repr())
+    tidy(model)
+
+
+def _is_fresh(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's output is a new tensor that one reader may overwrite."""
+    new = node.target in (operator.add, operator.mul, torch.cat) or isinstance(module_of(model, node), (*WEIGHTED, nn.AvgPool2d, nn.AdaptiveAvgPool2d))
+    return new and len(node.users) == 1
+
+
+def _writes_tensor(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an integer engine writes this node's output on a grid of its own."""
+    module = module_of(model, node)
+    if node.op in ("output", "get_attr") or not is_tensor(node) or not shape(node) or not node.users:
+        return False
+    if isinstance(module, _KEEPS_GRID) or node.target in _KEEPS_GRID_FUNCTIONS or node.target is torch.cat:
+        return False
+    readers = [module_of(model, user) for user in node.users]
+    if len(readers) == 1 and isinstance(readers[0], _CLIPS):
+        return False  # one kernel with its activation
+    interpolates = isinstance(module, nn.Upsample | nn.UpsamplingBilinear2d) or node.target is F.interpolate
+    if interpolates and all(user.op == "output" for user in node.users):
+        return False  # nothing computes with it any more
+    return node.op != "call_method" or node.target not in ("size", "dim")
+
+
+def _grid_sources(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The nodes whose grid a value lies on, past whatever only moves values."""
+    if node.target is torch.cat:
+        return [source for part in node.args[0] for source in _grid_sources(model, part)]
+    if isinstance(module_of(model, node), _KEEPS_GRID) or node.target in _KEEPS_GRID_FUNCTIONS:
+        return _grid_sources(model, node.args[0])
+    return [node]
+
+
+def _feeds_only(model: fx.GraphModule, node: fx.Node, concat: fx.Node) -> bool:
+    """Whether every reader of a value, past whatever only moves it, is this concat."""
+    return all(
+        user is concat
+        or (isinstance(module_of(model, user), _KEEPS_GRID) or user.target in _KEEPS_GRID_FUNCTIONS)
+        and _feeds_only(model, user, concat)
+        for user in node.users
+    )
+
+
+def quantizer_before(model: fx.GraphModule, node: fx.Node) -> Quantizer | None:
+    """The quantizer on whose grid the node's output lies."""
+    sources = [module_of(model, source) for source in _grid_sources(model, node)]
+    return sources[0] if sources and all(isinstance(source, Quantizer) for source in sources) else None
