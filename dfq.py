@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,22 @@ class Recipe:
     per_channel: bool = False
     asymmetric: bool = False
 
+    @classmethod
+    def of(cls, args: Namespace) -> Recipe:
+        """The recipe that flags of the same names ask for."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    @property
+    def changes_float(self) -> bool:
+        """Whether the row's float network differs from the one that was loaded."""
+        return self.relu or self.absorption
+
+    @property
+    def grids(self) -> str:
+        """INT8, or the bits where they differ: W4A8."""
+        bits = self.bits_weight, self.bits_activation
+        return "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
+
     def __str__(self) -> str:
         """The row's name as in the published tables, such as +ReLU+LE+BC +clip_15."""
         parts = [
@@ -86,17 +103,21 @@ class Recipe:
 class Quantized:
     """What quantize_data_free made.
 
-    original: the network as loaded, traced, BatchNorm folded. float: the row's own float network,
-    after --relu and the exact passes. simulated: the quantized network in simulation, None without
-    --quantize. weight_grids, bias_grids: by layer name.
+    float: the row's own float network, after --relu and the exact passes. simulated: the quantized
+    network in simulation, None without --quantize. weight_grids, bias_grids: by layer name.
     """
 
-    original: fx.GraphModule
     float: fx.GraphModule
     simulated: fx.GraphModule | None
     weight_grids: dict[str, QParams]
     bias_grids: dict[str, QParams]
     journal: Journal
+
+    @property
+    def outputs(self) -> int:
+        """Length of the output's second axis: classes."""
+        result = next(node for node in self.float.graph.nodes if node.op == "output").args[0]
+        return shape(result)[1]
 
 
 def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Quantized:
@@ -117,7 +138,6 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
     check_unchanged("BatchNorm folding", expected, network, probe)
     if not statistics:
         refuse_without_statistics(recipe)
-    original = copy.deepcopy(network) if recipe.relu else network
 
     if recipe.relu:
         replace_relu6(network, journal)
@@ -132,7 +152,7 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
         absorb_high_biases(network, statistics, journal)
         journal.did("output moved by absorption", f"{deviation(expected, network, probe):.1e} of its largest value")
     if not recipe.quantize:
-        return Quantized(original, run_in_place(network), None, {}, {}, journal)
+        return Quantized(run_in_place(network), None, {}, {}, journal)
 
     moments = propagate(network, spec, statistics)
     simulated = copy.deepcopy(network)
@@ -145,7 +165,7 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
         correct_biases(simulated, quantizable, exact, moments, journal)
     insert_quantizers(simulated, moments, recipe.bits_activation, journal)
     bias_grids = quantize_biases(simulated, weight_grids, recipe.bits_bias, journal)
-    return Quantized(original, run_in_place(network), run_in_place(simulated), weight_grids, bias_grids, journal)
+    return Quantized(run_in_place(network), run_in_place(simulated), weight_grids, bias_grids, journal)
 
 
 # ------------------------------------------------------------------------------------ self-checks
@@ -573,18 +593,10 @@ def insert_quantizers(model: fx.GraphModule, moments: dict[str, Moments | Unknow
             cap = getattr(activation, "cap", None)
             quantizer = Quantizer(quantizer.grid, None if cap is None or bool((cap >= high).all()) else cap)
             model.set_submodule(node.target, quantizer)
-            placed = node
         else:
-            placed = insert_module(model, node, f"{node.name}_quantizer", quantizer)
-        quantizer.inplace = _is_fresh(model, placed.args[0]) if placed.args else False
+            insert_module(model, node, f"{node.name}_quantizer", quantizer)
         journal.did("inserted quantizers", node.name, quantizer.extra_repr())
     tidy(model)
-
-
-def _is_fresh(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's output is a new tensor that one reader may overwrite."""
-    new = node.target in (operator.add, operator.mul, torch.cat) or isinstance(module_of(model, node), (*WEIGHTED, nn.AvgPool2d, nn.AdaptiveAvgPool2d))
-    return new and len(node.users) == 1
 
 
 def _writes_tensor(model: fx.GraphModule, node: fx.Node) -> bool:
@@ -626,3 +638,62 @@ def quantizer_before(model: fx.GraphModule, node: fx.Node) -> Quantizer | None:
     """The quantizer on whose grid the node's output lies."""
     sources = [module_of(model, source) for source in _grid_sources(model, node)]
     return sources[0] if sources and all(isinstance(source, Quantizer) for source in sources) else None
+
+
+# ------------------------------------------------------------------------------------ simulation
+
+
+def to_evaluate(quantized: Quantized, recipe: Recipe) -> dict[str, nn.Module]:
+    """The networks of a row, besides the one that was loaded, in the form that runs fastest."""
+    networks: dict[str, nn.Module] = {}
+    if recipe.changes_float or quantized.simulated is None:
+        networks["fp32"] = quantized.float
+    if quantized.simulated is not None:
+        networks["quantized"] = fold_scales(quantized.simulated)
+    return networks
+
+
+def fold_scales(model: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a simulated network that computes the same with fewer passes over its activations.
+
+    A quantizer behind a layer divides by its scale, rounds, and multiplies. Where a layer alone feeds a
+    quantizer, the division moves into its weights and bias; where layers alone read a quantizer,
+    the multiplication moves into their weights, and what flows between is the integers themselves.
+    """
+    model = copy.deepcopy(model)
+    for node in model.graph.nodes:
+        quantizer = module_of(model, node)
+        if not isinstance(quantizer, Quantizer):
+            continue
+        source = module_of(model, node.args[0])
+        if isinstance(source, WEIGHTED) and len(node.args[0].users) == 1:
+            scale_outputs(source, torch.full((channels_out(source),), quantizer.before))
+            quantizer.before = 1.0
+        readers = _layers_reading(model, node)
+        if readers and all(_sources_are(model, reader, node) for reader in readers):
+            for reader in readers:
+                layer = module_of(model, reader)
+                scale_inputs(layer, torch.full((channels_in(layer),), quantizer.after))
+            quantizer.after = 1.0
+    return run_in_place(model)
+
+
+def _layers_reading(model: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
+    """The layers that read a value, past whatever only moves it; None if anything else reads it."""
+    layers = []
+    for user in node.users:
+        module = module_of(model, user)
+        if isinstance(module, WEIGHTED):
+            layers.append(user)
+        elif isinstance(module, _KEEPS_GRID):
+            further = _layers_reading(model, user)
+            if further is None:
+                return None
+            layers += further
+        else:
+            return None
+    return layers
+
+
+def _sources_are(model: fx.GraphModule, layer: fx.Node, quantizer: fx.Node) -> bool:
+    return _grid_sources(model, layer.args[0]) == [quantizer]

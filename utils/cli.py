@@ -1,13 +1,16 @@
 """The command line that the three scripts share, and how they fail."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from utils.errors import UserError
+from utils.inputs import InputSpec
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +27,7 @@ def shared_flags() -> argparse.ArgumentParser:
     group = flags.add_argument_group("network and data")
     group.add_argument("--weights", metavar="PATH|URL", help="checkpoint to load (default: the network's official weights)")
     group.add_argument("--data", metavar="DIR", help="folder of the data set to evaluate on")
-    group.add_argument("--image_size", type=_at_least(1), metavar="PIXELS", help="side of the square input (default: the network's)")
+    group.add_argument("--image_size", type=_at_least(1), metavar="PIXELS", help="resize the short side to this and crop the centre (default: the network's protocol)")
     group.add_argument("--mean", type=float, nargs=3, metavar="M", help="per-channel mean of pixels in [0, 1] (default: the network's)")
     group.add_argument("--std", type=float, nargs=3, metavar="S", help="per-channel deviation of pixels in [0, 1] (default: the network's)")
     group.add_argument("--limit", type=_at_least(1), metavar="N", help="evaluate on N images, evenly spread over the data")
@@ -76,6 +79,15 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     return args
 
 
+def input_spec(args: argparse.Namespace, spec: InputSpec) -> InputSpec:
+    """The network's input, changed as the flags say."""
+    if args.image_size:
+        spec = replace(spec, size=(args.image_size, args.image_size), resize=args.image_size)
+    if getattr(args, "resize", None):
+        spec = replace(spec, resize=args.resize)
+    return replace(spec, mean=tuple(args.mean or spec.mean), std=tuple(args.std or spec.std))
+
+
 def open_device(name: str) -> torch.device:
     """The device by name, if this machine and this build of torch have it."""
     try:
@@ -86,6 +98,11 @@ def open_device(name: str) -> torch.device:
     if (device.index or 0) >= count:
         raise UserError(f"--device {name} is not there: this machine and build of torch ({torch.__version__}) have {count} of kind {device.type!r}; pass --device cpu")
     return device
+
+
+def command(program: str, argv: Sequence[str] | None) -> str:
+    """The command line that started this run, to be typed again."""
+    return shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
 
 
 def run(main: Callable[[Sequence[str] | None], None], program: str) -> None:

@@ -79,7 +79,6 @@ _ADDS = {operator.iadd, torch.add, "add", "add_"}
 _MULTIPLIES = {operator.imul, torch.mul, "mul", "mul_"}
 _CONCATS = {getattr(torch, name) for name in ("concat", "concatenate")}
 _NOTHING_IN_EVAL = (nn.Identity, nn.modules.dropout._DropoutNd)
-_POINTWISE = (nn.ReLU, nn.ReLU6, CappedReLU)
 
 
 class _Tracer(fx.Tracer):
@@ -163,10 +162,9 @@ def run_in_place(model: fx.GraphModule) -> fx.GraphModule:
         module = module_of(model, node)
         if hasattr(module, "inplace"):
             source = node.all_input_nodes[0]
-            fresh = source.target in (operator.add, torch.cat) or isinstance(
-                module_of(model, source), (*WEIGHTED, _BatchNorm, *_POINTWISE)
-            )
-            module.inplace = fresh and len(source.users) == 1
+            writer = module_of(model, source)
+            fresh = source.target in (operator.add, operator.mul, torch.cat) or isinstance(writer, (*WEIGHTED, _BatchNorm))
+            module.inplace = (fresh or hasattr(writer, "inplace")) and len(source.users) == 1
     return model
 
 

@@ -42,6 +42,9 @@ class Journal:
             lines.append(line)
         return "\n".join(lines)
 
+    def report(self, verbose: bool) -> str:
+        return f"{self.listing()}\n{self.summary()}" if verbose else self.summary()
+
     def listing(self) -> str:
         """A line per entry."""
         return "\n".join(

@@ -99,13 +99,17 @@ class Quantizer(nn.Module):
     cap: [C], or None: a channel's own upper bound, rounded to the grid. With a grid that starts at
     0 this is also the ReLU, the ReLU6 or the CappedReLU before it.
     inplace: overwrite the input, where the caller knows that nobody else reads it.
+    before, after: what the steps are multiplied by before and after rounding: 1 / scale and scale,
+    unless the layers around have taken them over.
     """
 
     def __init__(self, grid: QParams, cap: Tensor | None = None, inplace: bool = False):
         super().__init__()
         self.grid, self.inplace = grid, inplace
         self.scale, self.zero_point = float(grid.scale), int(grid.zero_point)
+        self.before, self.after = 1 / self.scale, self.scale
         self.register_buffer("cap", None if cap is None else (cap / self.scale).round().clamp(max=float(self.highest)))
+        self.register_buffer("floor", torch.tensor(float(self.lowest)), persistent=False)
 
     @property
     def lowest(self) -> int:
@@ -117,13 +121,17 @@ class Quantizer(nn.Module):
         return self.grid.highest - self.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        # Equal to torch.fake_quantize_per_tensor_affine, which writes a mask besides, in fewer passes
-        # over memory; rounding to even before the clamp is what the kernel does too.
-        steps = x.mul_(1 / self.scale) if self.inplace else x * (1 / self.scale)
-        steps.round_().clamp_(self.lowest, self.highest)
-        if self.cap is not None:
-            torch.minimum(steps, per_channel(self.cap, x.dim()), out=steps)
-        return steps.mul_(self.scale)
+        # Equal to torch.fake_quantize_per_tensor_affine, which writes a mask besides, in fewer passes over
+        # memory. Rounding is to even, before the clamp, as in that kernel.
+        steps = x if self.inplace else x.clone() if self.before == 1 else x * self.before
+        if self.inplace and self.before != 1:
+            steps.mul_(self.before)
+        steps.round_()
+        if self.cap is None:
+            steps.clamp_(self.lowest, self.highest)
+        else:
+            torch.clamp(steps, self.floor, per_channel(self.cap, x.dim()), out=steps)
+        return steps if self.after == 1 else steps.mul_(self.after)
 
     def extra_repr(self) -> str:
         low, high = (self.scale * step for step in (self.lowest, self.highest))
