@@ -72,6 +72,12 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> nn.Modu
     return model
 
 
+def outputs_of(tensors: Mapping[str, Tensor], model: nn.Module, default: int) -> int:
+    """How many outputs a checkpoint is for, by the last tensor of the network whose layout it has."""
+    last = tensors.get(list(model.state_dict())[-1])
+    return default if last is None or last.dim() == 0 else last.shape[0]
+
+
 def check_finite(model: nn.Module) -> None:
     """Refuse a network with NaN or inf among its weights or statistics, naming the first layer."""
     for name, tensor in model.state_dict().items():

@@ -1,15 +1,13 @@
 """Classification networks by name, with their weights and what they take as input."""
 
-from dataclasses import replace
-from urllib.error import URLError
-
 from torch import nn
 
-from modeling.checkpoint import fit, read_checkpoint
+from modeling.checkpoint import fit, outputs_of, read_checkpoint
 from modeling.efficientnet_lite import SPEC as LITE_SPEC
 from modeling.efficientnet_lite import bundled_weights, efficientnet_lite0, to_timm_layout
-from modeling.factory import call_factory, near_matches
+from modeling.factory import build_from_factory, near_matches
 from modeling.mobilenet_v2 import mobilenet_v2, to_torchvision_layout
+from modeling.torchvision_models import download, official_weights
 from utils.errors import UserError
 from utils.inputs import InputSpec
 from utils.vision import torchvision
@@ -38,23 +36,13 @@ def build_classifier(name: str, weights: str | None) -> tuple[nn.Module, InputSp
     if kind == "timm":
         return _from_timm(rest, weights)
     if rest:
-        model = call_factory(name)
-        if weights:
-            fit(model, read_checkpoint(weights), weights)
-        return model, InputSpec(), weights or name
-    raise UserError(
-        f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, "
-        "torchvision:NAME, timm:NAME, package.module:factory"
-    )
+        return build_from_factory(name, weights), InputSpec(), weights or name
+    raise UserError(f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, torchvision:NAME, timm:NAME, package.module:factory")
 
 
 def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
     models = torchvision.models
-    names = models.list_models(module=models)
-    if name not in names:
-        raise UserError(f"torchvision has no classification network {name!r}{near_matches(name, names)}")
-    official = models.get_model_weights(name)
-    official = official[_PUBLISHED[name]] if name in _PUBLISHED else official.DEFAULT
+    official = official_weights(name, models, "classification", _PUBLISHED.get(name))
     preset = official.transforms()
     spec = InputSpec(
         size=(preset.crop_size[0],) * 2,
@@ -64,18 +52,10 @@ def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputS
         std=tuple(preset.std),
     )
     if weights is None:
-        try:
-            model = models.get_model(name)
-            tensors = official.get_state_dict(progress=True, check_hash=True, weights_only=True)
-            model = models.get_model(name, **({"init_weights": False} if _has_aux(name) else {}))
-        except (URLError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"cannot download torchvision's weights of {name!r} ({official.url}): {error}; "
-                "offline, pass --weights with a checkpoint file"
-            ) from None
+        model = models.get_model(name, **({"init_weights": False} if _has_aux(name) else {}))
         if _has_aux(name):
             model.transform_input = True  # as official weights expect; their mean and std are Inception's
-        return fit(model, tensors, official.url), spec, f"torchvision {official}"
+        return fit(model, download(official, name), official.url), spec, f"torchvision {official}"
 
     tensors = read_checkpoint(weights)
     if name == "mobilenet_v2":
@@ -84,8 +64,7 @@ def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputS
     options = {}
     if _has_aux(name):
         options = {"aux_logits": any("aux" in key.lower() for key in tensors), "init_weights": False}
-    head = list(models.get_model(name, **options).state_dict())[-1]  # bias of the classifier
-    classes = tensors[head].shape[0] if head in tensors else 1000
+    classes = outputs_of(tensors, models.get_model(name, **options), 1000)
     return fit(models.get_model(name, num_classes=classes, **options), tensors, weights), spec, weights
 
 
@@ -101,8 +80,7 @@ def _from_timm(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, st
         raise UserError(f"timm has no network {name!r}{near_matches(name, timm.list_models())}")
     if weights:
         tensors = read_checkpoint(weights)
-        head = list(timm.create_model(name).state_dict())[-1]
-        model = timm.create_model(name, num_classes=tensors[head].shape[0] if head in tensors else 1000)
+        model = timm.create_model(name, num_classes=outputs_of(tensors, timm.create_model(name), 1000))
         fit(model, tensors, weights)
     else:
         try:

@@ -8,11 +8,20 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from modeling.checkpoint import fit, read_checkpoint
 from utils.errors import UserError
 
 
-def call_factory(place: str) -> nn.Module:
-    """The network that `factory()` of 'package.module:factory' returns; the working folder is searched too."""
+def build_from_factory(place: str, weights: str | None) -> nn.Module:
+    """The network that `factory()` of 'package.module:factory' returns, with a checkpoint if one is given.
+
+    The working folder is searched too.
+    """
+    model = _call(place)
+    return fit(model, read_checkpoint(weights), weights) if weights else model
+
+
+def _call(place: str) -> nn.Module:
     module_name, _, factory_name = place.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
