@@ -1,0 +1,31 @@
+"""The embedded demo: rendered scenes and small networks trained on them, in the formats of real ones."""
+
+from dataclasses import dataclass
+
+IMAGE_SIZES = {"classification": 64, "segmentation": 160, "detection": 160}  # side of each network's input, in pixels
+MODELS = {"classification": "mobilenet_v2", "segmentation": "deeplabv3plus_mobilenet_v2", "detection": "mb2_ssd_lite"}
+SCENES = {"classification": "classification", "segmentation": "voc", "detection": "voc"}
+RESIZED = 73  # short side before the classifier's centre crop: ImageNet's 256 to 224
+
+
+@dataclass(frozen=True)
+class Demo:
+    """flags: what to set the script's flags to (vars(args).update(flags)); note: its first line."""
+
+    flags: dict[str, str | int]
+    note: str
+
+
+def open(task: str, cache: str | None = None) -> Demo:
+    """The demo of "classification", "segmentation" or "detection"; its images are rendered the first time.
+
+    cache: folder to keep the images in (default: $DFQ_CACHE, or dfq in the user's cache folder).
+    """
+    from demo import render, weights  # slow to import, and needed by the demo alone
+
+    file = weights.checked(task)
+    flags = {"data": str(render.rendered(SCENES[task], cache)), "weights": str(file), "model": MODELS[task], "image_size": IMAGE_SIZES[task]}
+    if task == "classification":
+        flags["resize"] = RESIZED
+    count = render.RECIPES[SCENES[task]].images
+    return Demo(flags, f"demo: a small {MODELS[task]} on {count} rendered scenes; for your own network and data pass --weights FILE and --data DIR")

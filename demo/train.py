@@ -1,0 +1,368 @@
+"""Train the demo's networks: python -m demo.train classification|segmentation|detection
+
+An interrupted training goes on where it was. The scenes are rendered from other seeds than those
+that the networks are scored on, and the scores steer nothing: the last epoch's weights are kept.
+"""
+
+import argparse
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy import ndarray
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from demo import IMAGE_SIZES, RESIZED, weights
+from demo.render import TRAINING_SEED, cache_folder, jpeg, rendered, scene, version
+from demo.scenes import CLASSES, VOID
+from modeling.deeplab import DeepLab
+from modeling.mobilenet_v2 import mobilenet_v2
+from modeling.ssd_lite import SPEC as SSD_PUBLISHED
+from modeling.ssd_lite import SSDLite
+from utils import engine
+from utils.boxes import BoxCoder, Objects
+from utils.cli import run
+from utils.data import batches, image_folder
+from utils.detection import stack, voc_detection
+from utils.inputs import InputSpec
+from utils.metrics import ConfusionMatrix, MeanAveragePrecision, TopK
+from utils.segmentation import voc_segmentation
+from utils.vision import torchvision
+from utils.voc import open_voc
+
+MOST_OBJECTS = 5  # in a scene
+SSD_SPEC = replace(SSD_PUBLISHED, size=(IMAGE_SIZES["detection"],) * 2)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A linear warm-up of the rate, then a cosine to zero.
+
+    scenes: how many to train on. optimizer: "sgd" (Nesterov momentum 0.9) or "adam". decay: weight
+    decay of every parameter, BatchNorm's too, as PyTorch's optimizers have it.
+    """
+
+    scenes: int
+    epochs: int
+    batch: int
+    optimizer: str
+    rate: float
+    decay: float
+    warm_up: int = 200  # steps
+
+    def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(model.parameters(), lr=self.rate, weight_decay=self.decay)
+        return torch.optim.SGD(model.parameters(), lr=self.rate, momentum=0.9, nesterov=True, weight_decay=self.decay)
+
+    def rate_at(self, step: int) -> float:
+        steps = self.epochs * (self.scenes // self.batch)
+        if step < self.warm_up:
+            return self.rate * (step + 1) / self.warm_up
+        return self.rate * (1 + math.cos(math.pi * (step - self.warm_up) / (steps - self.warm_up))) / 2
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rendered scenes. images: [N, H, W, 3] uint8; masks: [N, H, W] uint8, as Scene.mask();
+    classes: [N, MOST_OBJECTS] int8, -1 where there is no object; boxes: [N, MOST_OBJECTS, 4] x1, y1,
+    x2, y2 in pixels, the last ones excluded."""
+
+    images: ndarray
+    masks: ndarray
+    classes: ndarray
+    boxes: ndarray
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a training needs to know of a task.
+
+    scenes: their kind, as demo.render knows it. short_side: of the images to crop from, in pixels.
+    batch: examples, their indices and a random generator -> images [N, 3, H, W] and targets.
+    loss: the network's output and the targets -> a scalar. score: network -> percentages by name.
+    """
+
+    scenes: str
+    short_side: int
+    recipe: Recipe
+    network: Callable[[], nn.Module]
+    batch: Callable[[Examples, ndarray, np.random.Generator], tuple[Tensor, object]]
+    loss: Callable[[object, object], Tensor]
+    score: Callable[[nn.Module], dict[str, float]]
+
+
+# ---- classification
+
+
+def classification_batch(examples: Examples, chosen: ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Random crops, turned by quarters and mirrored: from above, a scene has no top."""
+    side = IMAGE_SIZES["classification"]
+    images = examples.images[chosen]
+    room = images.shape[1] - side
+    crops = []
+    for image in images:
+        y, x = rng.integers(0, room + 1, 2)
+        crop = np.rot90(image[y : y + side, x : x + side], rng.integers(4))
+        crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
+    return normalise(np.stack(crops)), torch.from_numpy(examples.classes[chosen, 0].astype(np.int64))
+
+
+def classification_score(model: nn.Module) -> dict[str, float]:
+    side = IMAGE_SIZES["classification"]
+    samples = image_folder(str(rendered("classification")), "val", InputSpec((side, side), resize=RESIZED), len(CLASSES))
+    return _evaluate(model, batches(samples, 50, workers=0, seed=0), TopK())
+
+
+# ---- segmentation
+
+
+def segmenter() -> nn.Module:
+    return with_trained_backbone(DeepLab(len(CLASSES) + 1, width=0.5, channels=64, reduced=24), "backbone.features")
+
+
+def segmentation_batch(examples: Examples, chosen: ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Random square crops, turned by quarters and mirrored, and their masks [N, H, W]."""
+    side = IMAGE_SIZES["segmentation"]
+    images, masks = [], []
+    for index in chosen:
+        x, quarters, mirror = rng.integers(examples.images.shape[2] - side + 1), rng.integers(4), rng.random() < 0.5
+        for source, crops in ((examples.images, images), (examples.masks, masks)):
+            crop = np.rot90(source[index, :side, x : x + side], quarters)
+            crops.append(crop[:, ::-1] if mirror else crop)
+    return normalise(np.stack(images)), torch.from_numpy(np.stack(masks).astype(np.int64))
+
+
+def segmentation_score(model: nn.Module) -> dict[str, float]:
+    side = IMAGE_SIZES["segmentation"]
+    samples, names = voc_segmentation(str(rendered("voc")), "val", InputSpec((side, side), side), len(CLASSES) + 1)
+    figures = _evaluate(model, batches(samples, 20, workers=0, seed=0), ConfusionMatrix(len(names)))
+    return {name: value for name, value in figures.items() if isinstance(value, float)}
+
+
+# ---- detection
+
+
+def detector() -> nn.Module:
+    return with_trained_backbone(_ssd_lite(), "base_net")
+
+
+def _ssd_lite() -> SSDLite:
+    return SSDLite(len(CLASSES) + 1, width=0.5, extras=((128, 256), (64, 128), (64, 128), (32, 64)))
+
+
+@cache
+def _coder() -> BoxCoder:
+    return _ssd_lite().coder(SSD_SPEC.size)
+
+
+def detection_batch(examples: Examples, chosen: ndarray, rng: np.random.Generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Images squeezed to the network's square and mirrored; for each prior its label [N, P] and offsets [N, P, 4]."""
+    images = torch.from_numpy(examples.images[chosen])
+    height, width = images.shape[1:3]
+    targets = []
+    for row, index in enumerate(chosen):
+        there = examples.classes[index] >= 0
+        boxes = torch.from_numpy(examples.boxes[index][there]) / torch.tensor([width, height, width, height])
+        for axis in (0, 1):  # x, y
+            if rng.random() < 0.5:
+                images[row] = images[row].flip(1 - axis)
+                boxes[:, [axis, axis + 2]] = 1 - boxes[:, [axis + 2, axis]]
+        labels = torch.from_numpy(examples.classes[index][there].astype(np.int64)) + 1
+        targets.append(_coder().encode(Objects(boxes, labels, torch.zeros(len(labels), dtype=torch.bool))))
+    pixels = torchvision.transforms.functional.resize(images.permute(0, 3, 1, 2).float() / 255, SSD_SPEC.size, antialias=False)
+    labels, offsets = (torch.stack(values) for values in zip(*targets, strict=True))
+    return torchvision.transforms.functional.normalize(pixels, SSD_SPEC.mean, SSD_SPEC.std), (labels, offsets)
+
+
+def detection_loss(heads: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross entropy over objects and the three times as many hardest backgrounds, smooth L1 over
+    objects' offsets (SSD, section 2.2)."""
+    (logits, offsets), (labels, expected) = heads, targets
+    objects = labels > 0
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    hardness = losses.detach().masked_fill(objects, -1)
+    rank = hardness.argsort(dim=1, descending=True).argsort(dim=1)
+    counted = objects | (rank < 3 * objects.sum(dim=1, keepdim=True))
+    places = nn.functional.smooth_l1_loss(offsets[objects], expected[objects], reduction="sum")
+    return (losses[counted].sum() + places) / objects.sum().clamp_min(1)
+
+
+def detection_score(model: nn.Module) -> dict[str, float]:
+    samples = voc_detection(open_voc(str(rendered("voc")), "Main", "val"), SSD_SPEC, len(CLASSES) + 1)
+    labels = {name: label for label, name in enumerate(CLASSES, start=1)}
+    figures = _evaluate(model, batches(samples, 20, workers=0, seed=0, collate=stack), MeanAveragePrecision(labels, _coder().detect))
+    return {"map": figures["map"]}
+
+
+# ---- all
+
+
+def with_trained_backbone(model: nn.Module, place: str) -> nn.Module:
+    """The network with the trained classifier's blocks at that place."""
+    tensors = torch.load(weights.checked("classification"), weights_only=True)
+    own = model.state_dict()
+    names = {f"{place}{name.removeprefix('features')}": tensor for name, tensor in tensors.items()}
+    own.update({name: tensor.to(own[name].dtype) for name, tensor in names.items() if name in own})
+    model.load_state_dict(own)
+    return model
+
+
+def normalise(images: ndarray) -> Tensor:
+    """[N, H, W, 3] uint8 -> [N, 3, H, W] float32 with ImageNet's mean and deviation."""
+    spec = InputSpec()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    return (torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def _evaluate(model: nn.Module, loader: object, metric: object) -> dict[str, float]:
+    device = next(model.parameters()).device
+    engine.evaluate({"network": model}, loader, {"network": metric}, device)
+    return metric.compute()
+
+
+TASKS = {
+    "classification": Task(
+        "classification",
+        RESIZED,
+        Recipe(scenes=12_000, epochs=30, batch=64, optimizer="adam", rate=2e-3, decay=1e-4),
+        lambda: mobilenet_v2(width=0.5, classes=len(CLASSES)),
+        classification_batch,
+        nn.functional.cross_entropy,
+        classification_score,
+    ),
+    "segmentation": Task(
+        "voc",
+        IMAGE_SIZES["segmentation"],
+        Recipe(scenes=5_000, epochs=12, batch=16, optimizer="adam", rate=1e-3, decay=1e-4),
+        segmenter,
+        segmentation_batch,
+        partial(nn.functional.cross_entropy, ignore_index=VOID),
+        segmentation_score,
+    ),
+    "detection": Task(
+        "voc",
+        IMAGE_SIZES["detection"],
+        Recipe(scenes=5_000, epochs=16, batch=32, optimizer="adam", rate=1e-3, decay=1e-4),
+        detector,
+        detection_batch,
+        detection_loss,
+        detection_score,
+    ),
+}
+
+
+# ---- training
+
+
+def training_set(kind: str, short_side: int, count: int) -> Examples:
+    """Scenes of demo.render, drawn by all cores once and kept in the cache as arrays."""
+    folder = cache_folder() / "demo" / "training" / f"{kind}-{short_side}-{count}-{version()}"
+    names = Examples.__dataclass_fields__
+    if not (folder / "done").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor() as pool:
+            drawn = pool.map(partial(_example, kind, short_side), range(count), chunksize=32)
+            columns = zip(*tqdm(drawn, desc="rendering scenes to train on (once)", total=count, unit="image"), strict=True)
+            for name, column in zip(names, columns, strict=True):
+                np.save(folder / f"{name}.npy", np.stack(column))
+        (folder / "done").touch()
+    return Examples(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+
+
+def _example(kind: str, short_side: int, index: int) -> tuple[ndarray, ndarray, ndarray, ndarray]:
+    """One row of Examples, its image as JPEG and resizing leave it."""
+    one = scene(kind, TRAINING_SEED, index)
+    image = Image.open(io.BytesIO(jpeg(one.image)))
+    if min(image.size) != short_side:
+        image = image.resize([round(side * short_side / min(image.size)) for side in image.size], Image.Resampling.BILINEAR)
+    classes, boxes = np.full(MOST_OBJECTS, -1, np.int8), np.zeros((MOST_OBJECTS, 4), np.float32)
+    for row, (number, (x1, y1, x2, y2)) in enumerate(one.boxes().items()):
+        classes[row], boxes[row] = one.classes[number - 1], (x1, y1, x2 + 1, y2 + 1)
+    return np.asarray(image), one.mask(), classes, boxes
+
+
+def initialise(model: nn.Module) -> nn.Module:
+    """Depthwise weights by their own fan-in of 9, since torchvision's start so small that BatchNorm
+    makes their first steps far too large."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return model
+
+
+def train(name: str, task: Task, seed: int, device: torch.device, folder: Path) -> nn.Module:
+    """The trained network; folder keeps its state after each epoch and its log, one JSON line an epoch."""
+    recipe = task.recipe
+    examples = training_set(task.scenes, task.short_side, recipe.scenes)
+    torch.manual_seed(seed)
+    model = initialise(task.network()).to(device, memory_format=torch.channels_last)
+    optimizer = recipe.optimizer_of(model)
+    state, log = folder / f"{name}.state.pth", folder / f"{name}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = 0
+    if state.is_file():
+        saved = torch.load(state, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["epochs"]
+    else:
+        log.unlink(missing_ok=True)
+
+    for epoch in range(done, recipe.epochs):
+        start = time.perf_counter()
+        torch.manual_seed(seed + epoch)  # of the dropout
+        total = steps = 0
+        for images, targets in _epoch(task, examples, np.random.default_rng((seed, epoch))):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate_at(epoch * (recipe.scenes // recipe.batch) + steps)
+            model.train()
+            loss = task.loss(model(images.to(device, memory_format=torch.channels_last)), _to(targets, device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total, steps = total + float(loss.detach()), steps + 1
+        line = {"epoch": epoch + 1, "loss": round(total / steps, 4), "rate": round(recipe.rate_at((epoch + 1) * steps), 6)}
+        line |= {key: round(value, 2) for key, value in task.score(model).items()} | {"seconds": round(time.perf_counter() - start, 1)}
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}, state.with_suffix(".new"))
+        state.with_suffix(".new").replace(state)
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+    return model.eval()
+
+
+def _epoch(task: Task, examples: Examples, rng: np.random.Generator) -> Iterator[tuple[Tensor, object]]:
+    order = rng.permutation(task.recipe.scenes)
+    size = task.recipe.batch
+    for i in range(len(order) // size):
+        yield task.batch(examples, np.sort(order[i * size : (i + 1) * size]), rng)
+
+
+def _to(targets: object, device: torch.device) -> object:
+    return targets.to(device) if isinstance(targets, Tensor) else type(targets)(_to(target, device) for target in targets)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo.train", description="Train one of the demo's networks.")
+    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and crops (default: 0)")
+    args = parser.parse_args(arguments)
+    folder = cache_folder() / "demo" / "training"
+    model = train(args.task, TASKS[args.task], args.seed, torch.device(args.device), folder)
+    weights.store(args.task, model, folder / f"{args.task}.jsonl")
+
+
+if __name__ == "__main__":
+    run(main, "demo.train")
