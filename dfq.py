@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import operator
 from argparse import Namespace
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -81,10 +81,12 @@ class Recipe:
         return self.relu or self.absorption
 
     @property
-    def grids(self) -> str:
-        """INT8, or the bits where they differ: W4A8."""
+    def labels(self) -> dict[str, str]:
+        """What a table calls the networks that the row evaluates."""
+        changed = replace(self, correction=False, clip_weight=None)
         bits = self.bits_weight, self.bits_activation
-        return "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
+        grids = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
+        return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {changed}", "quantized": f"{grids} {self}"}
 
     def __str__(self) -> str:
         """The row's name as in the published tables, such as +ReLU+LE+BC +clip_15."""
@@ -129,7 +131,8 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
     journal = Journal()
     probe = spec.probe()
     network = trace(model, spec)
-    journal.did("traced", f"{len(weighted_nodes(network))} convolutions and linear layers")
+    for node in weighted_nodes(network):
+        journal.did("found layers", node.target, str(module_of(network, node)))
     with torch.no_grad():
         expected = model(probe)
     check_unchanged("tracing", expected, network, probe)
@@ -194,7 +197,9 @@ def refuse_without_statistics(recipe: Recipe) -> None:
     needy = [flag for flag in ("quantize", "correction", "absorption", "clear_dead") if getattr(recipe, flag)]
     if needy:
         flags = " and ".join(f"--{flag}" for flag in needy)
-        raise UserError(f"the network has no BatchNorm, whose statistics {flags} would need; use a network trained with BatchNorm")
+        raise UserError(
+            f"the network has no BatchNorm, whose statistics {flags} would need; use a network trained with BatchNorm"
+        )
 
 
 # ---------------------------------------------------------------------------------- fold BatchNorm
@@ -310,11 +315,17 @@ def _caps(clip: nn.Module, port: Port, channels: int) -> Tensor:
     return torch.full((channels,), 6.0)
 
 
-def _clear(layer: nn.Module, port: Port, zero: Tensor, constant: Tensor, value: Tensor, producer: str, journal: Journal) -> None:
+def _clear(
+    layer: nn.Module, port: Port, zero: Tensor, constant: Tensor, value: Tensor, producer: str, journal: Journal
+) -> None:
     """Clear one reader's columns of the channels that are constantly 0, or constant where that is exact."""
     clearable = constant if port.keeps_constants else zero
     for channel in (constant & ~clearable).nonzero().flatten().tolist():
-        journal.left("cleared dead channels", f"{producer}[{channel}] in {port.name}", "constant is not 0 and the reader pads with zeros")
+        journal.left(
+            "cleared dead channels",
+            f"{producer}[{channel}] in {port.name}",
+            "constant is not 0 and the reader pads with zeros",
+        )
     if not clearable.any():
         return
     columns = port.columns(len(value))
@@ -325,7 +336,9 @@ def _clear(layer: nn.Module, port: Port, zero: Tensor, constant: Tensor, value: 
     keep[columns] = port.spread((~clearable).float())
     scale_inputs(layer, keep)
     for channel in clearable.nonzero().flatten().tolist():
-        journal.did("cleared dead channels", f"{producer}[{channel}] in {port.name}", f"constant {float(value[channel]):.3g}")
+        journal.did(
+            "cleared dead channels", f"{producer}[{channel}] in {port.name}", f"constant {float(value[channel]):.3g}"
+        )
 
 
 # ------------------------------------------------------------------------------------- equalize
@@ -341,7 +354,9 @@ def equalization_scale(r1: Tensor, r2: Tensor) -> Tensor:
     return torch.where(live, (r1 / torch.where(live, r2, torch.ones_like(r2))).sqrt(), torch.ones_like(r1))
 
 
-def equalize(model: fx.GraphModule, statistics: Statistics, journal: Journal, limit: float = 1e4, sweeps: int = 100) -> None:
+def equalize(
+    model: fx.GraphModule, statistics: Statistics, journal: Journal, limit: float = 1e4, sweeps: int = 100
+) -> None:
     """Rescale channels between every layer and its readers until their ranges agree; section 4.1.
 
     Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6 becomes a
@@ -351,7 +366,9 @@ def equalize(model: fx.GraphModule, statistics: Statistics, journal: Journal, li
     links, refused = find_links(model)
     for name, reason in refused.items():
         journal.left("equalized", name, reason)
-    layers = {name: model.get_submodule(name) for link in links for name in (link.producer, *(p.name for p in link.readers))}
+    layers = {
+        name: model.get_submodule(name) for link in links for name in (link.producer, *(p.name for p in link.readers))
+    }
     maxima = {name: taps(layer).abs().amax(3) for name, layer in layers.items()}  # [groups, out, in]
     totals = [torch.ones(link.channels) for link in links]
     floors = [lowest_scale(model, link, statistics) for link in links]
@@ -370,10 +387,16 @@ def equalize(model: fx.GraphModule, statistics: Statistics, journal: Journal, li
             moved = max(moved, float(scale.log().abs().max()))
         if moved < 1e-3:
             break
+    else:
+        journal.left(
+            "equalized to the last 0.1 %", "the network", f"after {sweeps} sweeps a factor still moved by {moved:.1%}"
+        )
     for link, total in zip(links, totals, strict=True):
         apply_scale(model, link, total, statistics)
         names = ", ".join(port.name for port in link.readers)
-        journal.did("equalized", f"{link.producer} -> {names}", f"factors {float(total.min()):.3g} to {float(total.max()):.3g}")
+        journal.did(
+            "equalized", f"{link.producer} -> {names}", f"factors {float(total.min()):.3g} to {float(total.max()):.3g}"
+        )
     tidy(model)
 
 
@@ -456,7 +479,11 @@ def absorb_high_biases(model: fx.GraphModule, statistics: Statistics, journal: J
                 continue
             _move_bias(model, link, excess)
             statistics[link.producer] = Gaussian(known.mean - excess, known.variance)
-            journal.did("absorbed high biases", link.producer, f"{int((excess > 0).sum())} channels, up to {float(excess.max()):.3g}")
+            journal.did(
+                "absorbed high biases",
+                link.producer,
+                f"{int((excess > 0).sum())} channels, up to {float(excess.max()):.3g}",
+            )
     tidy(model)
 
 
@@ -499,7 +526,9 @@ def clip_weights(model: fx.GraphModule, limit: float, journal: Journal) -> None:
             journal.did("clipped weights", node.target, f"{beyond} of {weight.numel()}")
 
 
-def quantize_weights(model: fx.GraphModule, nodes: list[fx.Node], recipe: Recipe, journal: Journal) -> dict[str, QParams]:
+def quantize_weights(
+    model: fx.GraphModule, nodes: list[fx.Node], recipe: Recipe, journal: Journal
+) -> dict[str, QParams]:
     """Round every layer's weights to their grid; returns the grids."""
     grids = {}
     for node in nodes:
@@ -514,7 +543,11 @@ def quantize_weights(model: fx.GraphModule, nodes: list[fx.Node], recipe: Recipe
 
 
 def correct_biases(
-    model: fx.GraphModule, nodes: list[fx.Node], exact: dict[str, Tensor], moments: dict[str, Moments | Unknown], journal: Journal
+    model: fx.GraphModule,
+    nodes: list[fx.Node],
+    exact: dict[str, Tensor],
+    moments: dict[str, Moments | Unknown],
+    journal: Journal,
 ) -> None:
     """Take the mean shift that changed weights cause out of the biases; section 4.2, equation 16.
 
@@ -533,7 +566,9 @@ def correct_biases(
         journal.did("corrected biases", node.target, f"largest shift {float(shift.abs().max()):.3g}")
 
 
-def quantize_biases(model: fx.GraphModule, weight_grids: dict[str, QParams], bits: int, journal: Journal) -> dict[str, QParams]:
+def quantize_biases(
+    model: fx.GraphModule, weight_grids: dict[str, QParams], bits: int, journal: Journal
+) -> dict[str, QParams]:
     """Round the biases: at 32 bits to the grid of the accumulator, weight scale times input scale."""
     grids = {}
     for node in weighted_nodes(model):
@@ -553,15 +588,35 @@ def quantize_biases(model: fx.GraphModule, weight_grids: dict[str, QParams], bit
 # ----------------------------------------------------------------------------------- activations
 
 # Operations whose output lies on the grid of their input: an integer engine needs no quantizer behind them.
-_KEEPS_GRID = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.ZeroPad2d, nn.UpsamplingNearest2d, nn.PixelShuffle, nn.ChannelShuffle)
+_KEEPS_GRID = (
+    nn.MaxPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Flatten,
+    nn.ZeroPad2d,
+    nn.UpsamplingNearest2d,
+    nn.PixelShuffle,
+    nn.ChannelShuffle,
+)
 _KEEPS_GRID_FUNCTIONS = {
-    *(operator.getitem, torch.chunk, torch.split, torch.transpose, torch.permute, torch.reshape, torch.unsqueeze, torch.squeeze, F.pad),
+    *(
+        operator.getitem,
+        torch.chunk,
+        torch.split,
+        torch.transpose,
+        torch.permute,
+        torch.reshape,
+        torch.unsqueeze,
+        torch.squeeze,
+        F.pad,
+    ),
     *("chunk", "split", "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "expand", "contiguous"),
 }
 _CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)
 
 
-def insert_quantizers(model: fx.GraphModule, moments: dict[str, Moments | Unknown], bits: int, journal: Journal) -> None:
+def insert_quantizers(
+    model: fx.GraphModule, moments: dict[str, Moments | Unknown], bits: int, journal: Journal
+) -> None:
     """Put a quantizer wherever an integer engine writes a tensor.
 
     That is: the network's input, a layer's output behind its ReLU or ReLU6, sums, products and other

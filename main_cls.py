@@ -23,8 +23,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default="mobilenet_v2",
         help="mobilenet_v2 (default), resnet18, efficientnet_lite0, torchvision:NAME, timm:NAME or package.module:factory",
     )
-    parser.add_argument("--split", default="val", help="sub-folder of --data that holds the class folders, if there is one (default: val)")
-    parser.add_argument("--resize", type=int, metavar="PIXELS", help="short side before the centre crop (default: --image_size, or the network's)")
+    parser.add_argument(
+        "--split",
+        default="val",
+        help="sub-folder of --data that holds the class folders, if there is one (default: val)",
+    )
+    parser.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="short side before the centre crop (default: --image_size, or the network's)",
+    )
     return cli.check(parser, parser.parse_args(argv))
 
 
@@ -47,12 +56,26 @@ def main(argv: Sequence[str] | None) -> None:
 
     networks = {"fp32_original": network.model, **dfq.to_evaluate(quantized, recipe)}
     metrics = {name: TopK() for name in networks}
-    seconds = evaluate(networks, batches(samples, args.batch_size, args.workers, args.seed), metrics, device, args.skip_bad_images)
+    seconds = evaluate(
+        networks, batches(samples, args.batch_size, args.workers, args.seed), metrics, device, args.skip_bad_images
+    )
 
-    scores = results.scores(metrics, seconds, str(recipe), recipe.grids)
+    scores = results.scores(metrics, seconds, recipe.labels)
     counted = metrics["fp32_original"].samples
     results.print_table(scores, counted)
-    results.record(args.results, results.entry("classification", args, cli.command(PROGRAM, argv), network.weights, network.model, str(recipe), counted, scores))
+    results.record(
+        args.results,
+        results.entry(
+            "classification",
+            args,
+            cli.command(PROGRAM, argv),
+            network.weights,
+            network.model,
+            str(recipe),
+            counted,
+            scores,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -25,37 +25,97 @@ def shared_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
 
     group = flags.add_argument_group("network and data")
-    group.add_argument("--weights", metavar="PATH|URL", help="checkpoint to load (default: the network's official weights)")
+    group.add_argument(
+        "--weights", metavar="PATH|URL", help="checkpoint to load (default: the network's official weights)"
+    )
     group.add_argument("--data", metavar="DIR", help="folder of the data set to evaluate on")
-    group.add_argument("--image_size", type=_at_least(1), metavar="PIXELS", help="resize the short side to this and crop the centre (default: the network's protocol)")
-    group.add_argument("--mean", type=float, nargs=3, metavar="M", help="per-channel mean of pixels in [0, 1] (default: the network's)")
-    group.add_argument("--std", type=float, nargs=3, metavar="S", help="per-channel deviation of pixels in [0, 1] (default: the network's)")
-    group.add_argument("--limit", type=_at_least(1), metavar="N", help="evaluate on N images, evenly spread over the data")
+    group.add_argument(
+        "--image_size",
+        type=_at_least(1),
+        metavar="PIXELS",
+        help="resize the short side to this and crop the centre (default: the network's protocol)",
+    )
+    group.add_argument(
+        "--mean", type=float, nargs=3, metavar="M", help="per-channel mean of pixels in [0, 1] (default: the network's)"
+    )
+    group.add_argument(
+        "--std",
+        type=float,
+        nargs=3,
+        metavar="S",
+        help="per-channel deviation of pixels in [0, 1] (default: the network's)",
+    )
+    group.add_argument(
+        "--limit", type=_at_least(1), metavar="N", help="evaluate on N images, evenly spread over the data"
+    )
     group.add_argument("--skip_bad_images", action="store_true", help="count and skip images that cannot be read")
 
     group = flags.add_argument_group("passes, in the order in which they run")
-    group.add_argument("--relu", action="store_true", help="replace every ReLU6 by ReLU (the published method; may cost accuracy)")
-    group.add_argument("--clear_dead", action="store_true", help="zero the weights that read dead channels (part of --equalize)")
-    group.add_argument("--equalize", action="store_true", help="cross-layer equalization; keeps ReLU6 exact without --relu")
-    group.add_argument("--absorption", action="store_true", help="absorb high biases into the next layer; needs --equalize")
-    group.add_argument("--clip_weight", type=_positive, nargs="?", const=15.0, metavar="W", help="clip weights to [-W, W] (15 if no value is given)")
+    group.add_argument(
+        "--relu", action="store_true", help="replace every ReLU6 by ReLU (the published method; may cost accuracy)"
+    )
+    group.add_argument(
+        "--clear_dead", action="store_true", help="zero the weights that read dead channels (part of --equalize)"
+    )
+    group.add_argument(
+        "--equalize", action="store_true", help="cross-layer equalization; keeps ReLU6 exact without --relu"
+    )
+    group.add_argument(
+        "--absorption", action="store_true", help="absorb high biases into the next layer; needs --equalize"
+    )
+    group.add_argument(
+        "--clip_weight",
+        type=_positive,
+        nargs="?",
+        const=15.0,
+        metavar="W",
+        help="clip weights to [-W, W] (15 if no value is given)",
+    )
     group.add_argument("--quantize", action="store_true", help="quantize weights, biases and activations")
-    group.add_argument("--correction", action="store_true", help="correct the biases for the shift that quantized weights cause")
+    group.add_argument(
+        "--correction", action="store_true", help="correct the biases for the shift that quantized weights cause"
+    )
 
     group = flags.add_argument_group("quantizers")
-    group.add_argument("--bits_weight", type=_bits, default=8, metavar="B", help="bits of weights, 2 to 16 (default: 8)")
-    group.add_argument("--bits_activation", type=_bits, default=8, metavar="B", help="bits of activations, 2 to 16 (default: 8)")
-    group.add_argument("--bits_bias", type=int, choices=(8, 16, 32), default=32, help="bits of biases; 32: on the grid of the accumulator (default)")
-    group.add_argument("--per_channel", action="store_true", help="one weight scale per output channel instead of per tensor")
-    group.add_argument("--asymmetric", action="store_true", help="weights with a zero point instead of a symmetric range")
+    group.add_argument(
+        "--bits_weight", type=_bits, default=8, metavar="B", help="bits of weights, 2 to 16 (default: 8)"
+    )
+    group.add_argument(
+        "--bits_activation", type=_bits, default=8, metavar="B", help="bits of activations, 2 to 16 (default: 8)"
+    )
+    group.add_argument(
+        "--bits_bias",
+        type=int,
+        choices=(8, 16, 32),
+        default=32,
+        help="bits of biases; 32: on the grid of the accumulator (default)",
+    )
+    group.add_argument(
+        "--per_channel", action="store_true", help="one weight scale per output channel instead of per tensor"
+    )
+    group.add_argument(
+        "--asymmetric", action="store_true", help="weights with a zero point instead of a symmetric range"
+    )
 
     group = flags.add_argument_group("run")
-    group.add_argument("--batch_size", type=_at_least(1), default=32, metavar="N", help="images per batch (default: 32)")
-    group.add_argument("--workers", type=_at_least(0), default=2, metavar="N", help="processes that load images (default: 2)")
+    group.add_argument(
+        "--batch_size", type=_at_least(1), default=32, metavar="N", help="images per batch (default: 32)"
+    )
+    group.add_argument(
+        "--workers", type=_at_least(0), default=2, metavar="N", help="processes that load images (default: 2)"
+    )
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default: cpu)")
     group.add_argument("--seed", type=int, default=0, help="seed of every random number (default: 0)")
-    group.add_argument("--results", type=Path, default=Path("results/runs.jsonl"), metavar="FILE", help="file that gets one JSON line (default: results/runs.jsonl)")
-    group.add_argument("--verbose", action="store_true", help="list what each pass did to each layer, and what it left out and why")
+    group.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results/runs.jsonl"),
+        metavar="FILE",
+        help="file that gets one JSON line (default: results/runs.jsonl)",
+    )
+    group.add_argument(
+        "--verbose", action="store_true", help="list what each pass did to each layer, and what it left out and why"
+    )
     return flags
 
 
@@ -94,9 +154,13 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"unknown --device {name!r}; choose from cpu, cuda, cuda:N, mps") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
+        device.type, 0
+    )
     if (device.index or 0) >= count:
-        raise UserError(f"--device {name} is not there: this machine and build of torch ({torch.__version__}) have {count} of kind {device.type!r}; pass --device cpu")
+        raise UserError(
+            f"--device {name} is not there: this machine and build of torch ({torch.__version__}) have {count} of kind {device.type!r}; pass --device cpu"
+        )
     return device
 
 

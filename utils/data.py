@@ -60,14 +60,22 @@ def image_folder(root: str, split: str, spec: InputSpec, outputs: int) -> Guarde
     """
     folder = Path(root)
     if not folder.is_dir():
-        raise UserError(f"no data folder at {root!r}; pass --data with a folder that holds one folder of images per class")
+        raise UserError(
+            f"no data folder at {root!r}; pass --data with a folder that holds one folder of images per class"
+        )
     folder = folder / split if (folder / split).is_dir() else folder
     try:
-        samples = torchvision.datasets.ImageFolder(folder, transform=classification_transform(spec), loader=load_rgb, allow_empty=True)
+        samples = torchvision.datasets.ImageFolder(
+            folder, transform=classification_transform(spec), loader=load_rgb, allow_empty=True
+        )
     except FileNotFoundError:
-        raise UserError(f"{str(folder)!r} has no class folders; pass --data with a folder that holds one folder of images per class") from None
+        raise UserError(
+            f"{str(folder)!r} has no class folders; pass --data with a folder that holds one folder of images per class"
+        ) from None
     if not samples.samples:
-        raise UserError(f"the class folders of {str(folder)!r} hold no images ({', '.join(torchvision.datasets.folder.IMG_EXTENSIONS)})")
+        raise UserError(
+            f"the class folders of {str(folder)!r} hold no images ({', '.join(torchvision.datasets.folder.IMG_EXTENSIONS)})"
+        )
 
     label = torch.tensor(class_indices(samples.classes, outputs, str(folder)))
     samples.target_transform = lambda index: int(label[index])
@@ -83,7 +91,9 @@ def class_indices(folders: list[str], outputs: int, root: str) -> list[int]:
     if outputs == len(known) and not strange:
         return [known[name] for name in folders]
     why = f"and {strange[0]!r} is no ImageNet WordNet id" if outputs == len(known) else "which is not ImageNet's 1,000"
-    raise UserError(f"the network has {outputs} outputs, but {root!r} has {len(folders)} class folders ({why}); pass data of the network's own classes")
+    raise UserError(
+        f"the network has {outputs} outputs, but {root!r} has {len(folders)} class folders ({why}); pass data of the network's own classes"
+    )
 
 
 def imagenet_ids() -> list[str]:
@@ -118,7 +128,9 @@ def evenly(samples: Dataset, limit: int | None) -> Dataset:
     return Subset(samples, [i * len(samples) // limit for i in range(limit)])
 
 
-def batches(samples: Dataset, batch_size: int, workers: int, seed: int, collate: Callable = torch.utils.data.default_collate) -> DataLoader:
+def batches(
+    samples: Dataset, batch_size: int, workers: int, seed: int, collate: Callable = torch.utils.data.default_collate
+) -> DataLoader:
     """Batches in order, loaded by worker processes that are seeded from `seed`.
 
     collate: list of the data set's samples -> (images, targets).
@@ -130,4 +142,6 @@ def batches(samples: Dataset, batch_size: int, workers: int, seed: int, collate:
         return Batch(images, targets, tuple(sample.reason for sample in loaded if isinstance(sample, BadSample)))
 
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(samples, batch_size, num_workers=workers, collate_fn=gather, generator=generator, persistent_workers=False)
+    return DataLoader(
+        samples, batch_size, num_workers=workers, collate_fn=gather, generator=generator, persistent_workers=False
+    )

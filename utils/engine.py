@@ -46,7 +46,11 @@ def deploy(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def evaluate(
-    networks: Mapping[str, nn.Module], loader: DataLoader, metrics: Mapping[str, Metric], device: torch.device, skip_bad_images: bool = False
+    networks: Mapping[str, nn.Module],
+    loader: DataLoader,
+    metrics: Mapping[str, Metric],
+    device: torch.device,
+    skip_bad_images: bool = False,
 ) -> dict[str, float]:
     """Feed every batch to every network and its metric; returns each network's seconds.
 
@@ -56,7 +60,10 @@ def evaluate(
     networks = {name: deploy(model, device) for name, model in networks.items()}
     seconds = dict.fromkeys(networks, 0.0)
     skipped = 0
-    with torch.inference_mode(), tqdm(loader, desc=f"evaluating {len(networks)} network(s)", unit="batch", file=sys.stderr) as progress:
+    with (
+        torch.inference_mode(),
+        tqdm(loader, desc=f"evaluating {len(networks)} network(s)", unit="batch", file=sys.stderr) as progress,
+    ):
         batch: Batch
         for batch in progress:
             if batch.bad and not skip_bad_images:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from utils.errors import UserError
 from utils.inputs import InputSpec
@@ -70,7 +69,6 @@ _AS_MODULE = {
     "flatten": lambda start_dim=0, end_dim=-1: nn.Flatten(start_dim, end_dim),
     F.dropout: lambda *a, **k: nn.Identity(),
     F.dropout2d: lambda *a, **k: nn.Identity(),
-    "contiguous": lambda **k: nn.Identity(),
     torch.mean: _average,
     "mean": _average,
 }
@@ -83,7 +81,7 @@ _NOTHING_IN_EVAL = (nn.Identity, nn.modules.dropout._DropoutNd)
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return super().is_leaf_module(module, name) or _is_timm_layer(module)
+        return super().is_leaf_module(module, name) or isinstance(module, CappedReLU) or _is_timm_layer(module)
 
 
 def _is_timm_layer(module: nn.Module) -> bool:
@@ -163,7 +161,9 @@ def run_in_place(model: fx.GraphModule) -> fx.GraphModule:
         if hasattr(module, "inplace"):
             source = node.all_input_nodes[0]
             writer = module_of(model, source)
-            fresh = source.target in (operator.add, operator.mul, torch.cat) or isinstance(writer, (*WEIGHTED, _BatchNorm))
+            fresh = source.target in (operator.add, operator.mul, torch.cat) or isinstance(
+                writer, (*WEIGHTED, _BatchNorm)
+            )
             module.inplace = (fresh or hasattr(writer, "inplace")) and len(source.users) == 1
     return model
 
@@ -199,7 +199,9 @@ def _propagate_shapes(model: fx.GraphModule, spec: InputSpec) -> None:
             ShapeProp(model).propagate(spec.probe(batch=1))
     except Exception as error:
         reason = _first_line(error.__cause__ or error)
-        raise UserError(f"the network fails on an input of shape {spec.shape()}: {reason}; check --image_size") from error
+        raise UserError(
+            f"the network fails on an input of shape {spec.shape()}: {reason}; check --image_size"
+        ) from error
 
 
 def _canonicalise(model: fx.GraphModule, node: fx.Node) -> None:
@@ -220,7 +222,12 @@ def _canonicalise(model: fx.GraphModule, node: fx.Node) -> None:
 
 def _canonicalise_function(model: fx.GraphModule, node: fx.Node) -> None:
     tensors = [a for a in node.args if isinstance(a, fx.Node) and is_tensor(a)]
-    if node.target in _ADDS | _MULTIPLIES and "alpha" not in node.kwargs and "out" not in node.kwargs and len(node.args) == 2:
+    if (
+        node.target in _ADDS | _MULTIPLIES
+        and "alpha" not in node.kwargs
+        and "out" not in node.kwargs
+        and len(node.args) == 2
+    ):
         node.op, node.target = "call_function", operator.add if node.target in _ADDS else operator.mul
     elif node.target in _CONCATS:
         node.target = torch.cat
@@ -234,9 +241,12 @@ def _canonicalise_function(model: fx.GraphModule, node: fx.Node) -> None:
             return
         if replacement is not None:
             _replace(model, node, list(replacement) if isinstance(replacement, nn.Sequential) else [replacement])
-    elif node.target in ("view", "reshape", torch.reshape) and is_tensor(node) and tensors:
-        if len(shape(node)) == 2 and shape(node)[0] == shape(tensors[0])[0] and len(shape(tensors[0])) > 2:
-            _replace(model, node, [nn.Flatten()])
+    elif node.target in ("view", "reshape", torch.reshape) and tensors and _flattens(shape(tensors[0]), shape(node)):
+        _replace(model, node, [nn.Flatten()])
+
+
+def _flattens(before: torch.Size, after: torch.Size) -> bool:
+    return len(after) == 2 and len(before) > 2 and before[0] == after[0]
 
 
 def _replace(model: fx.GraphModule, node: fx.Node, modules: list[nn.Module]) -> None:
@@ -257,12 +267,21 @@ def _replace(model: fx.GraphModule, node: fx.Node, modules: list[nn.Module]) -> 
 def _split_same_padding(model: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> None:
     """TensorFlow's 'same' padding, which depends on the image's size, as zeros for the size at hand."""
     before = []
-    for size, kernel, stride, dilation in zip(shape(node.args[0])[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True):
+    for size, kernel, stride, dilation in zip(
+        shape(node.args[0])[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True
+    ):
         total = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
         before.append((total // 2, total - total // 2))
     (top, bottom), (left, right) = before
     plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups, conv.bias is not None
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        0,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
     ).requires_grad_(False)
     plain.load_state_dict(conv.state_dict())
     model.set_submodule(node.target, plain)
@@ -290,7 +309,9 @@ def _first_line(error: BaseException) -> str:
 
 def _place(error: BaseException) -> str:
     """The innermost line of the network's own code, past torch.fx."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and f.filename != __file__]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and f.filename != __file__
+    ]
     return f"{frames[-1].filename}:{frames[-1].lineno}, {frames[-1].name}" if frames else "its forward"
 
 
@@ -409,7 +430,9 @@ def _step(module: nn.Module | None, user: fx.Node, node: fx.Node, way: _Way, cli
     if isinstance(module, nn.PReLU) and module.num_parameters > 1 and port.offset:
         raise _Refused(f"read by {user.target!r} after a concat")
     if isinstance(module, _HOMOGENEOUS):
-        pads = isinstance(module, nn.ZeroPad2d) or (isinstance(module, nn.AvgPool2d) and module.padding not in (0, (0, 0)))
+        pads = isinstance(module, nn.ZeroPad2d) or (
+            isinstance(module, nn.AvgPool2d) and module.padding not in (0, (0, 0))
+        )
         constant = port.keeps_constants and not pads
         return _Way(replace(port, keeps_constants=constant), way.rectified or isinstance(module, nn.ReLU))
     if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:

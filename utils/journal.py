@@ -28,7 +28,10 @@ class Journal:
         """For each action, how many layers were 'done' and 'left_out'."""
         done = Counter(entry.action for entry in self.entries if not entry.left_out)
         left = Counter(entry.action for entry in self.entries if entry.left_out)
-        return {action: {"done": done[action], "left_out": left[action]} for action in dict.fromkeys(e.action for e in self.entries)}
+        return {
+            action: {"done": done[action], "left_out": left[action]}
+            for action in dict.fromkeys(e.action for e in self.entries)
+        }
 
     def summary(self) -> str:
         """A line per action: how many were done, how many left out and the commonest reasons."""

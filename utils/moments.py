@@ -188,7 +188,10 @@ class _MomentsInterpreter(fx.Interpreter):
         elif node.target in (operator.add, operator.sub, operator.mul):
             result = _arithmetic(node.target, *args)
         elif node.target is torch.cat:
-            result = Moments(*(torch.cat(maps, *args[1:], **kwargs) for maps in _fields(args[0])))
+            all_known = all(isinstance(part, Moments) for part in args[0])
+            result = (
+                Moments(*(torch.cat(maps, *args[1:], **kwargs) for maps in _fields(args[0]))) if all_known else None
+            )
         elif node.target in _MOVING_FUNCTIONS:
             result = _move(node, args, kwargs)
         elif node.op == "call_function" and node.target is getattr or node.target in ("size", "dim"):
@@ -202,7 +205,9 @@ class _MomentsInterpreter(fx.Interpreter):
         if isinstance(module, WEIGHTED):
             zero = torch.zeros_like(module.bias)
             squares = {"weight": module.weight**2, "bias": zero}
-            return gaussian(module(x.mean.contiguous()), torch.func.functional_call(module, squares, (x.variance.contiguous(),)))
+            return gaussian(
+                module(x.mean.contiguous()), torch.func.functional_call(module, squares, (x.variance.contiguous(),))
+            )
         if isinstance(module, _BatchNorm) and module.running_var is not None:
             known = batchnorm_output(module)
             return gaussian(*(per_channel(t, x.mean.dim()).expand_as(x.mean) for t in (known.mean, known.variance)))
@@ -256,7 +261,9 @@ def _with_constant(operation: Callable, x: Any, y: Any) -> Moments | None:
     moments, constant = (x, y) if isinstance(x, Moments) else (y, x)
     if not isinstance(constant, int | float | Tensor):
         return None
-    mean, *ends = (operation(t, y) if moments is x else operation(x, t) for t in (moments.mean, moments.low, moments.high))
+    mean, *ends = (
+        operation(t, y) if moments is x else operation(x, t) for t in (moments.mean, moments.low, moments.high)
+    )
     variance = (moments.variance * constant**2 if operation is operator.mul else moments.variance).expand_as(mean)
     return Moments(mean, variance, torch.minimum(*ends), torch.maximum(*ends))
 
@@ -268,7 +275,9 @@ def _move(node: fx.Node, args: tuple, kwargs: dict) -> Moments | tuple[Moments, 
         return call(*args, **kwargs)
     if not isinstance(args[0], Moments):
         return None
-    maps = [call(t.contiguous(), *args[1:], **kwargs) for t in (args[0].mean, args[0].variance, args[0].low, args[0].high)]
+    maps = [
+        call(t.contiguous(), *args[1:], **kwargs) for t in (args[0].mean, args[0].variance, args[0].low, args[0].high)
+    ]
     if isinstance(maps[0], Tensor):
         return Moments(*maps)
     return tuple(Moments(*parts) for parts in zip(*maps, strict=True))

@@ -43,9 +43,8 @@ class Score:
         return next(iter(self.metrics.values()))
 
 
-def scores(metrics: Mapping[str, Any], seconds: Mapping[str, float], recipe: str, grids: str) -> list[Score]:
-    """A score for every network that was evaluated, labelled by what was done to it."""
-    labels = {"fp32_original": "FP32 as loaded", "fp32": f"FP32 of {recipe}", "quantized": f"{grids} {recipe}"}
+def scores(metrics: Mapping[str, Any], seconds: Mapping[str, float], labels: Mapping[str, str]) -> list[Score]:
+    """A score for every network that was evaluated; labels: what the table calls each."""
     return [Score(name, labels[name], metrics[name].compute(), seconds[name]) for name in metrics]
 
 
@@ -61,7 +60,16 @@ def print_table(scores: Sequence[Score], samples: int) -> None:
         print(f"{score.label:<{width}}{shown}{score.value - scores[0].value:>+10.2f}{speed:>10.0f}")
 
 
-def entry(task: str, args: argparse.Namespace, command: str, source: str, model: nn.Module, recipe: str, samples: int, scores: Sequence[Score]) -> dict[str, Any]:
+def entry(
+    task: str,
+    args: argparse.Namespace,
+    command: str,
+    source: str,
+    model: nn.Module,
+    recipe: str,
+    samples: int,
+    scores: Sequence[Score],
+) -> dict[str, Any]:
     """The line to record: what was scored, and all that must be known to repeat it.
 
     command: the command line. source: where the weights are from. model: the network as loaded. recipe: the row's name.
@@ -82,7 +90,9 @@ def entry(task: str, args: argparse.Namespace, command: str, source: str, model:
         "quantized": quantized.value if quantized else None,
         "metrics": {score.network: dict(score.metrics) for score in scores},
         "recipe": recipe,
-        "bits": {"weight": args.bits_weight, "activation": args.bits_activation, "bias": args.bits_bias} if quantized else None,
+        "bits": {"weight": args.bits_weight, "activation": args.bits_activation, "bias": args.bits_bias}
+        if quantized
+        else None,
         "engine": "simulate",
         "command": command,
         "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
@@ -130,7 +140,10 @@ def _commit() -> str | None:
     """The project's commit, with '+' where the code has changed since."""
     try:
         described = subprocess.run(
-            ["git", "-C", _FOLDER, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"], capture_output=True, text=True, check=True
+            ["git", "-C", _FOLDER, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -155,7 +168,9 @@ def read_lines(files: Sequence[Path]) -> list[dict[str, Any]]:
                 line = json.loads(text)
                 line["task"], line["metric"], line["fp32"]
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{str(file)!r}, line {number}, is no result of this project; pass a file that --results wrote") from None
+                raise UserError(
+                    f"{str(file)!r}, line {number}, is no result of this project; pass a file that --results wrote"
+                ) from None
             lines.append(line)
     return lines
 
@@ -164,11 +179,17 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     """A table for each network on each data set; a row for each run, with the command that made it."""
     groups: dict[tuple, list] = {}
     for line in lines:
-        groups.setdefault((line["task"], line["model"], line["weights"], line["data"], line["samples"], line["metric"]), []).append(line)
+        groups.setdefault(
+            (line["task"], line["model"], line["weights"], line["data"], line["samples"], line["metric"]), []
+        ).append(line)
     tables = []
     for (_, model, weights, data, samples, metric), rows in groups.items():
-        tables.append(f"**{model}**, weights {weights}, {samples:,} images of {data}; {metric} in percent, FP32 as loaded {rows[0]['fp32_original']:.2f}\n")
-        tables.append("| row | bits (W/A/bias), grid | FP32 | quantized | change | command |\n|---|---|---|---|---|---|")
+        tables.append(
+            f"**{model}**, weights {weights}, {samples:,} images of {data}; {metric} in percent, FP32 as loaded {rows[0]['fp32_original']:.2f}\n"
+        )
+        tables.append(
+            "| row | bits (W/A/bias), grid | FP32 | quantized | change | command |\n|---|---|---|---|---|---|"
+        )
         tables += [_row(row) for row in rows]
         tables.append("")
     return "\n".join(tables)
@@ -179,7 +200,11 @@ def _row(line: Mapping[str, Any]) -> str:
     shown = "-" if quantized is None else f"{quantized:.2f}"
     change = "-" if quantized is None else f"{quantized - line['fp32_original']:+.2f}"
     bits, flags = line["bits"], line["flags"]
-    grid = f"{bits['weight']}/{bits['activation']}/{bits['bias']} per {'channel' if flags['per_channel'] else 'tensor'}" if bits else "-"
+    grid = (
+        f"{bits['weight']}/{bits['activation']}/{bits['bias']} per {'channel' if flags['per_channel'] else 'tensor'}"
+        if bits
+        else "-"
+    )
     return f"| {line['recipe']} | {grid} | {line['fp32']:.2f} | {shown} | {change} | `{line['command']}` |"
 
 
@@ -195,7 +220,9 @@ def update(readme: Path, tables: str) -> str:
 def main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.results", description="Markdown tables from recorded runs.")
     parser.add_argument("files", type=Path, nargs="+", help="JSON-lines files that --results wrote")
-    parser.add_argument("--update", type=Path, metavar="README", help="file whose tables to replace, instead of printing")
+    parser.add_argument(
+        "--update", type=Path, metavar="README", help="file whose tables to replace, instead of printing"
+    )
     args = parser.parse_args(argv)
     tables = markdown(read_lines(args.files))
     if args.update:
