@@ -131,13 +131,13 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
     journal = Journal()
     probe = spec.probe()
     network = trace(model, spec)
-    for node in weighted_nodes(network):
-        journal.did("found layers", node.target, str(module_of(network, node)))
     with torch.no_grad():
         expected = model(probe)
     check_unchanged("tracing", expected, network, probe)
 
     statistics = fold_batchnorm(network, journal)
+    for node in weighted_nodes(network):
+        journal.did("found layers", node.target, str(module_of(network, node)))
     check_unchanged("BatchNorm folding", expected, network, probe)
     if not statistics:
         refuse_without_statistics(recipe)
@@ -683,8 +683,10 @@ def _feeds_only(model: fx.GraphModule, node: fx.Node, concat: fx.Node) -> bool:
     """Whether every reader of a value, past whatever only moves it, is this concat."""
     return all(
         user is concat
-        or (isinstance(module_of(model, user), _KEEPS_GRID) or user.target in _KEEPS_GRID_FUNCTIONS)
-        and _feeds_only(model, user, concat)
+        or (
+            (isinstance(module_of(model, user), _KEEPS_GRID) or user.target in _KEEPS_GRID_FUNCTIONS)
+            and _feeds_only(model, user, concat)
+        )
         for user in node.users
     )
 

@@ -39,7 +39,9 @@ def read_checkpoint(source: str) -> dict[str, Tensor]:
     except (URLError, OSError) as error:
         raise UserError(f"cannot read weights from {source!r}: {error}; pass --weights with a local file") from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{source!r} is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{source!r} is not a readable PyTorch checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from None
 
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -68,7 +70,9 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> nn.Modu
     ]
     if problems:
         raise UserError(f"checkpoint {source!r} does not fit this network: {'; '.join(problems)}; check --model")
-    model.load_state_dict({key: tensors[key].to(value.dtype) for key, value in wanted.items() if key in tensors}, strict=False)
+    model.load_state_dict(
+        {key: tensors[key].to(value.dtype) for key, value in wanted.items() if key in tensors}, strict=False
+    )
     return model
 
 

@@ -194,7 +194,7 @@ class _MomentsInterpreter(fx.Interpreter):
             )
         elif node.target in _MOVING_FUNCTIONS:
             result = _move(node, args, kwargs)
-        elif node.op == "call_function" and node.target is getattr or node.target in ("size", "dim"):
+        elif (node.op == "call_function" and node.target is getattr) or node.target in ("size", "dim"):
             call = node.target if callable(node.target) else lambda x, *a: getattr(x, node.target)(*a)
             return call(args[0].mean, *args[1:])
         else:

@@ -105,8 +105,11 @@ def entry(
 
 def record(file: Path, line: Mapping[str, Any]) -> None:
     """Append one JSON line, in one write: another run's line is never torn or mixed in."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write results to {str(file)!r}: {error.strerror}") from None
     try:
         os.write(handle, (json.dumps(line) + "\n").encode())
     finally:

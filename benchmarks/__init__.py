@@ -1,0 +1,1 @@
+"""Measurements of time, each a module that prints ratios from interleaved runs."""
