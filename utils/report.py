@@ -1,0 +1,103 @@
+"""Pictures of what networks say about images."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from utils.data import BadSample
+from utils.errors import UserError
+from utils.inputs import InputSpec
+from utils.metrics import ConfusionMatrix
+
+_CAPTION = 16  # height in pixels of the line above a panel
+_GAP = 4  # between two panels
+
+
+def make_folder(folder: Path) -> Path:
+    """Make the folder for pictures, before the work that they are to show."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {str(folder)!r} for pictures ({error.strerror}); pass --report with another") from None
+    return folder
+
+
+def segmentation_pictures(
+    folder: Path,
+    samples: Dataset,
+    networks: Mapping[str, nn.Module],
+    metrics: Mapping[str, ConfusionMatrix],
+    spec: InputSpec,
+    device: torch.device,
+    count: int = 4,
+) -> list[Path]:
+    """Draw image, truth and each network's prediction side by side; returns the PNG files.
+
+    Drawn are the first images, and those where the last network scores worst against the first one
+    (with one network: where it scores worst). networks, metrics: by caption, as they were evaluated
+    on samples.
+    """
+    scores = torch.tensor([metrics[name].per_image for name in networks]).nan_to_num()
+    harm = scores[-1] - scores[0] if len(scores) > 1 else scores[0]
+    scored = range(len(samples))
+    if len(samples) > len(harm):  # unreadable ones were skipped
+        scored = [index for index in scored if not isinstance(samples[index], BadSample)]
+    chosen = {"first": range(min(count, len(harm))), "worst": harm.argsort(stable=True)[:count].tolist()}
+
+    files = []
+    for kind, positions in chosen.items():
+        for rank, position in enumerate(positions, start=1):
+            image, mask = samples[scored[position]]
+            panels = {"image": denormalise(image, spec), "truth": paint_classes(mask)}
+            for name, model, score in zip(networks, networks.values(), scores[:, position], strict=True):
+                with torch.inference_mode():
+                    prediction = model(image[None].to(device)).argmax(dim=1)[0]
+                panels[f"{name}: mIoU {score:.1f}"] = paint_classes(prediction)
+            files.append(folder / f"{kind}_{rank}_{_name(samples, scored[position])}.png")
+            side_by_side(panels).save(files[-1])
+    return files
+
+
+def side_by_side(panels: Mapping[str, Image.Image]) -> Image.Image:
+    """Images in a row, each under its caption."""
+    width = sum(panel.width + _GAP for panel in panels.values()) - _GAP
+    sheet = Image.new("RGB", (width, _CAPTION + max(panel.height for panel in panels.values())), "white")
+    draw, left = ImageDraw.Draw(sheet), 0
+    for caption, panel in panels.items():
+        draw.text((left + 2, 2), caption, fill="black")
+        sheet.paste(panel, (left, _CAPTION))
+        left += panel.width + _GAP
+    return sheet
+
+
+def denormalise(image: Tensor, spec: InputSpec) -> Image.Image:
+    """The picture that a network's input [3, H, W] was made from."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    pixels = (image.cpu() * std + mean).clamp(0, 1) * 255
+    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
+
+
+def paint_classes(mask: Tensor) -> Image.Image:
+    """Class indices [H, W] in the colours of VOC's palette."""
+    return Image.fromarray(voc_palette()[mask.cpu().numpy()])
+
+
+def voc_palette() -> np.ndarray:
+    """[256, 3] uint8: VOC's colour of each class index.
+
+    Bits 0, 3, 6 of the index are the highest bits of red, bits 1, 4, 7 of green, bits 2, 5 of blue.
+    """
+    index = np.arange(256)[:, None]
+    channel = np.arange(3)
+    return sum((index >> (3 * level + channel) & 1) << (7 - level) for level in range(3)).astype(np.uint8)
+
+
+def _name(samples: Dataset, index: int) -> str:
+    if isinstance(samples, Subset):
+        samples, index = samples.dataset, samples.indices[index]
+    return Path(samples.paths[index]).stem
