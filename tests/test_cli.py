@@ -142,6 +142,7 @@ def failure(argv, capsys) -> str:
         (["--quantize", "--clip_weight", "-3"], "'-3' is not a positive number"),
         (["--limit", "0"], "'0' is not a whole number of at least 1"),
         (["--std", "1", "1", "0"], "--std must be positive"),
+        (["--image_size", "1", "2", "3"], "--image_size takes one number, or height and width"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
         (["--device", "abacus"], "unknown --device 'abacus'"),
         (["--results", "/dev/null/runs.jsonl"], "cannot write results"),

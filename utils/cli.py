@@ -32,8 +32,9 @@ def shared_flags() -> argparse.ArgumentParser:
     group.add_argument(
         "--image_size",
         type=_at_least(1),
+        nargs="+",
         metavar="PIXELS",
-        help="resize the short side to this and crop the centre (default: the network's protocol)",
+        help="side, or height and width, of the input: images are scaled to cover it and cropped (default: the network's)",
     )
     group.add_argument(
         "--mean", type=float, nargs=3, metavar="M", help="per-channel mean of pixels in [0, 1] (default: the network's)"
@@ -134,6 +135,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     for flag in ("bits_weight", "bits_activation", "bits_bias"):
         if getattr(args, flag) != parser.get_default(flag) and not args.quantize:
             parser.error(f"--{flag} needs --quantize")
+    if args.image_size and len(args.image_size) > 2:
+        parser.error(f"--image_size takes one number, or height and width, not {len(args.image_size)} numbers")
     if args.std and min(args.std) <= 0:
         parser.error(f"--std must be positive, not {min(args.std)}")
     return args
@@ -142,7 +145,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
 def input_spec(args: argparse.Namespace, spec: InputSpec) -> InputSpec:
     """The network's input, changed as the flags say."""
     if args.image_size:
-        spec = replace(spec, size=(args.image_size, args.image_size), resize=args.image_size)
+        height, width = args.image_size[0], args.image_size[-1]
+        spec = replace(spec, size=(height, width), resize=min(height, width))
     if getattr(args, "resize", None):
         spec = replace(spec, resize=args.resize)
     return replace(spec, mean=tuple(args.mean or spec.mean), std=tuple(args.std or spec.std))

@@ -1,17 +1,18 @@
 """What the tasks are scored by: accumulators that take batches and give percentages."""
 
-from collections.abc import Callable, Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from utils.boxes import BoxCoder, Detections, Objects
 from utils.errors import UserError
+from utils.vision import torchvision
 
 VOID = 255  # the label of pixels that do not count
-
-from utils.boxes import Detections, Objects
-from utils.vision import torchvision
 
 
 class TopK:
@@ -33,6 +34,44 @@ class TopK:
         return {"top1": 100 * self.top1 / self.samples, "top5": 100 * self.top5 / self.samples}
 
 
+class ConfusionMatrix:
+    """Mean IoU over classes and pixel accuracy in percent, from one confusion matrix of all pixels.
+
+    counts: [true class, predicted class]. per_image: mean IoU of each image alone, in percent.
+    A class that is neither there nor predicted has no IoU and stays out of the mean.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.samples = 0
+        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
+        self.per_image: list[float] = []
+
+    def update(self, logits: Tensor, masks: Tensor) -> None:
+        """logits: [N, classes, H, W]; masks: [N, H, W] class indices and VOID."""
+        images, classes, *size = logits.shape
+        if [images, *size] != [*masks.shape]:
+            raise UserError(f"the network's output is {tuple(logits.shape)} for masks of {tuple(masks.shape)}; it must be as large as the image")
+        masks = masks.to(logits.device)
+        image = torch.arange(images, device=logits.device)[:, None, None]
+        cells = (image * classes + masks) * classes + logits.argmax(dim=1)
+        counts = torch.bincount(cells[masks != VOID], minlength=images * classes**2).view(images, classes, classes).cpu()
+        self.samples += images
+        self.counts += counts.sum(dim=0)
+        self.per_image += (100 * iou(counts).nanmean(dim=-1)).tolist()
+
+    def compute(self) -> dict[str, float]:
+        """Percentages by name, the one that counts first."""
+        if not self.counts.any():
+            raise UserError(f"every pixel of the masks is void ({VOID}), so there is nothing to score")
+        return {"miou": 100 * float(iou(self.counts).nanmean()), "pixel_accuracy": 100 * float(self.counts.trace() / self.counts.sum())}
+
+
+def iou(counts: Tensor) -> Tensor:
+    """Intersection over union of each class, [..., C], of confusion matrices [..., C, C]; NaN for a class that is nowhere."""
+    both = counts.diagonal(dim1=-2, dim2=-1)
+    return both / (counts.sum(dim=-1) + counts.sum(dim=-2) - both)
+
+
 @dataclass(frozen=True)
 class Curve:
     """Precision and recall [K] of one class as the threshold falls through the detections' scores [K]."""
@@ -45,46 +84,67 @@ class Curve:
 class MeanAveragePrecision:
     """VOC's mean average precision in percent: by 11 points of recall (voc07), or by area (voc12).
 
-    labels: the network's output for each class name. detect: heads -> Detections of each image.
-    rule: the one that counts, "voc07" or "voc12"; both are given. overlap: intersection over union
-    that a detection must exceed to match.
+    labels: the network's output for each class name. coder: from the network's heads to detections.
+    rule: the one that counts, "voc07" or "voc12"; both are given. reference: the metric of another
+    network, updated with each batch before this one: then scores and boxes are compared to its.
     """
 
-    def __init__(self, labels: Mapping[str, int], detect: Callable[[tuple[Tensor, Tensor]], list[Detections]], rule: str = "voc12", overlap: float = 0.5):
-        self.labels, self.detect, self.rule, self.overlap = dict(labels), detect, rule, overlap
+    def __init__(self, labels: Mapping[str, int], coder: BoxCoder, rule: str = "voc12", reference: MeanAveragePrecision | None = None):
+        self.labels, self.coder, self.rule, self.reference = dict(labels), coder, rule, reference
         self.samples = 0
-        self._objects: dict[int, int] = dict.fromkeys(self.labels.values(), 0)  # how many count, for each label
+        self._counting: dict[int, int] = dict.fromkeys(self.labels.values(), 0)  # objects that are not difficult, by label
         self._found: list[Tensor] = []  # [K, 3] for each image: label, score, whether it is a hit
+        self._last: tuple[Tensor, Tensor] | None = None  # scores and boxes of the last batch
+        self._shifts: list[Tensor] = []  # [2, N * P] for each batch: of scores, of boxes
 
     def update(self, heads: tuple[Tensor, Tensor], targets: list[Objects]) -> None:
         """heads: what the network returns for N images; targets: their N annotations."""
-        for found, objects in zip(self.detect(heads), targets, strict=True):
-            hits, neutral = match(found, objects, self.overlap)
-            counted = torch.stack([found.labels.double(), found.scores.double(), hits.double()], 1)
-            self._found.append(counted[~neutral])
-            for label in objects.labels[~objects.difficult].tolist():
-                self._objects[label] += 1
-        self.samples += len(targets)
+        self._last = self.coder.decode(heads)
+        for found, objects in zip(self.coder.choose(*self._last), targets, strict=True):
+            self.add(found, objects)
+        if self.reference:
+            moved = [(mine - theirs).abs().amax(-1).flatten() for mine, theirs in zip(self._last, self.reference._last, strict=True)]
+            self._shifts.append(torch.stack(moved))
+
+    def add(self, found: Detections, objects: Objects) -> None:
+        """Count the detections of one image."""
+        hits, neutral = match(found, objects)
+        counted = torch.stack([found.labels.double(), found.scores.double(), hits.double()], 1)
+        self._found.append(counted[~neutral])
+        for label in objects.labels[~objects.difficult].tolist():
+            self._counting[label] += 1
+        self.samples += 1
 
     def compute(self) -> dict[str, float]:
         """Percentages by name, the one that counts first; then each class with its rule.
 
-        The mean is over the classes of which the images hold an object that is not difficult.
+        The mean is over the classes of which the images hold an object that is not difficult. With a
+        reference, shifts are over all priors: the largest of a prior's class scores, and of its box's
+        edges in percent of the image's side.
         """
-        hits = {name: self._hits(label)[0] for name, label in self.labels.items() if self._objects[label]}
-        by_rule = {rule: {name: area(found, self._objects[self.labels[name]]) for name, found in hits.items()} for rule, area in RULES.items()}
-        means = {rule: 100 * sum(each.values()) / max(len(each), 1) for rule, each in by_rule.items()}
-        classes = {f"ap {name}": 100 * precision for name, precision in by_rule[self.rule].items()}
-        return {"map": means[self.rule]} | {f"map_{rule}": mean for rule, mean in means.items()} | classes
+        if not any(self._counting.values()):
+            raise UserError("the images hold no object that counts, so there is nothing to score; pass other images, or more with --limit")
+        curves = {name: self._hits(label)[0] for name, label in self._scored().items()}
+        by_rule = {rule: {name: 100 * area(hits, self._counting[self.labels[name]]) for name, hits in curves.items()} for rule, area in RULES.items()}
+        means = {rule: sum(each.values()) / len(each) for rule, each in by_rule.items()}
+        scores = {"map": means[self.rule]} | {f"map_{rule}": mean for rule, mean in means.items()}
+        scores |= {f"ap_{name}": precision for name, precision in by_rule[self.rule].items()}
+        if self._shifts:
+            for kind, shift in zip(("score", "box"), 100 * torch.cat(self._shifts, 1), strict=True):
+                percentile = shift.kthvalue(-(-99 * len(shift) // 100)).values
+                scores |= {f"{kind}_shift_mean": float(shift.mean()), f"{kind}_shift_p99": float(percentile)}
+        return scores
 
     def curves(self) -> dict[str, Curve]:
         """Precision and recall of each class of which the images hold an object that is not difficult."""
         curves = {}
-        for name, label in self.labels.items():
-            if self._objects[label]:
-                hits, scores = self._hits(label)
-                curves[name] = Curve(_precision(hits), hits.cumsum(0) / self._objects[label], scores)
+        for name, label in self._scored().items():
+            hits, scores = self._hits(label)
+            curves[name] = Curve(_precision(hits), hits.cumsum(0) / self._counting[label], scores)
         return curves
+
+    def _scored(self) -> dict[str, int]:
+        return {name: label for name, label in self.labels.items() if self._counting[label]}
 
     def _hits(self, label: int) -> tuple[Tensor, Tensor]:
         """Whether each detection of a class is a hit, and its score, by falling score; ties in the images' order."""
@@ -94,7 +154,7 @@ class MeanAveragePrecision:
         return found[order, 2] > 0, scores
 
 
-def match(found: Detections, objects: Objects, overlap: float) -> tuple[Tensor, Tensor]:
+def match(found: Detections, objects: Objects, overlap: float = 0.5) -> tuple[Tensor, Tensor]:
     """Which detections [K] of one image are hits, and which are neutral (VOC development kit).
 
     A detection goes for the object of its class that it overlaps most. If by more than `overlap`, it is a hit
@@ -135,44 +195,6 @@ def _precision(hits: Tensor) -> Tensor:
 def _best_beyond(hits: Tensor) -> Tensor:
     """The best precision at each detection or after it."""
     return _precision(hits).flip(0).cummax(0).values.flip(0)
-
-
-class ConfusionMatrix:
-    """Mean IoU over classes and pixel accuracy in percent, from one confusion matrix of all pixels.
-
-    counts: [true class, predicted class]. per_image: mean IoU of each image alone, in percent.
-    A class that is neither there nor predicted has no IoU and stays out of the mean.
-    """
-
-    def __init__(self, classes: int) -> None:
-        self.samples = 0
-        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
-        self.per_image: list[float] = []
-
-    def update(self, logits: Tensor, masks: Tensor) -> None:
-        """logits: [N, classes, H, W]; masks: [N, H, W] class indices and VOID."""
-        images, classes, *size = logits.shape
-        if [images, *size] != [*masks.shape]:
-            raise UserError(f"the network's output is {tuple(logits.shape)} for masks of {tuple(masks.shape)}; it must be as large as the image")
-        masks = masks.to(logits.device)
-        image = torch.arange(images, device=logits.device)[:, None, None]
-        cells = (image * classes + masks) * classes + logits.argmax(dim=1)
-        counts = torch.bincount(cells[masks != VOID], minlength=images * classes**2).view(images, classes, classes).cpu()
-        self.samples += images
-        self.counts += counts.sum(dim=0)
-        self.per_image += (100 * iou(counts).nanmean(dim=-1)).tolist()
-
-    def compute(self) -> dict[str, float]:
-        """Percentages by name, the one that counts first."""
-        if not self.counts.any():
-            raise UserError(f"every pixel of the masks is void ({VOID}), so there is nothing to score")
-        return {"miou": 100 * float(iou(self.counts).nanmean()), "pixel_accuracy": 100 * float(self.counts.trace() / self.counts.sum())}
-
-
-def iou(counts: Tensor) -> Tensor:
-    """Intersection over union of each class, [..., C], of confusion matrices [..., C, C]; NaN for a class that is nowhere."""
-    both = counts.diagonal(dim1=-2, dim2=-1)
-    return both / (counts.sum(dim=-1) + counts.sum(dim=-2) - both)
 
 
 def sqnr(reference: Tensor, noisy: Tensor) -> float:

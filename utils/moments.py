@@ -144,7 +144,7 @@ _MOVING = (
 _MOVING_FUNCTIONS = {
     *(operator.getitem, torch.chunk, torch.split, torch.transpose, torch.permute, torch.reshape, torch.unsqueeze),
     *(torch.squeeze, torch.flatten, F.interpolate, F.pad),
-    *("chunk", "split", "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "expand", "contiguous"),
+    *("chunk", "split", "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "expand", "contiguous", "unflatten", "flatten"),
 }
 
 

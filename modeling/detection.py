@@ -1,0 +1,78 @@
+"""Detection networks by name, with their weights and what they take as input."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from modeling.checkpoint import fit, read_checkpoint
+from modeling.factory import build_from_factory, near_matches
+from modeling.mobilenet_v2 import to_torchvision_layout
+from modeling.ssd_lite import SPEC, WEIGHTS, SSDLite, ssd_lite
+from modeling.torchvision_models import download, official_weights
+from utils.boxes import BoxCoder, PriorSpec, to_centres
+from utils.errors import UserError
+from utils.inputs import InputSpec
+from utils.vision import torchvision
+
+NAMES = ("ssd_lite_mobilenet_v2",)
+TORCHVISION_NAMES = ("ssdlite320_mobilenet_v3_large", "ssd300_vgg16")
+
+
+class RawHeads(nn.Module):
+    """One of torchvision's single-shot detectors up to its heads: class logits [N, P, classes] and box offsets [N, P, 4].
+
+    Its own preprocessing is the InputSpec, its anchors and choice of detections are coder().
+    """
+
+    def __init__(self, ssd: nn.Module):
+        super().__init__()
+        self.backbone, self.head = ssd.backbone, ssd.head
+        self.anchors = ssd.anchor_generator
+        self.choice = {"min_score": ssd.score_thresh, "overlap": ssd.nms_thresh, "candidates": ssd.topk_candidates, "keep": ssd.detections_per_img}
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self.head(list(self.backbone(images).values()))
+        return heads["cls_logits"], heads["bbox_regression"]
+
+    def coder(self, size: tuple[int, int]) -> BoxCoder:
+        """The priors for images of that height and width, and how torchvision chooses detections."""
+        images = torch.zeros(1, 3, *size)
+        with torch.inference_mode():
+            maps = list(self.backbone(images).values())
+            corners = self.anchors(torchvision.models.detection.image_list.ImageList(images, [size]), maps)[0]
+        height, width = size
+        return BoxCoder(to_centres(corners / torch.tensor([width, height, width, height])), clip=True, **self.choice)
+
+
+def build_detector(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
+    """The network in eval mode, its input, and where its weights are from.
+
+    It takes images [N, 3, H, W] to raw heads: logits [N, priors, classes], class 0 the background, and
+    offsets [N, priors, 4]; box_coder() makes boxes of them.
+    name: one of NAMES, 'torchvision:NAME' or 'package.module:factory'.
+    weights: path or URL of a checkpoint; None: the official ones (a factory's own).
+    """
+    kind, _, rest = name.partition(":")
+    if name in NAMES:
+        source = weights or WEIGHTS
+        tensors = to_torchvision_layout(read_checkpoint(source))
+        return fit(ssd_lite(tensors), tensors, source).eval(), SPEC, source
+    if kind == "torchvision":
+        return _from_torchvision(rest, weights)
+    if rest:
+        model = build_from_factory(name, weights).eval()
+        _check_heads(model, SPEC, name)
+        return model, SPEC, weights or name
+    choices = (*NAMES, *(f"torchvision:{known}" for known in TORCHVISION_NAMES), "package.module:factory")
+    raise UserError(f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(choices)}")
+
+
+def box_coder(model: nn.Module, spec: InputSpec) -> BoxCoder:
+    """How a network's heads become boxes: by its coder(size), or the standard SSD-Lite's where a user's own has none."""
+    standard = SSDLite.coder
+    return model.coder(spec.size) if hasattr(model, "coder") else standard
+
+
+def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
+    pass
