@@ -6,6 +6,7 @@ from torch import nn
 
 from modeling.checkpoint import check_finite
 from modeling.classification import build_classifier
+from modeling.detection import box_coder, build_detector
 from modeling.segmentation import build_segmenter
 from utils.inputs import InputSpec
 
@@ -20,7 +21,7 @@ class Network:
     weights: str
 
 
-_BUILDERS = {"classification": build_classifier, "segmentation": build_segmenter}
+_BUILDERS = {"classification": build_classifier, "segmentation": build_segmenter, "detection": build_detector}
 
 
 def build_model(name: str, weights: str | None = None, task: str = "classification") -> Network:

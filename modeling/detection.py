@@ -1,6 +1,6 @@
 """Detection networks by name, with their weights and what they take as input."""
 
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from modeling.checkpoint import fit, read_checkpoint
 from modeling.factory import build_from_factory, near_matches
 from modeling.mobilenet_v2 import to_torchvision_layout
-from modeling.ssd_lite import SPEC, WEIGHTS, SSDLite, ssd_lite
+from modeling.ssd_lite import SPEC, WEIGHTS, ssd_coder, ssd_lite
 from modeling.torchvision_models import download, official_weights
 from utils.boxes import BoxCoder, PriorSpec, to_centres
 from utils.errors import UserError
@@ -69,10 +69,46 @@ def build_detector(name: str, weights: str | None) -> tuple[nn.Module, InputSpec
 
 
 def box_coder(model: nn.Module, spec: InputSpec) -> BoxCoder:
-    """How a network's heads become boxes: by its coder(size), or the standard SSD-Lite's where a user's own has none."""
-    standard = SSDLite.coder
-    return model.coder(spec.size) if hasattr(model, "coder") else standard
+    """How a network's heads become boxes: by its coder(size), or the standard SSD-Lite's if it is a user's own that has none."""
+    return model.coder(spec.size) if hasattr(model, "coder") else ssd_coder(PriorSpec(), spec.size)
 
 
 def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
-    pass
+    detection = torchvision.models.detection
+    if name not in TORCHVISION_NAMES:
+        official_weights(name, detection, "detection")  # which refuses what is no network at all
+        raise UserError(
+            f"torchvision:{name} finds boxes inside the network, so it cannot be quantized; choose from torchvision:{', torchvision:'.join(TORCHVISION_NAMES)}"
+        )
+    official = official_weights(name, detection, "detection")
+    tensors = read_checkpoint(weights) if weights else download(official, name)
+    build = getattr(detection, name)
+    ssd = build(weights=None, weights_backbone=None, num_classes=_classes(tensors, len(official.meta["categories"])))
+    transform = fit(ssd, tensors, weights or official.url).transform
+    spec = InputSpec(transform.fixed_size[::-1], min(transform.fixed_size), "bilinear", tuple(transform.image_mean), tuple(transform.image_std))
+    return RawHeads(ssd).eval(), spec, weights or f"torchvision {official}"
+
+
+def _classes(tensors: Mapping[str, Tensor], default: int) -> int:
+    """The classes that a checkpoint of torchvision's is for, background included, by the last biases of its two heads."""
+    kinds = ("head.classification_head.", "head.regression_head.")
+    biases = [[value.shape[0] for key, value in tensors.items() if key.startswith(kind) and key.endswith(".bias")] for kind in kinds]
+    return biases[0][-1] * 4 // biases[1][-1] if all(biases) else default
+
+
+def _check_heads(model: nn.Module, spec: InputSpec, place: str) -> None:
+    """Refuse a user's own network that does not return the heads of the priors that it is to have."""
+    priors = len(box_coder(model, spec).priors)
+    try:
+        with torch.inference_mode():
+            heads = model(torch.zeros(spec.shape()))
+    except Exception as error:  # the user's code may raise anything
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{place} fails on images of shape {spec.shape()}: {type(error).__name__}: {reason}") from error
+    wanted = (
+        f"a detector must return class logits [N, {priors}, classes] and box offsets [N, {priors}, 4], for the priors of its coder(size) or SSD-Lite's 3,000"
+    )
+    if not (isinstance(heads, tuple | list) and len(heads) == 2 and all(isinstance(head, Tensor) for head in heads)):
+        raise UserError(f"{place} returns {type(heads).__name__}; {wanted}")
+    if heads[0].dim() != 3 or heads[0].shape[1] != priors or heads[1].shape[1:] != (priors, 4):
+        raise UserError(f"{place} returns {tuple(heads[0].shape)} and {tuple(heads[1].shape)}; {wanted}")

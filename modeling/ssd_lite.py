@@ -16,7 +16,7 @@ WEIGHTS = "https://storage.googleapis.com/models-hao/mb2-ssd-lite-mp-0_686.pth" 
 
 EXTRAS = ((256, 512), (128, 256), (128, 256), (64, 64))  # hidden and output channels of the blocks after the backbone
 _TAP = 14  # the block whose expansion is the first feature map, at stride 16
-_BACKBONE_STRIDES = 5  # layers of stride 2 in the backbone, the last of them in block _TAP
+_FIRST_HALVINGS = 4  # layers of stride 2 before the tap; one more before each further feature map
 
 
 class SSDLite(nn.Module):
@@ -62,10 +62,15 @@ class SSDLite(nn.Module):
         return maps
 
     def coder(self, size: tuple[int, int]) -> BoxCoder:
-        """The priors for images of that height and width, and how the project's authors choose detections."""
-        halvings = range(_BACKBONE_STRIDES - 1, _BACKBONE_STRIDES + 1 + len(self.extras))
-        maps = [tuple(-(-side // 2**k) for side in size) for k in halvings]
-        return BoxCoder(make_priors(self.priors, maps, size))
+        """The priors for images of that height and width, and how detections are chosen."""
+        return ssd_coder(self.priors, size)
+
+
+def ssd_coder(priors: PriorSpec, size: tuple[int, int]) -> BoxCoder:
+    """The coder for feature maps of stride 16, 32, ... of images of that height and width."""
+    halvings = range(_FIRST_HALVINGS, _FIRST_HALVINGS + len(priors.strides))
+    maps = [tuple(-(-side // 2**halved) for side in size) for halved in halvings]
+    return BoxCoder(make_priors(priors, maps, size))
 
 
 def ssd_lite(tensors: Mapping[str, Tensor]) -> SSDLite:

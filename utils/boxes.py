@@ -5,6 +5,7 @@ resizing scales both axes on its own, and intersection over union does not chang
 Corner form is x1, y1, x2, y2; centre form is centre x, centre y, width, height.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -106,7 +107,7 @@ class BoxCoder:
         """Predicted offsets [..., P, 4] as boxes in corner form."""
         priors = self.priors.to(offsets.device)
         centre = priors[:, :2] + offsets[..., :2] * self.centre_variance * priors[:, 2:]
-        growth = (offsets[..., 2:] * self.size_variance).clamp(max=4.0)  # beyond 55 times its prior no box fits the image
+        growth = (offsets[..., 2:] * self.size_variance).clamp(max=math.log(1000 / 16))  # torchvision's bound; an exp must not overflow
         boxes = to_corners(torch.cat([centre, growth.exp() * priors[:, 2:]], -1))
         return boxes.clamp(0, 1) if self.clip else boxes
 
