@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 IMAGE_SIZES = {"classification": 64, "segmentation": 160, "detection": 160}  # side of each network's input, in pixels
-MODELS = {"classification": "mobilenet_v2", "segmentation": "deeplabv3plus_mobilenet_v2", "detection": "mb2_ssd_lite"}
+MODELS = {"classification": "mobilenet_v2", "segmentation": "deeplabv3plus_mobilenet_v2", "detection": "ssd_lite_mobilenet_v2"}
 SCENES = {"classification": "classification", "segmentation": "voc", "detection": "voc"}
 RESIZED = 73  # short side before the classifier's centre crop: ImageNet's 256 to 224
 

@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES = {
-    "classification": Recipe(images=500, size=(96, 96), objects=(1, 1), radius=(0.28, 0.48), clutter=1),
+    "classification": Recipe(images=500, size=(96, 96), objects=(1, 1), radius=(0.3, 0.48), clutter=1),
     "voc": Recipe(images=100, size=(160, 200), objects=(1, 5), radius=(0.16, 0.34), clutter=2),
 }
 

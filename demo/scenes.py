@@ -15,7 +15,7 @@ from numpy.random import Generator
 from PIL import Image, ImageFilter
 
 SUPERSAMPLE = 2  # rays per pixel and axis
-USUAL = 0.75  # share of the objects that have their class's usual colour, and of those with its usual pattern
+USUAL = 0.85  # share of the objects that have their class's usual colour, and of those with its usual pattern
 TILT = 0.7  # radians
 PATTERNS = ("plain", "stripes", "spots", "checks", "marble")
 VOID = 255  # label of the pixels along an outline, which nobody scores
@@ -87,9 +87,9 @@ def _rod(p: ndarray, half_length: float, radius: float) -> ndarray:
 
 
 def _spire(across: ndarray, y: ndarray) -> ndarray:
-    """What narrows from a base at y = -0.5 to a point at y = 0.9."""
+    """What narrows from a base at y = -0.35 to a point at y = 0.9."""
     run, rise = 2 / 5**0.5, 1 / 5**0.5
-    return np.maximum(across * run + (y - 0.9) * rise, -0.5 - y)
+    return np.maximum(across * run + (y - 0.9) * rise, -0.35 - y)
 
 
 def _length(x: ndarray, y: ndarray, z: ndarray) -> ndarray:
@@ -162,7 +162,7 @@ def draw_scene(seed: tuple[int, ...], size: tuple[int, int], classes: tuple[int,
     for number, index in enumerate(classes, start=1):
         centre, reach = _free_place(rng, size, radius, placed)
         placed.append((centre, reach))
-        hue = (index + rng.normal(scale=0.3)) / len(CLASSES) if rng.random() < USUAL else rng.random()
+        hue = (index + rng.normal(scale=0.25)) / len(CLASSES) if rng.random() < USUAL else rng.random()
         pattern = PATTERNS[index % len(PATTERNS)] if rng.random() < USUAL else rng.choice(PATTERNS)
         areas.append(canvas.put(SHAPES[CLASSES[index]], number, centre, reach, _random_texture(rng, hue, pattern)))
     for _ in range(covering):
@@ -265,7 +265,7 @@ class _Canvas:
         picture = picture * rng.uniform(0.88, 1.12, 3).astype(np.float32) * np.float32(rng.uniform(0.75, 1.15))
         picture = np.clip(picture, 0, 1) ** np.float32(1 / 1.8)
         image = Image.fromarray((255 * picture).astype(np.uint8)).filter(ImageFilter.GaussianBlur(float(rng.choice([0, 0, 0.5, 0.9]))))
-        noise = rng.standard_normal(picture.shape, np.float32) * np.float32(255 * rng.uniform(0, 0.03))
+        noise = rng.standard_normal(picture.shape, np.float32) * np.float32(255 * rng.uniform(0, 0.025))
         return np.clip(np.asarray(image, np.float32) + noise, 0, 255).astype(np.uint8)
 
 
