@@ -1,6 +1,7 @@
 """Pictures of what networks say about images."""
 
-from collections.abc import Mapping
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from utils.boxes import BoxCoder
 from utils.data import BadSample
 from utils.errors import UserError
 from utils.inputs import InputSpec
-from utils.metrics import ConfusionMatrix
+from utils.metrics import ConfusionMatrix, MeanAveragePrecision
 
 _CAPTION = 16  # height in pixels of the line above a panel
 _GAP = 4  # between two panels
+_SHOWN = 0.3  # score from which a detection is drawn
 
 
 def make_folder(folder: Path) -> Path:
@@ -61,6 +64,65 @@ def segmentation_pictures(
             files.append(folder / f"{kind}_{rank}_{_name(samples, scored[position])}.png")
             side_by_side(panels).save(files[-1])
     return files
+
+
+def detection_pictures(
+    folder: Path,
+    samples: Dataset,
+    networks: Mapping[str, nn.Module],
+    coder: BoxCoder,
+    labels: Mapping[str, int],
+    spec: InputSpec,
+    device: torch.device,
+    count: int = 8,
+) -> list[Path]:
+    """Draw the annotated objects and each network's detections side by side; returns the PNG files.
+
+    Drawn are images evenly spread over samples, and detections that a user would trust: scores of
+    0.3 and more. networks: by caption. labels: the network's output for each class name.
+    """
+    names = {label: name for name, label in labels.items()}
+    files = []
+    for index in range(0, len(samples), max(1, len(samples) // count)):
+        if len(files) == count or isinstance(sample := samples[index], BadSample):
+            continue
+        image, objects = sample
+        picture = denormalise(image, spec)
+        marks = [" (difficult)" if difficult else "" for difficult in objects.difficult.tolist()]
+        captions = [names[label] + mark for label, mark in zip(objects.labels.tolist(), marks, strict=True)]
+        panels = {"truth": draw_boxes(picture, objects.boxes, objects.labels, captions)}
+        for name, model in networks.items():
+            with torch.inference_mode():
+                found = coder.detect(model(image[None].to(device)))[0]
+            shown = [i for i, score in enumerate(found.scores.tolist()) if score >= _SHOWN and int(found.labels[i]) in names]
+            captions = [f"{names[int(found.labels[i])]} {found.scores[i]:.2f}" for i in shown]
+            panels[name] = draw_boxes(picture, found.boxes[shown], found.labels[shown], captions)
+        files.append(folder / f"{len(files) + 1}_{_name(samples, index)}.png")
+        side_by_side(panels).save(files[-1])
+    return files
+
+
+def draw_boxes(picture: Image.Image, boxes: Tensor, labels: Tensor, captions: Sequence[str]) -> Image.Image:
+    """A copy of the picture with captioned boxes [K, 4] (corners as fractions) in the colours of their labels [K]."""
+    picture = picture.copy()
+    draw, size = ImageDraw.Draw(picture), torch.tensor([picture.width, picture.height] * 2)
+    for corners, label, caption in reversed(list(zip((boxes * size).tolist(), labels.tolist(), captions, strict=True))):  # the best on top
+        left, top, right, bottom = corners
+        colour = tuple(voc_palette()[label].tolist())
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
+        draw.text((max(left, 0) + 3, max(top, 0) + 2), caption, fill="white", stroke_width=1, stroke_fill=colour)
+    return picture
+
+
+def write_curves(file: Path, metrics: Mapping[str, MeanAveragePrecision]) -> None:
+    """Precision and recall of every class and network at each of its detections' scores, as CSV."""
+    with file.open("w", newline="", encoding="utf-8") as text:
+        rows = csv.writer(text)
+        rows.writerow(("network", "class", "score", "precision", "recall"))
+        for network, metric in metrics.items():
+            for name, curve in metric.curves().items():
+                points = torch.stack([curve.scores, curve.precision, curve.recall], 1).tolist()
+                rows.writerows((network, name, *(f"{value:.6f}" for value in point)) for point in points)
 
 
 def side_by_side(panels: Mapping[str, Image.Image]) -> Image.Image:
