@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -235,17 +234,23 @@ def test_the_demo_opens(task: str, few_scenes: None, tmp_path: Path):
         network.model(torch.zeros(1, 3, side, side))
 
 
-def test_damaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    folder = Path(weights.__file__).parent
-    for file in ("classification.pth", "SHA256SUMS"):
-        shutil.copy(folder / file, tmp_path)
+def test_stored_weights_come_back_and_damaged_ones_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(weights, "_FOLDER", tmp_path)
     monkeypatch.setattr(weights, "_HASHES", tmp_path / "SHA256SUMS")
-    assert weights.checked("classification") == tmp_path / "classification.pth"
-    with (tmp_path / "classification.pth").open("ab") as file:
-        file.write(b"x")
+    model, log = torch.nn.BatchNorm2d(3), tmp_path / "log"
+    log.write_text("{}\n")
+    weights.store("detection", model, log)
+    weights.store("classification", model, log)
+
+    file = weights.checked("classification")
+    tensors = torch.load(file, weights_only=True)
+    assert tensors["weight"].dtype == torch.float16
+    torch.testing.assert_close(tensors["weight"].float(), model.weight.detach())
+    with file.open("ab") as damaged:
+        damaged.write(b"x")
     with pytest.raises(UserError, match="damaged"):
         weights.checked("classification")
-    (tmp_path / "classification.pth").unlink()
+    file.unlink()
     with pytest.raises(UserError, match="not there"):
         weights.checked("classification")
+    assert weights.checked("detection").name == "detection.pth"

@@ -16,10 +16,10 @@ _HASHES = _FOLDER / "SHA256SUMS"  # in the format of the program sha256sum
 def checked(task: str) -> Path:
     """The task's weights file, if it is the one that was trained."""
     file = _FOLDER / f"{task}.pth"
-    hashes = dict(reversed(line.split()) for line in _HASHES.read_text().splitlines())
-    remedy = "restore it (git checkout demo/weights), or pass --weights with a file of your own"
-    if not file.is_file():
-        raise UserError(f"the demo's weights {str(file)!r} are not there; {remedy}")
+    remedy = "restore it (git checkout demo/weights), or pass --weights and --data of your own"
+    if not file.is_file() or not _HASHES.is_file():
+        raise UserError(f"the demo's weights {str(file)!r} or their {_HASHES.name} are not there; {remedy}")
+    hashes = {line.split()[-1]: line.split()[0] for line in _HASHES.read_text(errors="replace").splitlines() if line.split()}
     if hashlib.sha256(file.read_bytes()).hexdigest() != hashes.get(file.name):
         raise UserError(f"the demo's weights {str(file)!r} are damaged (their SHA-256 is not the one in {_HASHES.name}); {remedy}")
     return file
