@@ -702,9 +702,9 @@ def quantizer_before(model: fx.GraphModule, node: fx.Node) -> Quantizer | None:
 # ------------------------------------------------------------------------------------ simulation
 
 
-def to_evaluate(quantized: Quantized, recipe: Recipe) -> dict[str, nn.Module]:
-    """The networks of a row, besides the one that was loaded, in the form that runs fastest."""
-    networks: dict[str, nn.Module] = {}
+def to_evaluate(loaded: nn.Module, quantized: Quantized, recipe: Recipe) -> dict[str, nn.Module]:
+    """The networks of a row, the loaded one first, by the names of Recipe.labels; in the form that runs fastest."""
+    networks = {"fp32_original": loaded}
     if recipe.changes_float or quantized.simulated is None:
         networks["fp32"] = quantized.float
     if quantized.simulated is not None:

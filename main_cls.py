@@ -3,17 +3,15 @@
 import argparse
 from collections.abc import Sequence
 
-import torch
-
+import demo
 import dfq
 from modeling import build_model
 from utils import cli, results
 from utils.data import batches, evenly, image_folder
-from utils.engine import evaluate, tune_allocator
-from utils.errors import UserError
+from utils.engine import evaluate
 from utils.metrics import TopK
 
-PROGRAM = "main_cls.py"
+PROGRAM, TASK = "main_cls.py", "classification"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -21,32 +19,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default="mobilenet_v2",
-        help="mobilenet_v2 (default), resnet18, efficientnet_lite0, torchvision:NAME, timm:NAME or package.module:factory",
+        metavar="NAME",
+        help="mobilenet_v2 (default), resnet18, efficientnet_lite0, torchvision:NAME, timm:NAME, package.module:factory",
     )
     parser.add_argument(
-        "--split",
-        default="val",
-        help="sub-folder of --data that holds the class folders, if there is one (default: val)",
+        "--split", default="val", help="sub-folder of --data with the class folders, where there is one (default: val)"
     )
     parser.add_argument(
         "--resize",
-        type=int,
+        type=cli.at_least(1),
         metavar="PIXELS",
-        help="short side before the centre crop (default: --image_size, or the network's)",
+        help="short side before the centre crop (default: as --image_size, or the network's)",
     )
     return cli.check(parser, parser.parse_args(argv))
 
 
 def main(argv: Sequence[str] | None) -> None:
-    args = parse_args(argv)
-    device = cli.open_device(args.device)
-    results.check_writable(args.results)
-    if args.data is None:
-        raise UserError("no data to evaluate on; pass --data with ImageNet's folder or one folder of images per class")
-    torch.manual_seed(args.seed)
-    tune_allocator()
+    args = cli.with_demo(parse_args(argv), lambda: demo.open(TASK))
+    device = cli.prepare(args)
 
-    network = build_model(args.model, args.weights)
+    network = build_model(args.model, args.weights, TASK)
     spec = cli.input_spec(args, network.spec)
     recipe = dfq.Recipe.of(args)
     quantized = dfq.quantize_data_free(network.model, spec, recipe)
@@ -54,28 +46,15 @@ def main(argv: Sequence[str] | None) -> None:
     print(f"{network.name}, weights {network.weights}; {len(samples):,} images of {args.data}; {recipe}")
     print(quantized.journal.report(args.verbose))
 
-    networks = {"fp32_original": network.model, **dfq.to_evaluate(quantized, recipe)}
+    networks = dfq.to_evaluate(network.model, quantized, recipe)
     metrics = {name: TopK() for name in networks}
-    seconds = evaluate(
-        networks, batches(samples, args.batch_size, args.workers, args.seed), metrics, device, args.skip_bad_images
-    )
+    loader = batches(samples, args.batch_size, args.workers, args.seed)
+    seconds = evaluate(networks, loader, metrics, device, args.skip_bad_images)
 
     scores = results.scores(metrics, seconds, recipe.labels)
-    counted = metrics["fp32_original"].samples
-    results.print_table(scores, counted)
-    results.record(
-        args.results,
-        results.entry(
-            "classification",
-            args,
-            cli.command(PROGRAM, argv),
-            network.weights,
-            network.model,
-            str(recipe),
-            counted,
-            scores,
-        ),
-    )
+    results.print_table(scores, metrics)
+    entry = results.entry(TASK, args, cli.command(PROGRAM, argv), network, str(recipe), metrics, scores)
+    results.record(args.results, entry)
 
 
 if __name__ == "__main__":

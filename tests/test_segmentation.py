@@ -306,7 +306,7 @@ def test_unusable_mask_names_its_file_and_can_be_skipped(tmp_path, spoil, reason
     spoil(root)
     samples, _ = voc_segmentation(str(root), None, SPEC, 3)
     assert isinstance(samples[1], BadSample)
-    model, metric = nn.Conv2d(3, 3, 1), ConfusionMatrix(3)
+    model, metric = nn.Conv2d(3, 3, 1), ConfusionMatrix("abc")
     with pytest.raises(UserError, match=reason) as error:
         evaluate({"x": model}, batches(samples, 3, 0, 0), {"x": metric}, CPU)
     assert "\n" not in str(error.value)
@@ -324,7 +324,7 @@ def one_hot(classes: Tensor, count: int) -> Tensor:
 def test_miou_by_hand():
     truth = torch.tensor([[[0, 0, 0, 1], [1, 1, VOID, VOID]]], dtype=torch.uint8)
     predicted = torch.tensor([[[0, 0, 1, 1], [1, 2, 2, 0]]])
-    metric = ConfusionMatrix(4)
+    metric = ConfusionMatrix("abcd")
     metric.update(one_hot(predicted, 4), truth)
     expected = [2 / 3, 2 / 4, 0 / 1]  # class 2 is never right; class 3 is nowhere and does not count
     assert iou(metric.counts)[:3].tolist() == pytest.approx(expected) and iou(metric.counts)[3].isnan()
@@ -336,7 +336,7 @@ def test_miou_by_hand():
 def test_confusion_matrix_is_that_of_all_pixels_however_batched():
     predicted, truth = torch.randint(5, (6, 9, 7)), torch.randint(5, (6, 9, 7)).to(torch.uint8)
     truth[torch.rand(truth.shape) < 0.2] = VOID
-    whole, streamed = ConfusionMatrix(5), ConfusionMatrix(5)
+    whole, streamed = ConfusionMatrix("abcde"), ConfusionMatrix("abcde")
     whole.update(one_hot(predicted, 5), truth)
     for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
         streamed.update(one_hot(predicted[part], 5), truth[part])
@@ -344,15 +344,15 @@ def test_confusion_matrix_is_that_of_all_pixels_however_batched():
     pairs = 5 * truth.numpy()[valid].astype(int) + predicted.numpy()[valid]
     assert np.array_equal(streamed.counts.numpy(), np.bincount(pairs, minlength=25).reshape(5, 5))
     assert torch.equal(whole.counts, streamed.counts) and whole.per_image == streamed.per_image
-    single = ConfusionMatrix(5)
+    single = ConfusionMatrix("abcde")
     single.update(one_hot(predicted[2:3], 5), truth[2:3])
     assert single.compute()["miou"] == pytest.approx(streamed.per_image[2])
 
 
 def test_metric_refuses_what_it_cannot_score():
     with pytest.raises(UserError, match="it must be as large as the image"):
-        ConfusionMatrix(3).update(torch.rand(1, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.uint8))
-    void = ConfusionMatrix(3)
+        ConfusionMatrix("abc").update(torch.rand(1, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.uint8))
+    void = ConfusionMatrix("abc")
     void.update(torch.rand(1, 3, 4, 4), torch.full((1, 4, 4), VOID, dtype=torch.uint8))
     with pytest.raises(UserError, match="every pixel of the masks is void"):
         void.compute()
@@ -386,7 +386,7 @@ def test_pictures_show_the_first_images_and_the_worst(tmp_path):
     (root / "JPEGImages/0001.png").write_bytes(b"no picture")
     samples = evenly(voc_segmentation(str(root), None, SPEC, 3)[0], 5)
     networks = {"FP32": Thirds(), "INT8": Thirds(limit=1.0)}
-    metrics = {name: ConfusionMatrix(3) for name in networks}
+    metrics = {name: ConfusionMatrix("abc") for name in networks}
     evaluate(networks, batches(samples, 2, 0, 0), metrics, CPU, skip_bad_images=True)
     assert metrics["FP32"].compute()["miou"] == 100 and metrics["INT8"].per_image == [100, 100, 0, 100]
 
@@ -418,7 +418,7 @@ def test_real_checkpoint_scores_and_measures_as_it_did_upstream(shared):
     inputs = []
     norm = network.model.aspp.aspp2.bn
     norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    metric = ConfusionMatrix(11)
+    metric = ConfusionMatrix("abcdefghijk")
     evaluate({"float": network.model}, batches(evenly(samples, 5), 1, 0, 0), {"float": metric}, CPU)
     assert metric.compute()["miou"] == pytest.approx(41, abs=1.5)
     # What the pyramid reads is the same for every image here, so upstream's statistics of it are exact.

@@ -3,14 +3,24 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from utils.engine import tune_allocator
 from utils.errors import UserError
 from utils.inputs import InputSpec
+from utils.results import check_writable
+
+
+class Demo(Protocol):
+    """What stands in for data and weights: flags to set, and the note to print."""
+
+    flags: Mapping[str, Any]
+    note: str
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,7 +41,7 @@ def shared_flags() -> argparse.ArgumentParser:
     group.add_argument("--data", metavar="DIR", help="folder of the data set to evaluate on")
     group.add_argument(
         "--image_size",
-        type=_at_least(1),
+        type=at_least(1),
         nargs="+",
         metavar="PIXELS",
         help="side, or height and width, of the input: images are scaled to cover it and cropped (default: the network's)",
@@ -47,7 +57,7 @@ def shared_flags() -> argparse.ArgumentParser:
         help="per-channel deviation of pixels in [0, 1] (default: the network's)",
     )
     group.add_argument(
-        "--limit", type=_at_least(1), metavar="N", help="evaluate on N images, evenly spread over the data"
+        "--limit", type=at_least(1), metavar="N", help="evaluate on N images, evenly spread over the data"
     )
     group.add_argument("--skip_bad_images", action="store_true", help="count and skip images that cannot be read")
 
@@ -100,10 +110,10 @@ def shared_flags() -> argparse.ArgumentParser:
 
     group = flags.add_argument_group("run")
     group.add_argument(
-        "--batch_size", type=_at_least(1), default=32, metavar="N", help="images per batch (default: 32)"
+        "--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: 32)"
     )
     group.add_argument(
-        "--workers", type=_at_least(0), default=2, metavar="N", help="processes that load images (default: 2)"
+        "--workers", type=at_least(0), default=2, metavar="N", help="processes that load images (default: 2)"
     )
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default: cpu)")
     group.add_argument("--seed", type=int, default=0, help="seed of every random number (default: 0)")
@@ -139,6 +149,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error(f"--image_size takes one number, or height and width, not {len(args.image_size)} numbers")
     if args.std and min(args.std) <= 0:
         parser.error(f"--std must be positive, not {min(args.std)}")
+    args.model_given = args.model != parser.get_default("model")
     return args
 
 
@@ -150,6 +161,31 @@ def input_spec(args: argparse.Namespace, spec: InputSpec) -> InputSpec:
     if getattr(args, "resize", None):
         spec = replace(spec, resize=args.resize)
     return replace(spec, mean=tuple(args.mean or spec.mean), std=tuple(args.std or spec.std))
+
+
+def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argparse.Namespace:
+    """The flags as they are; or, where they name neither data nor weights, those of the embedded demo.
+
+    A network that was asked for by name needs data that only the user has.
+    """
+    if args.data is not None:
+        return args
+    if args.weights is not None or args.model_given:
+        raise UserError("no data to evaluate on; pass --data DIR (or neither --data, --weights nor --model for the embedded demo)")
+    demo = open_demo()
+    print(demo.note)
+    for flag, value in demo.flags.items():
+        setattr(args, flag, value)
+    return args
+
+
+def prepare(args: argparse.Namespace) -> torch.device:
+    """Check what can fail early, seed, set the allocator; returns the device."""
+    device = open_device(args.device)
+    check_writable(args.results)
+    torch.manual_seed(args.seed)
+    tune_allocator()
+    return device
 
 
 def open_device(name: str) -> torch.device:
@@ -188,7 +224,7 @@ def _fail(program: str, message: str, code: int) -> int:
     return code
 
 
-def _at_least(lowest: int) -> Callable[[str], int]:
+def at_least(lowest: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.lstrip("+-").isdigit() or int(text) < lowest:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")

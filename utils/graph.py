@@ -76,6 +76,7 @@ _AS_MODULE = {
 _ADDS = {operator.iadd, torch.add, "add", "add_"}
 _MULTIPLIES = {operator.imul, torch.mul, "mul", "mul_"}
 _CONCATS = {getattr(torch, name) for name in ("concat", "concatenate")}
+_ASKS_SHAPE = {getattr, "size", "dim"}
 _NOTHING_IN_EVAL = (nn.Identity, nn.modules.dropout._DropoutNd)
 
 
@@ -409,6 +410,8 @@ def _walk(model: fx.GraphModule, node: fx.Node, way: _Way, readers: list[Port], 
     """Follow the channels to their readers; whether every way was rectified."""
     rectified = True
     for user in node.users:
+        if user.target in _ASKS_SHAPE:
+            continue
         module = module_of(model, user)
         if isinstance(module, WEIGHTED):
             if isinstance(module, nn.Linear) and len(shape(node)) != 2:

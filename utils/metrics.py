@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +37,13 @@ class TopK:
 class ConfusionMatrix:
     """Mean IoU over classes and pixel accuracy in percent, from one confusion matrix of all pixels.
 
-    counts: [true class, predicted class]. per_image: mean IoU of each image alone, in percent.
-    A class that is neither there nor predicted has no IoU and stays out of the mean.
+    classes: their names. counts: [true class, predicted class]. per_image: mean IoU of each image
+    alone, in percent. A class that is neither there nor predicted has no IoU and stays out of the mean.
     """
 
-    def __init__(self, classes: int) -> None:
-        self.samples = 0
-        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes, self.samples = tuple(classes), 0
+        self.counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
         self.per_image: list[float] = []
 
     def update(self, logits: Tensor, masks: Tensor) -> None:
@@ -64,6 +64,11 @@ class ConfusionMatrix:
         if not self.counts.any():
             raise UserError(f"every pixel of the masks is void ({VOID}), so there is nothing to score")
         return {"miou": 100 * float(iou(self.counts).nanmean()), "pixel_accuracy": 100 * float(self.counts.trace() / self.counts.sum())}
+
+    def per_class(self) -> dict[str, float]:
+        """IoU in percent by class name, of the classes that have one."""
+        shares = zip(self.classes, iou(self.counts).tolist(), strict=True)
+        return {name: 100 * share for name, share in shares if share == share}
 
 
 def iou(counts: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -24,6 +24,13 @@ from utils.errors import UserError
 
 _PACKAGES = ("torch", "torchvision", "numpy", "timm")
 _FOLDER = Path(__file__).resolve().parent.parent
+
+
+class Loaded(Protocol):
+    """A network with where its weights are from."""
+
+    model: nn.Module
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -48,31 +55,39 @@ def scores(metrics: Mapping[str, Any], seconds: Mapping[str, float], labels: Map
     return [Score(name, labels[name], metrics[name].compute(), seconds[name]) for name in metrics]
 
 
-def print_table(scores: Sequence[Score], samples: int) -> None:
-    """FP32 first; a line per network, a column per metric, and the change from the first line."""
+def print_table(scores: Sequence[Score], metrics: Mapping[str, Any]) -> None:
+    """FP32 first; a line per network, a column per metric, and the change from the first line.
+
+    metrics: the accumulators, for their number of samples, and per class where they have it.
+    """
+    samples = metrics[scores[0].network].samples
     names, title = list(scores[0].metrics), f"{samples:,} images"
     width = max(len(title), *(len(score.label) for score in scores))
     columns = [*names, "change", "images/s"]
-    print("\n" + f"{title:<{width}}" + "".join(f"{column:>10}" for column in columns))
+    print("\n" + f"{title:<{width}}" + "".join(f"{column:>16}" for column in columns))
     for score in scores:
-        shown = "".join(f"{score.metrics[name]:>10.2f}" for name in names)
+        shown = "".join(f"{score.metrics[name]:>16.2f}" for name in names)
         speed = samples / max(score.seconds, 1e-9)
-        print(f"{score.label:<{width}}{shown}{score.value - scores[0].value:>+10.2f}{speed:>10.0f}")
+        print(f"{score.label:<{width}}{shown}{score.value - scores[0].value:>+16.2f}{speed:>16.0f}")
+    per_class = {score.label: metrics[score.network].per_class() for score in scores if hasattr(metrics[score.network], "per_class")}
+    if per_class:
+        print("\n" + f"{'class':<{width}}" + "".join(f"{label:>{len(label) + 3}}" for label in per_class))
+        for name in next(iter(per_class.values())):
+            print(f"{name:<{width}}" + "".join(f"{values[name]:>{len(label) + 3}.2f}" for label, values in per_class.items()))
 
 
 def entry(
     task: str,
     args: argparse.Namespace,
     command: str,
-    source: str,
-    model: nn.Module,
+    network: Loaded,
     recipe: str,
-    samples: int,
+    metrics: Mapping[str, Any],
     scores: Sequence[Score],
 ) -> dict[str, Any]:
     """The line to record: what was scored, and all that must be known to repeat it.
 
-    command: the command line. source: where the weights are from. model: the network as loaded. recipe: the row's name.
+    command: the command line. recipe: the row's name. metrics: the accumulators of the scores.
     """
     by_network = {score.network: score for score in scores}
     original = by_network["fp32_original"]
@@ -80,15 +95,16 @@ def entry(
     return {
         "task": task,
         "model": args.model,
-        "weights": source,
-        "weights_sha256": weights_hash(model),
+        "weights": network.weights,
+        "weights_sha256": weights_hash(network.model),
         "data": args.data,
-        "samples": samples,
+        "samples": metrics["fp32_original"].samples,
         "metric": next(iter(original.metrics)),
         "fp32": by_network.get("fp32", original).value,
         "fp32_original": original.value,
         "quantized": quantized.value if quantized else None,
         "metrics": {score.network: dict(score.metrics) for score in scores},
+        "per_class": {name: metric.per_class() for name, metric in metrics.items() if hasattr(metric, "per_class")},
         "recipe": recipe,
         "bits": {"weight": args.bits_weight, "activation": args.bits_activation, "bias": args.bits_bias}
         if quantized
