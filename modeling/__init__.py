@@ -21,6 +21,8 @@ class Network:
     weights: str
 
 
+__all__ = ["Network", "box_coder", "build_model"]
+
 _BUILDERS = {"classification": build_classifier, "segmentation": build_segmenter, "detection": build_detector}
 
 

@@ -20,7 +20,7 @@ TORCHVISION_NAMES = ("ssdlite320_mobilenet_v3_large", "ssd300_vgg16")
 
 
 class RawHeads(nn.Module):
-    """One of torchvision's single-shot detectors up to its heads: class logits [N, P, classes] and box offsets [N, P, 4].
+    """One of torchvision's single-shot detectors up to its heads: logits [N, P, classes], offsets [N, P, 4].
 
     Its own preprocessing is the InputSpec, its anchors and choice of detections are coder().
     """
@@ -29,7 +29,12 @@ class RawHeads(nn.Module):
         super().__init__()
         self.backbone, self.head = ssd.backbone, ssd.head
         self.anchors = ssd.anchor_generator
-        self.choice = {"min_score": ssd.score_thresh, "overlap": ssd.nms_thresh, "candidates": ssd.topk_candidates, "keep": ssd.detections_per_img}
+        self.choice = {
+            "min_score": ssd.score_thresh,
+            "overlap": ssd.nms_thresh,
+            "candidates": ssd.topk_candidates,
+            "keep": ssd.detections_per_img,
+        }
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         heads = self.head(list(self.backbone(images).values()))
@@ -69,7 +74,7 @@ def build_detector(name: str, weights: str | None) -> tuple[nn.Module, InputSpec
 
 
 def box_coder(model: nn.Module, spec: InputSpec) -> BoxCoder:
-    """How a network's heads become boxes: by its coder(size), or the standard SSD-Lite's if it is a user's own that has none."""
+    """How a network's heads become boxes: its coder(size), or SSD-Lite's for a user's own network without one."""
     return model.coder(spec.size) if hasattr(model, "coder") else ssd_coder(PriorSpec(), spec.size)
 
 
@@ -78,21 +83,31 @@ def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputS
     if name not in TORCHVISION_NAMES:
         official_weights(name, detection, "detection")  # which refuses what is no network at all
         raise UserError(
-            f"torchvision:{name} finds boxes inside the network, so it cannot be quantized; choose from torchvision:{', torchvision:'.join(TORCHVISION_NAMES)}"
+            f"torchvision:{name} finds boxes inside the network, so it cannot be quantized; "
+            f"choose from {', '.join(f'torchvision:{known}' for known in TORCHVISION_NAMES)}"
         )
     official = official_weights(name, detection, "detection")
     tensors = read_checkpoint(weights) if weights else download(official, name)
     build = getattr(detection, name)
     ssd = build(weights=None, weights_backbone=None, num_classes=_classes(tensors, len(official.meta["categories"])))
     transform = fit(ssd, tensors, weights or official.url).transform
-    spec = InputSpec(transform.fixed_size[::-1], min(transform.fixed_size), "bilinear", tuple(transform.image_mean), tuple(transform.image_std))
+    spec = InputSpec(
+        transform.fixed_size[::-1],
+        min(transform.fixed_size),
+        "bilinear",
+        tuple(transform.image_mean),
+        tuple(transform.image_std),
+    )
     return RawHeads(ssd).eval(), spec, weights or f"torchvision {official}"
 
 
 def _classes(tensors: Mapping[str, Tensor], default: int) -> int:
-    """The classes that a checkpoint of torchvision's is for, background included, by the last biases of its two heads."""
+    """The classes of a torchvision checkpoint, background included, by the last biases of its two heads."""
     kinds = ("head.classification_head.", "head.regression_head.")
-    biases = [[value.shape[0] for key, value in tensors.items() if key.startswith(kind) and key.endswith(".bias")] for kind in kinds]
+    biases = [
+        [value.shape[0] for key, value in tensors.items() if key.startswith(kind) and key.endswith(".bias")]
+        for kind in kinds
+    ]
     return biases[0][-1] * 4 // biases[1][-1] if all(biases) else default
 
 
@@ -106,7 +121,8 @@ def _check_heads(model: nn.Module, spec: InputSpec, place: str) -> None:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{place} fails on images of shape {spec.shape()}: {type(error).__name__}: {reason}") from error
     wanted = (
-        f"a detector must return class logits [N, {priors}, classes] and box offsets [N, {priors}, 4], for the priors of its coder(size) or SSD-Lite's 3,000"
+        f"a detector must return class logits [N, {priors}, classes] and box offsets [N, {priors}, 4], "
+        "for the priors of its coder(size) or SSD-Lite's 3,000"
     )
     if not (isinstance(heads, tuple | list) and len(heads) == 2 and all(isinstance(head, Tensor) for head in heads)):
         raise UserError(f"{place} returns {type(heads).__name__}; {wanted}")

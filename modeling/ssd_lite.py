@@ -27,7 +27,13 @@ class SSDLite(nn.Module):
     for the tap in block 14, one for the backbone's output and one for each extra block.
     """
 
-    def __init__(self, classes: int, width: float = 1.0, extras: Sequence[tuple[int, int]] = EXTRAS, priors: PriorSpec | None = None):
+    def __init__(
+        self,
+        classes: int,
+        width: float = 1.0,
+        extras: Sequence[tuple[int, int]] = EXTRAS,
+        priors: PriorSpec | None = None,
+    ):
         super().__init__()
         self.classes, self.priors = classes, priors or PriorSpec()
         self.base_net = mobilenet_v2(width=width).features
@@ -88,7 +94,12 @@ def ssd_lite(tensors: Mapping[str, Tensor]) -> SSDLite:
 def _headers(channels: Sequence[int], outputs: int) -> nn.ModuleList:
     """A header for each feature map: separable, but a plain 1x1 convolution for the last, smallest one."""
     separable = [
-        nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width), nn.ReLU6(), nn.Conv2d(width, outputs, 1))
+        nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            nn.BatchNorm2d(width),
+            nn.ReLU6(),
+            nn.Conv2d(width, outputs, 1),
+        )
         for width in channels[:-1]
     ]
     return nn.ModuleList([*separable, nn.Conv2d(channels[-1], outputs, 1)])

@@ -51,7 +51,10 @@ def upstream_tensors() -> dict[str, Tensor]:
 
     def norm(name: str, size: int) -> None:
         tensors[f"{name}.weight"], tensors[f"{name}.bias"] = torch.rand(size) + 0.5, torch.randn(size) * 0.3
-        tensors[f"{name}.running_mean"], tensors[f"{name}.running_var"] = torch.randn(size) * 0.3, torch.rand(size) + 0.5
+        tensors[f"{name}.running_mean"], tensors[f"{name}.running_var"] = (
+            torch.randn(size) * 0.3,
+            torch.rand(size) + 0.5,
+        )
 
     def residual(name: str, inputs: int, hidden: int, outputs: int) -> None:
         first = 0 if hidden == inputs else 3
@@ -91,10 +94,14 @@ def upstream_forward(tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Ten
 
     def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
         weight = tensors[f"{name}.weight"]
-        return F.conv2d(x, weight, tensors.get(f"{name}.bias"), stride, weight.shape[2] // 2, groups=x.shape[1] // weight.shape[1])
+        return F.conv2d(
+            x, weight, tensors.get(f"{name}.bias"), stride, weight.shape[2] // 2, groups=x.shape[1] // weight.shape[1]
+        )
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return F.batch_norm(x, *(tensors[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")))
+        return F.batch_norm(
+            x, *(tensors[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        )
 
     def residual(x: Tensor, name: str, stride: int) -> tuple[Tensor, Tensor]:
         y, first = x, 0
@@ -158,9 +165,16 @@ def test_a_checkpoint_of_another_network_is_refused_by_name(checkpoint, tmp_path
 
 def test_blocks_are_renamed_wherever_they_stand():
     names = to_torchvision_layout(upstream_tensors())
-    assert {"base_net.1.conv.0.0.weight", "base_net.1.conv.2.bias", "extras.3.conv.1.1.running_var", "classification_headers.0.3.bias"} <= names.keys()
+    assert {
+        "base_net.1.conv.0.0.weight",
+        "base_net.1.conv.2.bias",
+        "extras.3.conv.1.1.running_var",
+        "classification_headers.0.3.bias",
+    } <= names.keys()
     assert to_torchvision_layout(names) == names
-    assert ssd_lite(names).state_dict().keys() - names.keys() == {key for key in ssd_lite(names).state_dict() if key.endswith("num_batches_tracked")}
+    assert ssd_lite(names).state_dict().keys() - names.keys() == {
+        key for key in ssd_lite(names).state_dict() if key.endswith("num_batches_tracked")
+    }
 
 
 def test_the_traced_network_has_the_tap_as_one_value_with_three_readers():
@@ -169,7 +183,11 @@ def test_the_traced_network_has_the_tap_as_one_value_with_three_readers():
     images = SPEC.probe()
     for heads, expected in zip(traced(images), model(images), strict=True):
         torch.testing.assert_close(heads, expected)
-    readers = [node for node in traced.graph.nodes if node.target in {f"{kind}_headers.0.0" for kind in ("classification", "regression")}]
+    readers = [
+        node
+        for node in traced.graph.nodes
+        if node.target in {f"{kind}_headers.0.0" for kind in ("classification", "regression")}
+    ]
     tap = readers[0].args[0]
     assert readers[1].args[0] is tap
     assert {user.target for user in tap.users} == {"base_net.14.conv.1.0", *(reader.target for reader in readers)}
@@ -199,7 +217,10 @@ def test_torchvisions_detectors_give_what_torchvision_gives(name):
         torch.testing.assert_close(heads, ssd.head(maps)[key])
 
     coder = wrapped.coder(size)
-    logits, offsets = torch.randn(1, len(coder.priors), CLASSES) * 2 + torch.tensor([5.0, 0, 0]), torch.randn(1, len(coder.priors), 4)
+    logits, offsets = (
+        torch.randn(1, len(coder.priors), CLASSES) * 2 + torch.tensor([5.0, 0, 0]),
+        torch.randn(1, len(coder.priors), 4),
+    )
     anchors = ssd.anchor_generator(torchvision.models.detection.image_list.ImageList(images, [size]), maps)
     expected = ssd.postprocess_detections({"cls_logits": logits, "bbox_regression": offsets}, anchors, [size])[0]
     found = coder.detect((logits, offsets))[0]
@@ -249,12 +270,22 @@ def test_the_users_own_detector_brings_its_coder():
 def test_the_standard_priors():
     priors = ssd_coder(PriorSpec(), (300, 300)).priors
     assert priors.shape == (3000, 4)
-    maps = ((19, 16, 60, 105), (10, 32, 105, 150), (5, 64, 150, 195), (3, 100, 195, 240), (2, 150, 240, 285), (1, 300, 285, 330))
+    maps = (
+        (19, 16, 60, 105),
+        (10, 32, 105, 150),
+        (5, 64, 150, 195),
+        (3, 100, 195, 240),
+        (2, 150, 240, 285),
+        (1, 300, 285, 330),
+    )
     expected = []
     for cells, shrink, low, high in maps:
         shapes = [(low, low), (math.sqrt(low * high),) * 2]
         for ratio in (2, 3):
-            shapes += [(low * math.sqrt(ratio), low / math.sqrt(ratio)), (low / math.sqrt(ratio), low * math.sqrt(ratio))]
+            shapes += [
+                (low * math.sqrt(ratio), low / math.sqrt(ratio)),
+                (low / math.sqrt(ratio), low * math.sqrt(ratio)),
+            ]
         for y in range(cells):
             for x in range(cells):
                 expected += [((x + 0.5) * shrink, (y + 0.5) * shrink, *shape) for shape in shapes]
@@ -284,7 +315,9 @@ def test_offsets_and_boxes_undo_each_other():
 def test_encode_gives_every_object_a_prior_and_detect_finds_it_again():
     coder = ssd_coder(PriorSpec(), (300, 300))
     tiny = torch.tensor([[0.5, 0.5, 0.52, 0.52]])  # overlaps no prior by half
-    objects = Objects(torch.cat([random_boxes(5), tiny]), torch.tensor([1, 2, 1, 2, 1, 2]), torch.zeros(6, dtype=torch.bool))
+    objects = Objects(
+        torch.cat([random_boxes(5), tiny]), torch.tensor([1, 2, 1, 2, 1, 2]), torch.zeros(6, dtype=torch.bool)
+    )
     labels, offsets = coder.encode(objects)
     overlaps = torchvision.ops.box_iou(to_corners(coder.priors), objects.boxes)
     assert (labels > 0).sum() >= (overlaps.amax(1) >= 0.5).sum()
@@ -294,7 +327,9 @@ def test_encode_gives_every_object_a_prior_and_detect_finds_it_again():
     hits, _ = match(found, objects, 0.99)
     assert hits.sum() == 6
 
-    labels, offsets = coder.encode(Objects(torch.empty(0, 4), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.bool)))
+    labels, offsets = coder.encode(
+        Objects(torch.empty(0, 4), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.bool))
+    )
     assert not labels.any()
     assert offsets.abs().max() < 1e-4
 
@@ -334,7 +369,11 @@ LEFT, RIGHT, MIDDLE = [0.0, 0.0, 0.4, 0.4], [0.6, 0.6, 1.0, 1.0], [0.3, 0.3, 0.7
 
 def objects_at(*boxes: list[float], labels: list[int] | None = None, difficult: list[bool] | None = None) -> Objects:
     labels, difficult = labels or [1] * len(boxes), difficult or [False] * len(boxes)
-    return Objects(torch.tensor(boxes).reshape(-1, 4), torch.tensor(labels, dtype=torch.long), torch.tensor(difficult, dtype=torch.bool))
+    return Objects(
+        torch.tensor(boxes).reshape(-1, 4),
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(difficult, dtype=torch.bool),
+    )
 
 
 def found_at(*scored: tuple[float, list[float]], label: int = 1) -> Detections:
@@ -397,7 +436,9 @@ def test_half_an_overlap_is_no_match():
 @pytest.mark.parametrize("hits", range(11))
 def test_recall_reaches_its_eleven_points_exactly(hits):
     found = torch.ones(hits, dtype=torch.bool)
-    assert RULES["voc07"](found, 10) == pytest.approx((hits + 1) / 11 if hits else 0)  # 3 of 10 is recall 0.3, whatever floats say
+    assert RULES["voc07"](found, 10) == pytest.approx(
+        (hits + 1) / 11 if hits else 0
+    )  # 3 of 10 is recall 0.3, whatever floats say
     assert RULES["voc12"](found, 10) == pytest.approx(hits / 10)
 
 
@@ -429,7 +470,10 @@ def test_curves_and_shifts():
     curve = first.curves()["helmet"]
     assert (curve.precision.tolist(), curve.recall.tolist()) == ([1, 1], [0.5, 1])
     scores = second.compute()
-    assert (scores["score_shift_mean"], scores["box_shift_mean"], scores["box_shift_p99"]) == pytest.approx((0, 1, 2), abs=1e-4)
+    assert (scores["score_shift_mean"], scores["box_shift_mean"], scores["box_shift_p99"]) == pytest.approx(
+        (0, 1, 2), abs=1e-4
+    )
+    assert "box edges by 1.00 %" in second.describe_shifts()
     assert not any("shift" in name for name in first.compute())
 
 
@@ -441,7 +485,9 @@ def annotation(*objects: str, size: str = "<size><width>200</width><height>100</
 
 
 def entry(name: str = "helmet", box: tuple = (1, 1, 101, 51), difficult: int = 0) -> str:
-    corners = "".join(f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    corners = "".join(
+        f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
     return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners}</bndbox></object>"
 
 
@@ -453,7 +499,9 @@ def voc(tmp_path) -> Path:
     names = [f"{i:06d}" for i in range(4)]
     for i, name in enumerate(names):
         Image.new("RGB", (200, 100), (60 * i, 80, 200)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
-        (tmp_path / "Annotations" / f"{name}.xml").write_text(annotation(entry(), entry("head", (11, 11, 41, 91), i % 2)))
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(
+            annotation(entry(), entry("head", (11, 11, 41, 91), i % 2))
+        )
     (tmp_path / "ImageSets/Main/val.txt").write_text("\n".join(names) + "\n")
     (tmp_path / "labels.txt").write_text("helmet,head")
     return tmp_path
@@ -474,7 +522,9 @@ def test_images_are_squeezed_and_boxes_are_fractions(voc):
         atol=0.01,
         rtol=0,
     )
-    torch.testing.assert_close(objects.boxes, torch.tensor([[0, 0, 0.5, 0.5], [0.05, 0.1, 0.2, 0.9]]))  # VOC counts from 1
+    torch.testing.assert_close(
+        objects.boxes, torch.tensor([[0, 0, 0.5, 0.5], [0.05, 0.1, 0.2, 0.9]])
+    )  # VOC counts from 1
     assert objects.labels.tolist() == [1, 2]
     assert objects.difficult.tolist() == [False, True]
 

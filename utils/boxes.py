@@ -58,7 +58,9 @@ def make_priors(spec: PriorSpec, maps: Sequence[tuple[int, int]], image: tuple[i
     maps, image: height and width of every feature map and of the image.
     """
     priors = []
-    for (rows, columns), stride, scale, next_scale in zip(maps, spec.strides, spec.scales[:-1], spec.scales[1:], strict=True):
+    for (rows, columns), stride, scale, next_scale in zip(
+        maps, spec.strides, spec.scales[:-1], spec.scales[1:], strict=True
+    ):
         roots = torch.tensor([ratio**0.5 for ratio in spec.ratios], dtype=torch.float64)
         lying = torch.stack([scale * roots, scale / roots], 1)
         squares = torch.tensor([scale, (scale * next_scale) ** 0.5], dtype=torch.float64)
@@ -107,7 +109,9 @@ class BoxCoder:
         """Predicted offsets [..., P, 4] as boxes in corner form."""
         priors = self.priors.to(offsets.device)
         centre = priors[:, :2] + offsets[..., :2] * self.centre_variance * priors[:, 2:]
-        growth = (offsets[..., 2:] * self.size_variance).clamp(max=math.log(1000 / 16))  # torchvision's bound; an exp must not overflow
+        growth = (offsets[..., 2:] * self.size_variance).clamp(
+            max=math.log(1000 / 16)
+        )  # torchvision's bound; an exp must not overflow
         boxes = to_corners(torch.cat([centre, growth.exp() * priors[:, 2:]], -1))
         return boxes.clamp(0, 1) if self.clip else boxes
 

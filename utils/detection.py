@@ -33,7 +33,9 @@ class VocDetection(Dataset):
         annotations = [read_annotation(file, labels) for file in voc.annotations("Annotations", ".xml")]
         self.objects, self.sizes = zip(*annotations, strict=True)
         if all(image.difficult.all() for image in self.objects):
-            raise UserError(f"split {voc.split!r} of {str(voc.folder)!r} holds no object that counts; detection needs one at least to score")
+            raise UserError(
+                f"split {voc.split!r} of {str(voc.folder)!r} holds no object that counts, so there is nothing to score"
+            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -64,9 +66,14 @@ def class_labels(names: tuple[str, ...], outputs: int) -> dict[str, int]:
     labels = {name: coco.index(_COCO_NAMES.get(name, name)) for name in names if _COCO_NAMES.get(name, name) in coco}
     if outputs == len(coco) and len(labels) == len(names):
         return labels
-    why = "; as a network trained on COCO it does not know " + next(name for name in names if name not in labels) if outputs == len(coco) else ""
+    why = (
+        "; as a network trained on COCO it does not know " + next(name for name in names if name not in labels)
+        if outputs == len(coco)
+        else ""
+    )
     raise UserError(
-        f"the network has {outputs} outputs, background included, but the data have {len(names)} classes ({', '.join(names)}){why}; "
+        f"the network has {outputs} outputs, background included, "
+        f"but the data have {len(names)} classes ({', '.join(names)}){why}; "
         "pass data of the network's own classes, or name them in labels.txt of the VOC folder"
     )
 
@@ -96,14 +103,18 @@ def read_annotation(file: Path, labels: Mapping[str, int]) -> tuple[Objects, tup
         raise UserError(f"annotation {str(file)!r} is no valid XML: {error}") from None
     width, height = (_number(root, f"size/{side}") for side in ("width", "height"))
     if not (width and height and width > 0 and height > 0):
-        raise UserError(f"annotation {str(file)!r} does not state the image's <size> with a positive <width> and <height>")
+        raise UserError(
+            f"annotation {str(file)!r} does not state the image's <size> with a positive <width> and <height>"
+        )
 
     boxes, found, difficult = [], [], []
     for index, entry in enumerate(root.findall("object"), 1):
         name = (entry.findtext("name") or "").strip()
         where = f"annotation {str(file)!r}, object {index} ({name or 'without a name'})"
         if name not in labels:
-            raise UserError(f"{where}: unknown class; the classes are {', '.join(labels)} (labels.txt in the VOC folder names others)")
+            raise UserError(
+                f"{where}: unknown class; the classes are {', '.join(labels)} (labels.txt in the folder names others)"
+            )
         corners = [_number(entry, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
         if None in corners:
             raise UserError(f"{where}: no <bndbox> with numbers for xmin, ymin, xmax and ymax")
@@ -116,7 +127,11 @@ def read_annotation(file: Path, labels: Mapping[str, int]) -> tuple[Objects, tup
         boxes.append([(x1 - 1) / width, (y1 - 1) / height, (x2 - 1) / width, (y2 - 1) / height])  # VOC counts from 1
         found.append(labels[name])
         difficult.append(_number(entry, "difficult") == 1)
-    objects = Objects(torch.tensor(boxes).reshape(-1, 4), torch.tensor(found, dtype=torch.long), torch.tensor(difficult, dtype=torch.bool))
+    objects = Objects(
+        torch.tensor(boxes).reshape(-1, 4),
+        torch.tensor(found, dtype=torch.long),
+        torch.tensor(difficult, dtype=torch.bool),
+    )
     return objects, (int(width), int(height))
 
 

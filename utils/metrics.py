@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +50,15 @@ class ConfusionMatrix:
         """logits: [N, classes, H, W]; masks: [N, H, W] class indices and VOID."""
         images, classes, *size = logits.shape
         if [images, *size] != [*masks.shape]:
-            raise UserError(f"the network's output is {tuple(logits.shape)} for masks of {tuple(masks.shape)}; it must be as large as the image")
+            raise UserError(
+                f"the network's output is {tuple(logits.shape)} for masks of {tuple(masks.shape)}; it must be as large as the image"
+            )
         masks = masks.to(logits.device)
         image = torch.arange(images, device=logits.device)[:, None, None]
         cells = (image * classes + masks) * classes + logits.argmax(dim=1)
-        counts = torch.bincount(cells[masks != VOID], minlength=images * classes**2).view(images, classes, classes).cpu()
+        counts = (
+            torch.bincount(cells[masks != VOID], minlength=images * classes**2).view(images, classes, classes).cpu()
+        )
         self.samples += images
         self.counts += counts.sum(dim=0)
         self.per_image += (100 * iou(counts).nanmean(dim=-1)).tolist()
@@ -63,7 +67,10 @@ class ConfusionMatrix:
         """Percentages by name, the one that counts first."""
         if not self.counts.any():
             raise UserError(f"every pixel of the masks is void ({VOID}), so there is nothing to score")
-        return {"miou": 100 * float(iou(self.counts).nanmean()), "pixel_accuracy": 100 * float(self.counts.trace() / self.counts.sum())}
+        return {
+            "miou": 100 * float(iou(self.counts).nanmean()),
+            "pixel_accuracy": 100 * float(self.counts.trace() / self.counts.sum()),
+        }
 
     def per_class(self) -> dict[str, float]:
         """IoU in percent by class name, of the classes that have one."""
@@ -94,10 +101,18 @@ class MeanAveragePrecision:
     network, updated with each batch before this one: then scores and boxes are compared to its.
     """
 
-    def __init__(self, labels: Mapping[str, int], coder: BoxCoder, rule: str = "voc12", reference: MeanAveragePrecision | None = None):
+    def __init__(
+        self,
+        labels: Mapping[str, int],
+        coder: BoxCoder,
+        rule: str = "voc12",
+        reference: MeanAveragePrecision | None = None,
+    ):
         self.labels, self.coder, self.rule, self.reference = dict(labels), coder, rule, reference
         self.samples = 0
-        self._counting: dict[int, int] = dict.fromkeys(self.labels.values(), 0)  # objects that are not difficult, by label
+        self._counting: dict[int, int] = dict.fromkeys(
+            self.labels.values(), 0
+        )  # objects that are not difficult, by label
         self._found: list[Tensor] = []  # [K, 3] for each image: label, score, whether it is a hit
         self._last: tuple[Tensor, Tensor] | None = None  # scores and boxes of the last batch
         self._shifts: list[Tensor] = []  # [2, N * P] for each batch: of scores, of boxes
@@ -108,7 +123,10 @@ class MeanAveragePrecision:
         for found, objects in zip(self.coder.choose(*self._last), targets, strict=True):
             self.add(found, objects)
         if self.reference:
-            moved = [(mine - theirs).abs().amax(-1).flatten() for mine, theirs in zip(self._last, self.reference._last, strict=True)]
+            moved = [
+                (mine - theirs).abs().amax(-1).flatten()
+                for mine, theirs in zip(self._last, self.reference._last, strict=True)
+            ]
             self._shifts.append(torch.stack(moved))
 
     def add(self, found: Detections, objects: Objects) -> None:
@@ -121,19 +139,25 @@ class MeanAveragePrecision:
         self.samples += 1
 
     def compute(self) -> dict[str, float]:
-        """Percentages by name, the one that counts first; then each class with its rule.
+        """Percentages by name, the one that counts first; with a reference, also how far heads have moved.
 
-        The mean is over the classes of which the images hold an object that is not difficult. With a
-        reference, shifts are over all priors: the largest of a prior's class scores, and of its box's
-        edges in percent of the image's side.
+        The mean is over the classes of which the images hold an object that is not difficult. Shifts are
+        over all priors: the largest of a prior's class scores, and of its box's edges in percent of the
+        image's side; their mean and 99th percentile.
         """
         if not any(self._counting.values()):
             raise UserError("the images hold no object that counts, so there is nothing to score; pass other images, or more with --limit")
-        curves = {name: self._hits(label)[0] for name, label in self._scored().items()}
-        by_rule = {rule: {name: 100 * area(hits, self._counting[self.labels[name]]) for name, hits in curves.items()} for rule, area in RULES.items()}
-        means = {rule: sum(each.values()) / len(each) for rule, each in by_rule.items()}
-        scores = {"map": means[self.rule]} | {f"map_{rule}": mean for rule, mean in means.items()}
-        scores |= {f"ap_{name}": precision for name, precision in by_rule[self.rule].items()}
+        other = next(rule for rule in RULES if rule != self.rule)
+        return {f"map_{rule}": _mean(self.per_class(rule).values()) for rule in (self.rule, other)} | self.shifts()
+
+    def per_class(self, rule: str | None = None) -> dict[str, float]:
+        """Average precision in percent by class name, by the rule that counts or another."""
+        area = RULES[rule or self.rule]
+        return {name: 100 * area(self._hits(label)[0], self._counting[label]) for name, label in self._scored().items()}
+
+    def shifts(self) -> dict[str, float]:
+        """Mean and 99th percentile of how far scores and boxes are from the reference's; nothing without one."""
+        scores = {}
         if self._shifts:
             for kind, shift in zip(("score", "box"), 100 * torch.cat(self._shifts, 1), strict=True):
                 percentile = shift.kthvalue(-(-99 * len(shift) // 100)).values
@@ -157,6 +181,11 @@ class MeanAveragePrecision:
         found = found[found[:, 0] == label]
         scores, order = found[:, 1].sort(descending=True, stable=True)
         return found[order, 2] > 0, scores
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def match(found: Detections, objects: Objects, overlap: float = 0.5) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,9 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {str(folder)!r} for pictures ({error.strerror}); pass --report with another") from None
+        raise UserError(
+            f"cannot make the folder {str(folder)!r} for pictures ({error.strerror}); pass --report with another"
+        ) from None
     return folder
 
 
@@ -94,7 +96,9 @@ def detection_pictures(
         for name, model in networks.items():
             with torch.inference_mode():
                 found = coder.detect(model(image[None].to(device)))[0]
-            shown = [i for i, score in enumerate(found.scores.tolist()) if score >= _SHOWN and int(found.labels[i]) in names]
+            shown = [
+                i for i, score in enumerate(found.scores.tolist()) if score >= _SHOWN and int(found.labels[i]) in names
+            ]
             captions = [f"{names[int(found.labels[i])]} {found.scores[i]:.2f}" for i in shown]
             panels[name] = draw_boxes(picture, found.boxes[shown], found.labels[shown], captions)
         files.append(folder / f"{len(files) + 1}_{_name(samples, index)}.png")
@@ -106,7 +110,9 @@ def draw_boxes(picture: Image.Image, boxes: Tensor, labels: Tensor, captions: Se
     """A copy of the picture with captioned boxes [K, 4] (corners as fractions) in the colours of their labels [K]."""
     picture = picture.copy()
     draw, size = ImageDraw.Draw(picture), torch.tensor([picture.width, picture.height] * 2)
-    for corners, label, caption in reversed(list(zip((boxes * size).tolist(), labels.tolist(), captions, strict=True))):  # the best on top
+    for corners, label, caption in reversed(
+        list(zip((boxes * size).tolist(), labels.tolist(), captions, strict=True))
+    ):  # the best on top
         left, top, right, bottom = corners
         colour = tuple(voc_palette()[label].tolist())
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
