@@ -10,9 +10,9 @@ RESIZED = 73  # short side before the classifier's centre crop: ImageNet's 256 t
 
 @dataclass(frozen=True)
 class Demo:
-    """flags: what to set the script's flags to (vars(args).update(flags)); note: its first line."""
+    """flags: what the script's flags would be, as its parser gives them; note: its first line."""
 
-    flags: dict[str, str | int]
+    flags: dict[str, str | int | list[int]]
     note: str
 
 
@@ -24,7 +24,7 @@ def open(task: str, cache: str | None = None) -> Demo:
     from demo import render, weights  # slow to import, and needed by the demo alone
 
     file = weights.checked(task)
-    flags = {"data": str(render.rendered(SCENES[task], cache)), "weights": str(file), "model": MODELS[task], "image_size": IMAGE_SIZES[task]}
+    flags = {"data": str(render.rendered(SCENES[task], cache)), "weights": str(file), "model": MODELS[task], "image_size": [IMAGE_SIZES[task]]}
     if task == "classification":
         flags["resize"] = RESIZED
     count = render.RECIPES[SCENES[task]].images

@@ -229,7 +229,7 @@ def test_the_demo_opens(task: str, few_scenes: None, tmp_path: Path):
     assert os.path.getsize(flags["weights"]) <= 4_000_000
     assert Path(flags["data"]).is_dir()
     network = build_model(flags["model"], flags["weights"], task)
-    side = flags["image_size"]
+    (side,) = flags["image_size"]
     with torch.inference_mode():
         network.model(torch.zeros(1, 3, side, side))
 
