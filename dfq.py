@@ -132,12 +132,12 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
     probe = spec.probe()
     network = trace(model, spec)
     expected = outputs_of(model, probe)
-    check_unchanged("tracing", expected, network, probe)
+    check_unchanged("tracing", expected, network, probe, model, journal)
 
     statistics = fold_batchnorm(network, journal)
     for node in weighted_nodes(network):
         journal.did("found layers", node.target, str(module_of(network, node)))
-    check_unchanged("BatchNorm folding", expected, network, probe)
+    check_unchanged("BatchNorm folding", expected, network, probe, model, journal)
     if not statistics:
         refuse_without_statistics(recipe)
 
@@ -146,10 +146,10 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
         expected = outputs_of(network, probe)
     if recipe.clear_dead or recipe.equalize:
         clear_dead_channels(network, spec, statistics, journal)
-        check_unchanged("clearing dead channels", expected, network, probe)
+        check_unchanged("clearing dead channels", expected, network, probe, model, journal)
     if recipe.equalize:
         equalize(network, statistics, journal)
-        check_unchanged("equalization", expected, network, probe)
+        check_unchanged("equalization", expected, network, probe, model, journal)
     if recipe.absorption:
         absorb_high_biases(network, statistics, journal)
         journal.did("output moved by absorption", f"{deviation(expected, network, probe):.1e} of its largest value")
@@ -186,13 +186,30 @@ def deviation(expected: list[Tensor], model: nn.Module, probe: Tensor) -> float:
     return max(float((before - after).abs().max() / before.abs().max().clamp_min(1e-30)) for before, after in pairs)
 
 
-def check_unchanged(name: str, expected: list[Tensor], model: nn.Module, probe: Tensor) -> None:
+def check_unchanged(name: str, expected: list[Tensor], model: nn.Module, probe: Tensor, loaded: nn.Module, journal: Journal) -> None:
+    """Refuse a pass that should be exact and moved the output by more than TOLERANCE.
+
+    Some networks amplify float32's own rounding to more than that, where statistics of no variance
+    multiply it layer after layer; they are allowed ten times what the loaded network shows of it.
+    """
     moved = deviation(expected, model, probe)
-    if not moved <= TOLERANCE:
-        raise UserError(
-            f"{name} should leave the network's output as it is, but moved it by {moved:.1e} of its largest value "
-            f"(tolerance {TOLERANCE:.0e}): this network is not handled rightly, and nothing was recorded"
-        )
+    if moved <= TOLERANCE:
+        return
+    noise = rounding_noise(loaded, probe)
+    if moved <= 10 * noise:
+        where = f"{name}: moved by {moved:.1e}, rounding alone moves by {noise:.1e}"
+        journal.left("checked exactly", where, "the network amplifies float32's rounding beyond the tolerance")
+        return
+    raise UserError(
+        f"{name} should leave the network's output as it is, but moved it by {moved:.1e} of its largest value "
+        f"(tolerance {TOLERANCE:.0e}): this network is not handled rightly, and nothing was recorded"
+    )
+
+
+def rounding_noise(model: nn.Module, probe: Tensor) -> float:
+    """How far the network's output in float32 is from that in float64, as a share of its largest value."""
+    exact = [output.float() for output in outputs_of(copy.deepcopy(model).double(), probe.double())]
+    return deviation(exact, model, probe)
 
 
 def refuse_without_statistics(recipe: Recipe) -> None:

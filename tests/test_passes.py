@@ -294,11 +294,28 @@ def test_a_pass_that_breaks_the_network_is_named():
     model = randomise(chain())
     expected = dfq.outputs_of(model, SPEC.probe())
     model[2][0].weight *= 1.01
+    loaded, journal = randomise(chain()), Journal()
     with pytest.raises(UserError, match="equalization should leave the network's output as it is"):
-        dfq.check_unchanged("equalization", expected, model, SPEC.probe())
+        dfq.check_unchanged("equalization", expected, model, SPEC.probe(), loaded, journal)
     model[2][0].weight.fill_(math.nan)
     with pytest.raises(UserError, match="equalization"):
-        dfq.check_unchanged("equalization", expected, model, SPEC.probe())
+        dfq.check_unchanged("equalization", expected, model, SPEC.probe(), loaded, journal)
+
+
+def test_a_network_that_amplifies_rounding_is_checked_against_that():
+    class Cancelling(nn.Module):
+        """A large number added and taken away again: what is left is rounding."""
+
+        def forward(self, x):
+            return (x + 3e4) - 3e4
+
+    model, journal = Cancelling(), Journal()
+    expected = [SPEC.probe()]
+    assert dfq.rounding_noise(model, SPEC.probe()) > 1e-4
+    dfq.check_unchanged("folding", [1.003 * expected[0]], model, SPEC.probe(), model, journal)
+    assert journal.entries[0].left_out and journal.entries[0].where.startswith("folding")
+    with pytest.raises(UserError, match="folding"):
+        dfq.check_unchanged("folding", [1.5 * expected[0]], model, SPEC.probe(), model, journal)
 
 
 def test_a_network_without_batchnorm_is_refused_where_statistics_are_needed():
