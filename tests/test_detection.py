@@ -386,7 +386,7 @@ def average_precision(*images: tuple[Detections, Objects]) -> dict[str, float]:
     metric = MeanAveragePrecision(LABELS, BoxCoder(torch.empty(0, 4)))
     for found, objects in images:
         metric.add(found, objects)
-    return metric.compute()
+    return metric.compute() | metric.per_class()
 
 
 def test_average_precision_of_a_case_worked_by_hand():
@@ -396,26 +396,26 @@ def test_average_precision_of_a_case_worked_by_hand():
     )
     # hit, miss, hit, miss of 3 objects: precision 1, 1/2, 2/3, 1/2 at recall 1/3, 1/3, 2/3, 2/3
     assert scores["map_voc07"] == pytest.approx(100 * (4 * 1 + 3 * 2 / 3) / 11)
-    assert scores["map_voc12"] == scores["map"] == scores["ap_helmet"] == pytest.approx(100 * (1 + 2 / 3) / 3)
-    assert "ap_head" not in scores  # no object of the class: it has no precision and stays out of the mean
+    assert scores["map_voc12"] == scores["helmet"] == pytest.approx(100 * (1 + 2 / 3) / 3)
+    assert "head" not in scores  # no object of the class: it has no precision and stays out of the mean
 
 
 def test_difficult_objects_neither_count_nor_hurt():
     plain = average_precision((found_at((0.8, LEFT), (0.7, MIDDLE)), objects_at(LEFT)))
     found = found_at((0.9, RIGHT), (0.85, RIGHT), (0.8, LEFT), (0.7, MIDDLE))
     assert average_precision((found, objects_at(LEFT, RIGHT, difficult=[False, True]))) == plain
-    assert average_precision((found, objects_at(LEFT)))["map"] == pytest.approx(100 / 3)
+    assert average_precision((found, objects_at(LEFT)))["map_voc12"] == pytest.approx(100 / 3)
 
 
 def test_equal_scores_count_in_the_order_of_the_images():
     hit, miss = (found_at((0.5, LEFT)), objects_at(LEFT)), (found_at((0.5, MIDDLE)), objects_at())
-    assert average_precision(hit, miss)["map"] == 100
-    assert average_precision(miss, hit)["map"] == 50
+    assert average_precision(hit, miss)["map_voc12"] == 100
+    assert average_precision(miss, hit)["map_voc12"] == 50
 
 
 def test_no_detection_scores_nothing_and_no_object_is_an_error():
     nothing = found_at()
-    assert average_precision((nothing, objects_at(LEFT)))["map"] == 0
+    assert average_precision((nothing, objects_at(LEFT)))["map_voc12"] == 0
     assert average_precision((nothing, objects_at(LEFT)))["map_voc07"] == 0
     for objects in (objects_at(), objects_at(LEFT, difficult=[True])):
         with pytest.raises(UserError, match="no object that counts"):
@@ -424,13 +424,13 @@ def test_no_detection_scores_nothing_and_no_object_is_an_error():
 
 def test_the_mean_is_over_the_classes_that_are_there():
     scores = average_precision((found_at((0.9, LEFT)), objects_at(LEFT, RIGHT, labels=[1, 2])))
-    assert (scores["ap_helmet"], scores["ap_head"], scores["map"]) == (100, 0, 50)
+    assert (scores["helmet"], scores["head"], scores["map_voc12"]) == (100, 0, 50)
 
 
 def test_half_an_overlap_is_no_match():
     whole, half, more = [0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.25, 0.5], [0.0, 0.0, 0.26, 0.5]
-    assert average_precision((found_at((0.9, half)), objects_at(whole)))["map"] == 0
-    assert average_precision((found_at((0.9, more)), objects_at(whole)))["map"] == 100
+    assert average_precision((found_at((0.9, half)), objects_at(whole)))["map_voc12"] == 0
+    assert average_precision((found_at((0.9, more)), objects_at(whole)))["map_voc12"] == 100
 
 
 @pytest.mark.parametrize("hits", range(11))
@@ -473,7 +473,6 @@ def test_curves_and_shifts():
     assert (scores["score_shift_mean"], scores["box_shift_mean"], scores["box_shift_p99"]) == pytest.approx(
         (0, 1, 2), abs=1e-4
     )
-    assert "box edges by 1.00 %" in second.describe_shifts()
     assert not any("shift" in name for name in first.compute())
 
 
@@ -622,7 +621,7 @@ def test_evaluation_pictures_and_curves(voc, tmp_path):
     evaluate(networks, batches(samples, 3, 0, 0, stack), metrics, CPU)
     assert metrics["INT8"].samples == 4
     scores = metrics["INT8"].compute()
-    assert next(iter(scores)) == "map"
+    assert next(iter(scores)) == "map_voc12"
     assert scores["score_shift_p99"] == pytest.approx(0, abs=1e-3)
 
     folder = tmp_path / "report"
@@ -647,4 +646,4 @@ def test_the_helmet_network_scores_as_with_the_code_that_trained_it(shared):
     evaluate({"fp32": network.model}, batches(samples, 8, 0, 0, stack), {"fp32": metric}, CPU)
     scores = metric.compute()
     assert (scores["map_voc07"], scores["map_voc12"]) == pytest.approx((14.5, 14.8), abs=0.15)
-    assert (scores["ap_helmet"], scores["ap_head"]) == pytest.approx((16.7, 12.3), abs=0.2)
+    assert tuple(metric.per_class().values()) == pytest.approx((16.7, 12.3), abs=0.2)
