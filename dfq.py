@@ -640,7 +640,8 @@ def insert_quantizers(
 
     That is: the network's input, a layer's output behind its ReLU or ReLU6, sums, products and other
     functions, average pooling and interpolation. What only moves values keeps its input's grid. The
-    inputs of a concat share one grid if nothing else reads them; otherwise its output is quantized.
+    inputs of a concat share one grid if nothing else reads them; otherwise its output is quantized. The
+    network's output is left as it is where that costs an engine nothing: linear layers, interpolation.
     Ranges are those of the moments.
     """
     ranges = {}
@@ -683,8 +684,11 @@ def _writes_tensor(model: fx.GraphModule, node: fx.Node) -> bool:
     readers = [module_of(model, user) for user in node.users]
     if len(readers) == 1 and isinstance(readers[0], _CLIPS):
         return False  # one kernel with its activation
+    only_output = all(user.op == "output" for user in node.users)
+    if only_output and isinstance(module, nn.Linear):
+        return False  # an integer engine hands out its accumulator, scaled
     interpolates = isinstance(module, nn.Upsample | nn.UpsamplingBilinear2d) or node.target is F.interpolate
-    if interpolates and all(user.op == "output" for user in node.users):
+    if interpolates and only_output:
         return False  # nothing computes with it any more
     return node.op != "call_method" or node.target not in ("size", "dim")
 

@@ -211,7 +211,7 @@ def test_every_tensor_of_the_simulation_has_at_most_two_to_the_bits_values(bits)
         if isinstance(module, Quantizer):
             module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: len(out.unique())}))
     result.simulated(SPEC.probe(16))
-    assert len(seen) >= 6 and all(count <= 2**bits for count in seen.values())
+    assert len(seen) == 5 and all(count <= 2**bits for count in seen.values())
 
 
 def test_more_bits_come_closer():
@@ -234,8 +234,8 @@ def quantizers(result):
 
 def test_quantizers_stand_where_an_integer_engine_writes():
     result = quantize_data_free(settle(Residual()), SPEC, Recipe(quantize=True))
-    # input; stem; inner; outer, before the add; the sum behind its ReLU; pooling; the linear layer's output
-    assert len(quantizers(result)) == 7
+    # input; stem; inner; outer, before the add; the sum behind its ReLU; pooling; not the last linear layer
+    assert len(quantizers(result)) == 6
     assert not any(isinstance(module, nn.ReLU) for module in result.simulated.modules())
 
 

@@ -23,6 +23,7 @@ from utils.inputs import InputSpec
 from utils.layers import WEIGHTED, CappedReLU, per_channel
 
 SIGMAS = 6.0  # a Gaussian activation is taken to stay within this many standard deviations
+CORRELATION = 0.01  # between any two inputs of a layer without BatchNorm, where its range is concerned
 
 
 # ------------------------------------------------------------------------------------- arithmetic
@@ -123,7 +124,7 @@ def propagate(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) ->
     """Moments of every node's output, by the node's name.
 
     statistics: what is known of layers that had a BatchNorm; the others follow from their inputs.
-    Assumed: inputs of a sum are independent; within a pooling window values are equal, so that mean
+    Assumed: channels are independent, but for the range of a layer without BatchNorm; within a pooling window values are equal, so that mean
     and variance pass (a lower bound on a max-pool's mean, an upper one on an average's variance).
     """
     interpreter = _MomentsInterpreter(model, spec, statistics)
@@ -203,11 +204,7 @@ class _MomentsInterpreter(fx.Interpreter):
 
     def _module(self, module: nn.Module, x: Moments) -> Moments | None:
         if isinstance(module, WEIGHTED):
-            zero = torch.zeros_like(module.bias)
-            squares = {"weight": module.weight**2, "bias": zero}
-            return gaussian(
-                module(x.mean.contiguous()), torch.func.functional_call(module, squares, (x.variance.contiguous(),))
-            )
+            return _layer(module, x)
         if isinstance(module, _BatchNorm) and module.running_var is not None:
             known = batchnorm_output(module)
             return gaussian(*(per_channel(t, x.mean.dim()).expand_as(x.mean) for t in (known.mean, known.variance)))
@@ -224,6 +221,24 @@ class _MomentsInterpreter(fx.Interpreter):
         if isinstance(module, _MOVING):
             return x.map(lambda t: module(t.contiguous()))
         return None
+
+
+def _layer(layer: nn.Module, x: Moments) -> Moments:
+    """A layer of which no BatchNorm tells: mean and variance as of independent inputs.
+
+    Features of one object fire together, so sums reach further than that. The range allows for a slight
+    correlation c: (1 - c) sum W^2 var + c (sum |W| std)^2, which many inputs make large.
+    """
+
+    def without_bias(weight: Tensor, value: Tensor) -> Tensor:
+        replaced = {"weight": weight, "bias": torch.zeros_like(layer.bias)}
+        return torch.func.functional_call(layer, replaced, (value.contiguous(),))
+
+    mean = layer(x.mean.contiguous())
+    variance = without_bias(layer.weight**2, x.variance)
+    together = without_bias(layer.weight.abs(), x.variance.sqrt()) ** 2
+    reach = SIGMAS * ((1 - CORRELATION) * variance + CORRELATION * together).sqrt()
+    return Moments(mean, variance, mean - reach, mean + reach)
 
 
 def batchnorm_output(norm: _BatchNorm) -> Gaussian:
