@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 
 IMAGE_SIZES = {"classification": 64, "segmentation": 160, "detection": 160}  # side of each network's input, in pixels
-MODELS = {"classification": "mobilenet_v2", "segmentation": "deeplabv3plus_mobilenet_v2", "detection": "ssd_lite_mobilenet_v2"}
+MODELS = {
+    "classification": "mobilenet_v2",
+    "segmentation": "deeplabv3plus_mobilenet_v2",
+    "detection": "ssd_lite_mobilenet_v2",
+}
 SCENES = {"classification": "classification", "segmentation": "voc", "detection": "voc"}
 RESIZED = 73  # short side before the classifier's centre crop: ImageNet's 256 to 224
 
@@ -24,8 +28,16 @@ def open(task: str, cache: str | None = None) -> Demo:
     from demo import render, weights  # slow to import, and needed by the demo alone
 
     file = weights.checked(task)
-    flags = {"data": str(render.rendered(SCENES[task], cache)), "weights": str(file), "model": MODELS[task], "image_size": [IMAGE_SIZES[task]]}
+    flags = {
+        "data": str(render.rendered(SCENES[task], cache)),
+        "weights": str(file),
+        "model": MODELS[task],
+        "image_size": [IMAGE_SIZES[task]],
+    }
     if task == "classification":
         flags["resize"] = RESIZED
     count = render.RECIPES[SCENES[task]].images
-    return Demo(flags, f"demo: a small {MODELS[task]} on {count} rendered scenes; for your own network and data pass --weights FILE and --data DIR")
+    return Demo(
+        flags,
+        f"demo: a small {MODELS[task]} on {count} rendered scenes; for your own network and data pass --weights FILE and --data DIR",
+    )

@@ -107,7 +107,14 @@ def annotation(one: Scene, name: str) -> bytes:
             continue
         item, shown = ElementTree.SubElement(root, "object"), one.shown[number - 1]
         cut = x1 == 0 or y1 == 0 or x2 == width - 1 or y2 == height - 1
-        _add(item, name=CLASSES[one.classes[number - 1]], pose="Unspecified", truncated=int(cut), occluded=int(shown < 0.95), difficult=int(shown < _HIDDEN))
+        _add(
+            item,
+            name=CLASSES[one.classes[number - 1]],
+            pose="Unspecified",
+            truncated=int(cut),
+            occluded=int(shown < 0.95),
+            difficult=int(shown < _HIDDEN),
+        )
         _add(ElementTree.SubElement(item, "bndbox"), xmin=x1 + 1, ymin=y1 + 1, xmax=x2 + 1, ymax=y2 + 1)
     ElementTree.indent(root)
     return ElementTree.tostring(root) + b"\n"
@@ -159,15 +166,25 @@ def rendered(kind: str, root: str | None = None) -> Path:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot keep the demo's images in {str(folder)!r} ({reason}); set {CACHE_VARIABLE} to a folder that can be written") from None
+        raise UserError(
+            f"cannot keep the demo's images in {str(folder)!r} ({reason}); set {CACHE_VARIABLE} to a folder that can be written"
+        ) from None
     return folder
 
 
 def _fill(folder: Path, kind: str) -> None:
     recipe = RECIPES[kind]
-    indices = tqdm(range(recipe.images), desc="rendering the demo's images (once)", unit="image", file=sys.stderr, disable=None)
+    indices = tqdm(
+        range(recipe.images), desc="rendering the demo's images (once)", unit="image", file=sys.stderr, disable=None
+    )
     WRITERS[kind](folder, (scene(kind, EVALUATION_SEED, index) for index in indices))
-    manifest = {"kind": kind, "images": recipe.images, "seed": EVALUATION_SEED, "version": version(), "sha256": _digest(folder)}
+    manifest = {
+        "kind": kind,
+        "images": recipe.images,
+        "seed": EVALUATION_SEED,
+        "version": _version(),
+        "sha256": _digest(folder),
+    }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -192,18 +209,20 @@ def _fault(folder: Path, kind: str) -> str | None:
     content = {entry.name for entry in folder.iterdir()}
     strange = content - {_MANIFEST, "val", "JPEGImages", "Annotations", "SegmentationClass", "ImageSets", "labels.txt"}
     if strange:
-        raise UserError(f"{str(folder)!r} holds {min(strange)!r}, which the demo did not write; move it away, or set {CACHE_VARIABLE} to another folder")
+        raise UserError(
+            f"{str(folder)!r} holds {min(strange)!r}, which the demo did not write; move it away, or set {CACHE_VARIABLE} to another folder"
+        )
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         drawn_by, digest = manifest["version"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return "no readable manifest"
-    if drawn_by != version():
+    if drawn_by != _version():
         return "an outdated demo"
     return None if digest == _digest(folder) else "damaged files"
 
 
-def version() -> str:
+def _version() -> str:
     """Hash of the code that draws: other code draws other scenes."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (scenes.__file__, __file__))).hexdigest()[:16]
 

@@ -144,7 +144,9 @@ class Scene:
         return np.where(outline, np.uint8(VOID), labels)
 
 
-def draw_scene(seed: tuple[int, ...], size: tuple[int, int], classes: tuple[int, ...], radius: tuple[float, float], clutter: int) -> Scene:
+def draw_scene(
+    seed: tuple[int, ...], size: tuple[int, int], classes: tuple[int, ...], radius: tuple[float, float], clutter: int
+) -> Scene:
     """Draw one object of each class index, at random places that overlap little.
 
     size: height and width in pixels. radius: smallest and largest of an object, as a share of the
@@ -155,7 +157,9 @@ def draw_scene(seed: tuple[int, ...], size: tuple[int, int], classes: tuple[int,
     covering = rng.integers(0, clutter + 1)
     for _ in range(rng.integers(0, clutter + 1)):
         centre, reach = _random_place(rng, size, radius)
-        canvas.put(_random_clutter(rng), 0, centre, 0.7 * reach, _random_texture(rng, rng.random(), rng.choice(PATTERNS)))
+        canvas.put(
+            _random_clutter(rng), 0, centre, 0.7 * reach, _random_texture(rng, rng.random(), rng.choice(PATTERNS))
+        )
 
     placed: list[tuple[ndarray, float]] = []
     areas = []
@@ -170,11 +174,18 @@ def draw_scene(seed: tuple[int, ...], size: tuple[int, int], classes: tuple[int,
         if placed and rng.random() < 0.7:  # across an object, often
             target, target_reach = placed[rng.integers(len(placed))]
             centre = target + rng.uniform(-0.8, 0.8, 2) * target_reach
-        canvas.put(_random_clutter(rng), 0, centre, 0.7 * reach, _random_texture(rng, rng.random(), rng.choice(PATTERNS)))
+        canvas.put(
+            _random_clutter(rng), 0, centre, 0.7 * reach, _random_texture(rng, rng.random(), rng.choice(PATTERNS))
+        )
 
     owner = canvas.owner[::SUPERSAMPLE, ::SUPERSAMPLE]
     seen = [int(np.count_nonzero(canvas.owner == number)) for number in range(1, len(classes) + 1)]
-    return Scene(canvas.photograph(rng), owner, tuple(classes), tuple(visible / max(area, 1) for visible, area in zip(seen, areas, strict=True)))
+    return Scene(
+        canvas.photograph(rng),
+        owner,
+        tuple(classes),
+        tuple(visible / max(area, 1) for visible, area in zip(seen, areas, strict=True)),
+    )
 
 
 def _random_clutter(rng: Generator) -> Shape:
@@ -189,11 +200,15 @@ def _random_place(rng: Generator, size: tuple[int, int], radius: tuple[float, fl
     return np.array([rng.uniform(inside, width - inside), rng.uniform(inside, height - inside)]), reach
 
 
-def _free_place(rng: Generator, size: tuple[int, int], radius: tuple[float, float], taken: list[tuple[ndarray, float]]) -> tuple[ndarray, float]:
+def _free_place(
+    rng: Generator, size: tuple[int, int], radius: tuple[float, float], taken: list[tuple[ndarray, float]]
+) -> tuple[ndarray, float]:
     """Of 20 random places the first that overlaps others little, or else the freest."""
 
     def overlap(place: tuple[ndarray, float]) -> float:
-        return max((0.75 * (place[1] + reach) - np.linalg.norm(place[0] - centre) for centre, reach in taken), default=0.0)
+        return max(
+            (0.75 * (place[1] + reach) - np.linalg.norm(place[0] - centre) for centre, reach in taken), default=0.0
+        )
 
     places = [_random_place(rng, size, radius) for _ in range(20)]
     return min(places, key=lambda place: max(overlap(place), 0.0))
@@ -249,11 +264,18 @@ class _Canvas:
         away = -self.sun[:2] / self.sun[2] * 0.45 * reach
         blur = 0.12 * reach
         margin = int(3 * blur) + 1
-        shadow = Image.fromarray(np.pad(silhouette, margin).astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(blur))
+        shadow = Image.fromarray(np.pad(silhouette, margin).astype(np.uint8) * 255).filter(
+            ImageFilter.GaussianBlur(blur)
+        )
         shadow = np.asarray(shadow, np.float32) / 255
         left, top = left + int(away[0]) - margin, top + int(away[1]) - margin
         height, width = self.shape
-        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + shadow.shape[0], height), min(left + shadow.shape[1], width)
+        y0, x0, y1, x1 = (
+            max(top, 0),
+            max(left, 0),
+            min(top + shadow.shape[0], height),
+            min(left + shadow.shape[1], width),
+        )
         if y0 < y1 and x0 < x1:
             blocked = self.sunlight * self.sun[2] / (self.sky + self.sunlight * self.sun[2])
             self.light[y0:y1, x0:x1] *= 1 - blocked * shadow[y0 - top : y1 - top, x0 - left : x1 - left, None]
@@ -264,7 +286,9 @@ class _Canvas:
         picture = self.light.reshape(height, SUPERSAMPLE, width, SUPERSAMPLE, 3).mean(axis=(1, 3))
         picture = picture * rng.uniform(0.88, 1.12, 3).astype(np.float32) * np.float32(rng.uniform(0.75, 1.15))
         picture = np.clip(picture, 0, 1) ** np.float32(1 / 1.8)
-        image = Image.fromarray((255 * picture).astype(np.uint8)).filter(ImageFilter.GaussianBlur(float(rng.choice([0, 0, 0.5, 0.9]))))
+        image = Image.fromarray((255 * picture).astype(np.uint8)).filter(
+            ImageFilter.GaussianBlur(float(rng.choice([0, 0, 0.5, 0.9])))
+        )
         noise = rng.standard_normal(picture.shape, np.float32) * np.float32(255 * rng.uniform(0, 0.025))
         return np.clip(np.asarray(image, np.float32) + noise, 0, 255).astype(np.uint8)
 
@@ -320,7 +344,10 @@ def _random_colour(rng: Generator, hue: float, saturation: tuple[float, float]) 
 
 def _random_texture(rng: Generator, hue: float, pattern: str) -> Texture:
     """A solid texture, one of PATTERNS, mostly of one hue (0 to 1)."""
-    one, other = _random_colour(rng, hue, (0.3, 0.95))[:, None], _random_colour(rng, rng.random(), (0.05, 0.95))[:, None]
+    one, other = (
+        _random_colour(rng, hue, (0.3, 0.95))[:, None],
+        _random_colour(rng, rng.random(), (0.05, 0.95))[:, None],
+    )
     other = one + (other - one) * np.float32(rng.uniform(0.2, 1.0))
     waves = (rng.standard_normal((4, 3)) * rng.uniform(2, 5)).astype(np.float32)
     phases = rng.uniform(0, 2 * np.pi, (4, 1)).astype(np.float32)
@@ -352,7 +379,10 @@ def _table(rng: Generator, shape: tuple[int, int]) -> ndarray:
     kind = rng.choice(["cloth", "boards", "stone", "checks", "stripes", "plain"])
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.1, 0.4) * min(shape)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    along, across = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)), y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle))
+    along, across = (
+        x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)),
+        y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle)),
+    )
     along, across = along / np.float32(period), across / np.float32(period)
     rough, fine = _noise(rng, shape, 6), _noise(rng, shape, 40)
 

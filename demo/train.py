@@ -5,6 +5,7 @@ that the networks are scored on, and the scores steer nothing: the last epoch's 
 """
 
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from demo import IMAGE_SIZES, RESIZED, weights
-from demo.render import TRAINING_SEED, cache_folder, jpeg, rendered, scene, version
+from demo.render import TRAINING_SEED, cache_folder, jpeg, rendered, scene
 from demo.scenes import CLASSES, VOID
 from modeling.deeplab import DeepLab
 from modeling.mobilenet_v2 import mobilenet_v2
@@ -40,6 +41,7 @@ from utils.segmentation import voc_segmentation
 from utils.vision import torchvision
 from utils.voc import open_voc
 
+WIDTH = 0.5  # of MobileNetV2, in all three
 MOST_OBJECTS = 5  # in a scene
 SSD_SPEC = replace(SSD_PUBLISHED, size=(IMAGE_SIZES["detection"],) * 2)
 
@@ -105,6 +107,10 @@ class Task:
 # ---- classification
 
 
+def classifier() -> nn.Module:
+    return initialise(mobilenet_v2(width=WIDTH, classes=len(CLASSES)))
+
+
 def classification_batch(examples: Examples, chosen: ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Random crops, turned by quarters and mirrored: from above, a scene has no top."""
     side = IMAGE_SIZES["classification"]
@@ -120,7 +126,9 @@ def classification_batch(examples: Examples, chosen: ndarray, rng: np.random.Gen
 
 def classification_score(model: nn.Module) -> dict[str, float]:
     side = IMAGE_SIZES["classification"]
-    samples = image_folder(str(rendered("classification")), "val", InputSpec((side, side), resize=RESIZED), len(CLASSES))
+    samples = image_folder(
+        str(rendered("classification")), "val", InputSpec((side, side), resize=RESIZED), len(CLASSES)
+    )
     return _evaluate(model, batches(samples, 50, workers=0, seed=0), TopK())
 
 
@@ -128,7 +136,7 @@ def classification_score(model: nn.Module) -> dict[str, float]:
 
 
 def segmenter() -> nn.Module:
-    return with_trained_backbone(DeepLab(len(CLASSES) + 1, width=0.5, channels=64, reduced=24), "backbone.features")
+    return with_trained_backbone(DeepLab(len(CLASSES) + 1, width=WIDTH, channels=64, reduced=24), "backbone.features")
 
 
 def segmentation_batch(examples: Examples, chosen: ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -158,7 +166,7 @@ def detector() -> nn.Module:
 
 
 def _ssd_lite() -> SSDLite:
-    return SSDLite(len(CLASSES) + 1, width=0.5, extras=((128, 256), (64, 128), (64, 128), (32, 64)))
+    return SSDLite(len(CLASSES) + 1, width=WIDTH, extras=((128, 256), (64, 128), (64, 128), (32, 64)))
 
 
 @cache
@@ -166,7 +174,9 @@ def _coder() -> BoxCoder:
     return _ssd_lite().coder(SSD_SPEC.size)
 
 
-def detection_batch(examples: Examples, chosen: ndarray, rng: np.random.Generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def detection_batch(
+    examples: Examples, chosen: ndarray, rng: np.random.Generator
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Images squeezed to the network's square and mirrored; for each prior its label [N, P] and offsets [N, P, 4]."""
     images = torch.from_numpy(examples.images[chosen])
     height, width = images.shape[1:3]
@@ -180,7 +190,9 @@ def detection_batch(examples: Examples, chosen: ndarray, rng: np.random.Generato
                 boxes[:, [axis, axis + 2]] = 1 - boxes[:, [axis + 2, axis]]
         labels = torch.from_numpy(examples.classes[index][there].astype(np.int64)) + 1
         targets.append(_coder().encode(Objects(boxes, labels, torch.zeros(len(labels), dtype=torch.bool))))
-    pixels = torchvision.transforms.functional.resize(images.permute(0, 3, 1, 2).float() / 255, SSD_SPEC.size, antialias=False)
+    pixels = torchvision.transforms.functional.resize(
+        images.permute(0, 3, 1, 2).float() / 255, SSD_SPEC.size, antialias=False
+    )
     labels, offsets = (torch.stack(values) for values in zip(*targets, strict=True))
     return torchvision.transforms.functional.normalize(pixels, SSD_SPEC.mean, SSD_SPEC.std), (labels, offsets)
 
@@ -200,7 +212,9 @@ def detection_loss(heads: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor])
 
 def detection_score(model: nn.Module) -> dict[str, float]:
     samples, labels = voc_detection(open_voc(str(rendered("voc")), "Main", "val"), SSD_SPEC, len(CLASSES) + 1)
-    figures = _evaluate(model, batches(samples, 20, workers=0, seed=0, collate=stack), MeanAveragePrecision(labels, _coder()))
+    figures = _evaluate(
+        model, batches(samples, 20, workers=0, seed=0, collate=stack), MeanAveragePrecision(labels, _coder())
+    )
     return {"map": next(iter(figures.values()))}
 
 
@@ -209,11 +223,21 @@ def detection_score(model: nn.Module) -> dict[str, float]:
 
 def with_trained_backbone(model: nn.Module, place: str) -> nn.Module:
     """The network with the trained classifier's blocks at that place."""
+    model = initialise(model)
     tensors = torch.load(weights.checked("classification"), weights_only=True)
     own = model.state_dict()
     names = {f"{place}{name.removeprefix('features')}": tensor for name, tensor in tensors.items()}
     own.update({name: tensor.to(own[name].dtype) for name, tensor in names.items() if name in own})
     model.load_state_dict(own)
+    return model
+
+
+def initialise(model: nn.Module) -> nn.Module:
+    """Depthwise weights by their own fan-in of 9, since torchvision's start so small that BatchNorm
+    makes their first steps far too large."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return model
 
 
@@ -234,8 +258,8 @@ TASKS = {
     "classification": Task(
         "classification",
         RESIZED,
-        Recipe(scenes=12_000, epochs=60, batch=64, optimizer="adam", rate=2e-3, decay=1e-4),
-        lambda: mobilenet_v2(width=0.5, classes=len(CLASSES)),
+        Recipe(scenes=12_000, epochs=36, batch=64, optimizer="adam", rate=2e-3, decay=1e-4),
+        classifier,
         classification_batch,
         nn.functional.cross_entropy,
         classification_score,
@@ -243,7 +267,7 @@ TASKS = {
     "segmentation": Task(
         "voc",
         IMAGE_SIZES["segmentation"],
-        Recipe(scenes=5_000, epochs=12, batch=16, optimizer="adam", rate=1e-3, decay=1e-4),
+        Recipe(scenes=5_000, epochs=8, batch=16, optimizer="adam", rate=1e-3, decay=1e-4),
         segmenter,
         segmentation_batch,
         partial(nn.functional.cross_entropy, ignore_index=VOID),
@@ -252,7 +276,7 @@ TASKS = {
     "detection": Task(
         "voc",
         IMAGE_SIZES["detection"],
-        Recipe(scenes=5_000, epochs=16, batch=32, optimizer="adam", rate=1e-3, decay=1e-4),
+        Recipe(scenes=5_000, epochs=24, batch=32, optimizer="adam", rate=1e-3, decay=1e-4),
         detector,
         detection_batch,
         detection_loss,
@@ -266,13 +290,16 @@ TASKS = {
 
 def training_set(kind: str, short_side: int, count: int) -> Examples:
     """Scenes of demo.render, drawn by all cores once and kept in the cache as arrays."""
-    folder = cache_folder() / "demo" / "training" / f"{kind}-{short_side}-{count}-{version()}"
+    first = hashlib.sha256(scene(kind, TRAINING_SEED, 0).image.tobytes()).hexdigest()[:8]  # tells renderers apart
+    folder = cache_folder() / "demo" / "training" / f"{kind}-{short_side}-{count}-{first}"
     names = Examples.__dataclass_fields__
     if not (folder / "done").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor() as pool:
             drawn = pool.map(partial(_example, kind, short_side), range(count), chunksize=32)
-            columns = zip(*tqdm(drawn, desc="rendering scenes to train on (once)", total=count, unit="image"), strict=True)
+            columns = zip(
+                *tqdm(drawn, desc="rendering scenes to train on (once)", total=count, unit="image"), strict=True
+            )
             for name, column in zip(names, columns, strict=True):
                 np.save(folder / f"{name}.npy", np.stack(column))
         (folder / "done").touch()
@@ -284,20 +311,13 @@ def _example(kind: str, short_side: int, index: int) -> tuple[ndarray, ndarray, 
     one = scene(kind, TRAINING_SEED, index)
     image = Image.open(io.BytesIO(jpeg(one.image)))
     if min(image.size) != short_side:
-        image = image.resize([round(side * short_side / min(image.size)) for side in image.size], Image.Resampling.BILINEAR)
+        image = image.resize(
+            [round(side * short_side / min(image.size)) for side in image.size], Image.Resampling.BILINEAR
+        )
     classes, boxes = np.full(MOST_OBJECTS, -1, np.int8), np.zeros((MOST_OBJECTS, 4), np.float32)
     for row, (number, (x1, y1, x2, y2)) in enumerate(one.boxes().items()):
         classes[row], boxes[row] = one.classes[number - 1], (x1, y1, x2 + 1, y2 + 1)
     return np.asarray(image), one.mask(), classes, boxes
-
-
-def initialise(model: nn.Module) -> nn.Module:
-    """Depthwise weights by their own fan-in of 9, since torchvision's start so small that BatchNorm
-    makes their first steps far too large."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return model
 
 
 def train(name: str, task: Task, seed: int, device: torch.device, folder: Path) -> nn.Module:
@@ -305,13 +325,13 @@ def train(name: str, task: Task, seed: int, device: torch.device, folder: Path) 
     recipe = task.recipe
     examples = training_set(task.scenes, task.short_side, recipe.scenes)
     torch.manual_seed(seed)
-    model = initialise(task.network()).to(device, memory_format=torch.channels_last)
+    model = task.network().to(device, memory_format=torch.channels_last)
     optimizer = recipe.optimizer_of(model)
     state, log = folder / f"{name}.state.pth", folder / f"{name}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    done = 0
-    if state.is_file():
-        saved = torch.load(state, map_location=device, weights_only=True)
+    done, identity = 0, f"{recipe} {seed}"
+    saved = torch.load(state, map_location=device, weights_only=True) if state.is_file() else {}
+    if saved.get("identity") == identity:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["epochs"]
@@ -331,9 +351,11 @@ def train(name: str, task: Task, seed: int, device: torch.device, folder: Path) 
             loss.backward()
             optimizer.step()
             total, steps = total + float(loss.detach()), steps + 1
-        line = {"epoch": epoch + 1, "loss": round(total / steps, 4), "rate": round(recipe.rate_at((epoch + 1) * steps), 6)}
-        line |= {key: round(value, 2) for key, value in task.score(model).items()} | {"seconds": round(time.perf_counter() - start, 1)}
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}, state.with_suffix(".new"))
+        figures = {"loss": total / steps, "rate": recipe.rate_at((epoch + 1) * steps)} | task.score(model)
+        figures["seconds"] = time.perf_counter() - start
+        line = {"epoch": epoch + 1} | {key: float(f"{value:.4g}") for key, value in figures.items()}
+        saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(saved | {"epochs": epoch + 1, "identity": identity}, state.with_suffix(".new"))
         state.with_suffix(".new").replace(state)
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -349,7 +371,7 @@ def _epoch(task: Task, examples: Examples, rng: np.random.Generator) -> Iterator
 
 
 def _to(targets: object, device: torch.device) -> object:
-    return targets.to(device) if isinstance(targets, Tensor) else type(targets)(_to(target, device) for target in targets)
+    return targets.to(device) if isinstance(targets, Tensor) else tuple(_to(target, device) for target in targets)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 import demo
-from demo import render, weights
+from demo import render, train, weights
 from demo.scenes import CLASSES, VOID, draw_scene
 from modeling import build_model
 from utils.errors import UserError
+from utils.inputs import InputSpec
 
 
 @pytest.fixture
@@ -41,12 +42,16 @@ def test_a_seed_draws_the_same_scene_and_another_seed_another():
 
 
 def test_training_and_evaluation_share_no_scene():
-    training, evaluation = (render.scene("classification", seed, 0).image for seed in (render.TRAINING_SEED, render.EVALUATION_SEED))
+    training, evaluation = (
+        render.scene("classification", seed, 0).image for seed in (render.TRAINING_SEED, render.EVALUATION_SEED)
+    )
     assert np.abs(training.astype(int) - evaluation).mean() > 5
 
 
 def test_every_class_is_as_frequent():
-    assert Counter(render.scene("classification", 0, index).classes[0] for index in range(10)) == dict.fromkeys(range(10), 1)
+    assert Counter(render.scene("classification", 0, index).classes[0] for index in range(10)) == dict.fromkeys(
+        range(10), 1
+    )
     several = Counter(index for number in range(30) for index in render.scene("voc", 5, number).classes)
     assert set(several) == set(range(10))
     assert max(several.values()) < 3 * min(several.values())
@@ -170,7 +175,9 @@ def age(folder: Path) -> None:
         (age, "outdated"),
     ],
 )
-def test_a_damaged_cache_is_rendered_anew_and_said(damage, said: str, few_scenes: None, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_damaged_cache_is_rendered_anew_and_said(
+    damage, said: str, few_scenes: None, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     folder = render.rendered("classification", str(tmp_path))
     whole = files_of(folder)
     damage(folder)
@@ -254,3 +261,57 @@ def test_stored_weights_come_back_and_damaged_ones_are_refused(monkeypatch: pyte
     with pytest.raises(UserError, match="not there"):
         weights.checked("classification")
     assert weights.checked("detection").name == "detection.pth"
+
+
+# ---- training
+
+
+def examples_of_masks() -> train.Examples:
+    """Scenes whose images are their masks, so that what happens to one must happen to the other."""
+    rows = [train._example("voc", 160, index) for index in range(3)]
+    images, masks, classes, boxes = (np.stack(column) for column in zip(*rows, strict=True))
+    return train.Examples(np.repeat(masks[..., None], images.shape[-1], axis=-1), masks, classes, boxes)
+
+
+def pixels(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """[N, H, W] grey levels of normalised images."""
+    return images[:, 0] * spec.std[0] * 255 + spec.mean[0] * 255
+
+
+def test_a_mask_is_cropped_and_turned_as_its_image():
+    images, masks = train.segmentation_batch(examples_of_masks(), np.arange(3), np.random.default_rng(0))
+    torch.testing.assert_close(pixels(images, InputSpec()), masks.float(), atol=0.01, rtol=0)
+
+
+def test_priors_are_given_the_mirrored_objects():
+    examples = examples_of_masks()
+    for seed in range(4):
+        images, (labels, offsets) = train.detection_batch(examples, np.arange(3), np.random.default_rng(seed))
+        grey, boxes = pixels(images, train.SSD_SPEC), train._coder().boxes(offsets)
+        for image in range(3):
+            for prior in (labels[image] > 0).nonzero().flatten():
+                x1, y1, x2, y2 = (boxes[image, prior] * grey.shape[1]).round().int().clamp(0, grey.shape[1]).tolist()
+                inside = grey[image, y1:y2, x1:x2].round() == labels[image, prior]
+                assert inside.float().mean() > 0.1
+
+
+@torch.enable_grad()
+def test_a_training_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    task = train.TASKS["classification"]
+    rows = [train._example("classification", train.RESIZED, index) for index in range(8)]
+    examples = train.Examples(*(np.stack(column) for column in zip(*rows, strict=True)))
+    monkeypatch.setattr(train, "training_set", lambda *_: examples)
+    recipe = replace(task.recipe, scenes=8, batch=4, epochs=2, warm_up=1)
+    task = replace(task, recipe=recipe, score=lambda model: {})
+
+    def stop(model: torch.nn.Module) -> dict[str, float]:
+        if (tmp_path / "b" / "x.jsonl").exists():
+            raise KeyboardInterrupt
+        return {}
+
+    device = torch.device("cpu")
+    whole = train.train("x", task, 0, device, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        train.train("x", replace(task, score=stop), 0, device, tmp_path / "b")
+    resumed = train.train("x", task, 0, device, tmp_path / "b")
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict())
