@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import demo
 import dfq
 from modeling import build_model
-from utils import cli, results
+from utils import cli, report, results
 from utils.data import batches, evenly, image_folder
 from utils.engine import evaluate
 from utils.metrics import TopK
@@ -31,6 +32,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PIXELS",
         help="short side before the centre crop (default: as --image_size, or the network's)",
     )
+    parser.add_argument("--report", type=Path, metavar="DIR", help="folder for pictures of images and answers")
     return cli.check(parser, parser.parse_args(argv))
 
 
@@ -42,7 +44,8 @@ def main(argv: Sequence[str] | None) -> None:
     spec = cli.input_spec(args, network.spec)
     recipe = dfq.Recipe.of(args)
     quantized = dfq.quantize_data_free(network.model, spec, recipe)
-    samples = evenly(image_folder(args.data, args.split, spec, quantized.outputs), args.limit)
+    samples, names = image_folder(args.data, args.split, spec, quantized.outputs)
+    samples = evenly(samples, args.limit)
     print(f"{network.name}, weights {network.weights}; {len(samples):,} images of {args.data}; {recipe}")
     print(quantized.journal.report(args.verbose))
 
@@ -55,6 +58,11 @@ def main(argv: Sequence[str] | None) -> None:
     results.print_table(scores, metrics)
     entry = results.entry(TASK, args, cli.command(PROGRAM, argv), network, str(recipe), metrics, scores)
     results.record(args.results, entry)
+    if args.report:
+        by_label = {recipe.labels[name]: metric for name, metric in metrics.items()}
+        folder = report.make_folder(args.report)
+        files = report.classification_pictures(folder, samples, by_label, names, spec)
+        print(f"\n{len(files)} pictures in {folder}")
 
 
 if __name__ == "__main__":

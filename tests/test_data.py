@@ -25,14 +25,15 @@ def test_wordnet_folders_keep_imagenets_indices(tmp_path):
     ids = imagenet_ids()
     assert len(ids) == 1000 and ids[0] == "n01440764" and ids[-1] == "n15075141"
     root = folder(tmp_path, [ids[3], ids[500], ids[999]], images=1)
-    samples = image_folder(root, "val", SPEC, outputs=1000)
+    samples, names = image_folder(root, "val", SPEC, outputs=1000)
+    assert names == {3: ids[3], 500: ids[500], 999: ids[999]}
     assert [samples[i][1] for i in range(3)] == [3, 500, 999]
 
 
 def test_an_empty_class_folder_shifts_no_label(tmp_path):
     root = folder(tmp_path, ["ant", "cat"], images=1)
     (tmp_path / "bee").mkdir()
-    samples = image_folder(root, "val", SPEC, outputs=3)
+    samples, _ = image_folder(root, "val", SPEC, outputs=3)
     assert [samples[i][1] for i in range(2)] == [0, 2]
 
 
@@ -43,8 +44,8 @@ def test_as_many_folders_as_outputs_take_their_order(tmp_path):
 def test_a_split_below_the_folder_is_found(tmp_path):
     folder(tmp_path / "val", ["a", "b"])
     folder(tmp_path / "train", ["a", "b"], images=5)
-    assert len(image_folder(str(tmp_path), "val", SPEC, 2)) == 4
-    assert len(image_folder(str(tmp_path), "train", SPEC, 2)) == 10
+    assert len(image_folder(str(tmp_path), "val", SPEC, 2)[0]) == 4
+    assert len(image_folder(str(tmp_path), "train", SPEC, 2)[0]) == 10
 
 
 @pytest.mark.parametrize(("outputs", "reason"), [(1000, "'a' is no ImageNet WordNet id"), (7, "not ImageNet's 1,000")])
@@ -69,7 +70,7 @@ def test_unreadable_images_are_named_not_raised(tmp_path, workers):
     root = folder(tmp_path, ["a", "b"], images=3)
     broken = tmp_path / "a" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    loaded = list(batches(image_folder(root, "val", SPEC, 2), 4, workers, seed=0))
+    loaded = list(batches(image_folder(root, "val", SPEC, 2)[0], 4, workers, seed=0))
     assert [reason.split(" ")[0] for batch in loaded for reason in batch.bad] == [str(broken)]
     assert sum(len(batch.images) for batch in loaded) == 5
     assert torch.cat([batch.targets for batch in loaded]).tolist() == [0, 0, 1, 1, 1]
@@ -85,5 +86,5 @@ def test_images_are_normalised_as_the_spec_says(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (30, 20), (255, 127, 0)).save(tmp_path / "a" / "flat.png")
     spec = InputSpec(size=(8, 8), resize=8, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-    image, _ = image_folder(str(tmp_path), "val", spec, 1)[0]
+    image, _ = image_folder(str(tmp_path), "val", spec, 1)[0][0]
     torch.testing.assert_close(image[:, 3, 3], torch.tensor([1.0, 0.0, -127 / 128]), atol=1e-6, rtol=0)

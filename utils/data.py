@@ -51,8 +51,8 @@ class Guarded(Dataset):
             return BadSample(f"{self.paths[index]} ({reason})")
 
 
-def image_folder(root: str, split: str, spec: InputSpec, outputs: int) -> Guarded:
-    """Images in one folder per class, labelled for a network with this many outputs.
+def image_folder(root: str, split: str, spec: InputSpec, outputs: int) -> tuple[Guarded, dict[int, str]]:
+    """Images in one folder per class, labelled for a network with this many outputs; and each output's folder.
 
     root: the folder that holds the class folders, or one with a sub-folder named by split.
     Folders named by ImageNet's WordNet ids get ImageNet's class indices, however many of the 1,000
@@ -79,7 +79,8 @@ def image_folder(root: str, split: str, spec: InputSpec, outputs: int) -> Guarde
 
     label = torch.tensor(class_indices(samples.classes, outputs, str(folder)))
     samples.target_transform = lambda index: int(label[index])
-    return Guarded(samples, [path for path, _ in samples.samples])
+    names = dict(zip(label.tolist(), samples.classes, strict=True))
+    return Guarded(samples, [path for path, _ in samples.samples]), names
 
 
 def class_indices(folders: list[str], outputs: int, root: str) -> list[int]:

@@ -16,16 +16,18 @@ VOID = 255  # the label of pixels that do not count
 
 
 class TopK:
-    """Top-1 and top-5 accuracy in percent."""
+    """Top-1 and top-5 accuracy in percent. predictions: the best class of each image."""
 
     def __init__(self) -> None:
         self.samples = self.top1 = self.top5 = 0
+        self.predictions: list[int] = []
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """logits: [N, classes]; labels: [N]."""
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels.to(best.device)[:, None]
         self.samples += len(labels)
+        self.predictions += best[:, 0].tolist()
         self.top1 += int(hits[:, 0].sum())
         self.top5 += int(hits.any(dim=1).sum())
 

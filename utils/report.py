@@ -14,7 +14,7 @@ from utils.boxes import BoxCoder
 from utils.data import BadSample
 from utils.errors import UserError
 from utils.inputs import InputSpec
-from utils.metrics import ConfusionMatrix, MeanAveragePrecision
+from utils.metrics import ConfusionMatrix, MeanAveragePrecision, TopK
 
 _CAPTION = 16  # height in pixels of the line above a panel
 _GAP = 4  # between two panels
@@ -30,6 +30,38 @@ def make_folder(folder: Path) -> Path:
             f"cannot make the folder {str(folder)!r} for pictures ({error.strerror}); pass --report with another"
         ) from None
     return folder
+
+
+def classification_pictures(
+    folder: Path,
+    samples: Dataset,
+    metrics: Mapping[str, TopK],
+    names: Mapping[int, str],
+    spec: InputSpec,
+    count: int = 12,
+) -> list[Path]:
+    """Draw sheets of images with their class and each network's answer; returns the PNG files.
+
+    One sheet of images evenly spread, and one of images on which the last network changed the first
+    one's mind, if there are any. metrics: by caption. names: of the classes, by the network's output.
+    """
+    answers = [metric.predictions for metric in metrics.values()]
+    scored = _scored(samples, len(answers[0]))
+    changed = [i for i, (first, last) in enumerate(zip(answers[0], answers[-1], strict=True)) if first != last]
+    files = []
+    for kind, positions in (("spread", range(len(scored))), ("changed", changed)):
+        shown = [positions[i * len(positions) // count] for i in range(count)] if len(positions) > count else positions
+        if not shown:
+            continue
+        pictures = []
+        for position in shown:
+            image, label = samples[scored[position]]
+            said = {caption: names.get(metric.predictions[position], "?") for caption, metric in metrics.items()}
+            lines = [f"truth: {names.get(label, '?')}", *(f"{caption}: {name}" for caption, name in said.items())]
+            pictures.append(captioned(denormalise(image, spec), lines, right=[name == names.get(label) for name in said.values()]))
+        files.append(folder / f"{kind}.png")
+        grid(pictures, columns=4).save(files[-1])
+    return files
 
 
 def segmentation_pictures(
@@ -49,9 +81,7 @@ def segmentation_pictures(
     """
     scores = torch.tensor([metrics[name].per_image for name in networks]).nan_to_num()
     harm = scores[-1] - scores[0] if len(scores) > 1 else scores[0]
-    scored = range(len(samples))
-    if len(samples) > len(harm):  # unreadable ones were skipped
-        scored = [index for index in scored if not isinstance(samples[index], BadSample)]
+    scored = _scored(samples, len(harm))
     chosen = {"first": range(min(count, len(harm))), "worst": harm.argsort(stable=True)[:count].tolist()}
 
     files = []
@@ -129,6 +159,38 @@ def write_curves(file: Path, metrics: Mapping[str, MeanAveragePrecision]) -> Non
             for name, curve in metric.curves().items():
                 points = torch.stack([curve.scores, curve.precision, curve.recall], 1).tolist()
                 rows.writerows((network, name, *(f"{value:.6f}" for value in point)) for point in points)
+
+
+def _scored(samples: Dataset, count: int) -> Sequence[int]:
+    """The samples that were scored, `count` of them: all, or those that can be read."""
+    if len(samples) == count:
+        return range(count)
+    return [index for index in range(len(samples)) if not isinstance(samples[index], BadSample)]
+
+
+def captioned(picture: Image.Image, lines: Sequence[str], right: Sequence[bool]) -> Image.Image:
+    """A picture over its lines; the first in black, the others green where right and red where not."""
+    width = max(picture.width, 160)
+    scale = width / picture.width
+    height = round(picture.height * scale)
+    sheet = Image.new("RGB", (width, height + _CAPTION * len(lines)), "white")
+    sheet.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    colours = ["black", *("darkgreen" if good else "firebrick" for good in right)]
+    for number, (line, colour) in enumerate(zip(lines, colours, strict=True)):
+        draw.text((2, height + 2 + number * _CAPTION), line, fill=colour)
+    return sheet
+
+
+def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size in rows of `columns`."""
+    width, height = (side + _GAP for side in pictures[0].size)
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * width - _GAP, rows * height - _GAP), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % columns * width, number // columns * height))
+    return sheet
 
 
 def side_by_side(panels: Mapping[str, Image.Image]) -> Image.Image:
