@@ -126,7 +126,7 @@ def classification_batch(examples: Examples, chosen: ndarray, rng: np.random.Gen
 
 def classification_score(model: nn.Module) -> dict[str, float]:
     side = IMAGE_SIZES["classification"]
-    samples = image_folder(
+    samples, _ = image_folder(
         str(rendered("classification")), "val", InputSpec((side, side), resize=RESIZED), len(CLASSES)
     )
     return _evaluate(model, batches(samples, 50, workers=0, seed=0), TopK())
