@@ -316,10 +316,8 @@ def activation_bounds(model: fx.GraphModule, node: fx.Node, source: Moments, lin
     """The lowest and highest value [C] that the producer's channels can take after their activation,
     whatever its inputs do within their own ranges."""
     layer = module_of(model, node)
-    largest = torch.maximum(source.low.abs(), source.high.abs())
-    largest = largest.transpose(0, 1).flatten(1).amax(1)  # [C_in]
-    view = taps(layer)
-    reach = (view.abs().sum(3) * largest.view(view.shape[0], 1, -1)).sum(2).reshape(-1)
+    largest = torch.maximum(source.low.abs().max(), source.high.abs().max())  # of any channel: ranges are estimates
+    reach = taps(layer).abs().sum((2, 3)).reshape(-1) * largest
     low, high = ((layer.bias + side * reach).clamp_min(0) for side in (-1, 1))
     for port in link.clips:
         cap = _caps(model.get_submodule(port.name), port, link.channels)
