@@ -186,7 +186,9 @@ def deviation(expected: list[Tensor], model: nn.Module, probe: Tensor) -> float:
     return max(float((before - after).abs().max() / before.abs().max().clamp_min(1e-30)) for before, after in pairs)
 
 
-def check_unchanged(name: str, expected: list[Tensor], model: nn.Module, probe: Tensor, loaded: nn.Module, journal: Journal) -> None:
+def check_unchanged(
+    name: str, expected: list[Tensor], model: nn.Module, probe: Tensor, loaded: nn.Module, journal: Journal
+) -> None:
     """Refuse a pass that should be exact and moved the output by more than TOLERANCE.
 
     Some networks amplify float32's own rounding to more than that, where statistics of no variance
@@ -626,7 +628,20 @@ _KEEPS_GRID_FUNCTIONS = {
         torch.squeeze,
         F.pad,
     ),
-    *("chunk", "split", "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "expand", "contiguous", "unflatten", "flatten"),
+    *(
+        "chunk",
+        "split",
+        "transpose",
+        "permute",
+        "reshape",
+        "view",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "contiguous",
+        "unflatten",
+        "flatten",
+    ),
 }
 _CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)
 

@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None) -> None:
         folder = report.make_folder(args.report)
         drawn = {recipe.labels[name]: model for name, model in networks.items()}
         files = report.detection_pictures(folder, samples, drawn, coder, labels, spec, device)
-        report.write_curves(folder / "precision_recall.csv", {recipe.labels[name]: metric for name, metric in metrics.items()})
+        report.write_curves(
+            folder / "precision_recall.csv", {recipe.labels[name]: metric for name, metric in metrics.items()}
+        )
         print(f"\n{len(files)} pictures, precision and recall in {folder}")
 
 

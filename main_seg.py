@@ -25,7 +25,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="deeplabv3plus_mobilenet_v2 (default), torchvision:NAME, package.module:factory",
     )
     parser.add_argument("--split", help="list in ImageSets/Segmentation (default: test of VOC2007, otherwise val)")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="folder for pictures of the first and the worst images")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="folder for pictures of the first and the worst images"
+    )
     parser.set_defaults(batch_size=4)
     return cli.check(parser, parser.parse_args(argv))
 

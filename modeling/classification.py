@@ -37,7 +37,9 @@ def build_classifier(name: str, weights: str | None) -> tuple[nn.Module, InputSp
         return _from_timm(rest, weights)
     if rest:
         return build_from_factory(name, weights), InputSpec(), weights or name
-    raise UserError(f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, torchvision:NAME, timm:NAME, package.module:factory")
+    raise UserError(
+        f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, torchvision:NAME, timm:NAME, package.module:factory"
+    )
 
 
 def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
@@ -87,7 +89,9 @@ def _from_timm(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, st
             model = timm.create_model(name, pretrained=True)
         except Exception as error:  # the hub client raises its own kinds, by the version
             reason = str(error).splitlines()[0]
-            raise UserError(f"cannot get timm's weights of {name!r} ({reason}); offline, pass --weights with a checkpoint file") from None
+            raise UserError(
+                f"cannot get timm's weights of {name!r} ({reason}); offline, pass --weights with a checkpoint file"
+            ) from None
     config = timm.data.resolve_data_config(model=model)
     spec = InputSpec(
         size=config["input_size"][1:],

@@ -91,7 +91,9 @@ class AtrousPyramid(nn.Module):
 
     def __init__(self, inputs: int, channels: int, dilations: Sequence[int]):
         super().__init__()
-        self.aspp1, self.aspp2, self.aspp3, self.aspp4 = (AtrousBranch(inputs, channels, dilation) for dilation in dilations)
+        self.aspp1, self.aspp2, self.aspp3, self.aspp4 = (
+            AtrousBranch(inputs, channels, dilation) for dilation in dilations
+        )
         pooled = nn.Conv2d(inputs, channels, 1, bias=False)
         self.global_avg_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), pooled, nn.BatchNorm2d(channels), nn.ReLU())
         self.conv1 = nn.Conv2d(5 * channels, channels, 1, bias=False)
@@ -160,7 +162,11 @@ def deeplab_for(tensors: Mapping[str, Tensor]) -> DeepLab:
     """The network with the classes, channels and width of a checkpoint (in the layout of to_deeplab_layout)."""
     sizes = {
         name: tensors[key].shape[0]
-        for name, key in (("channels", "aspp.conv1.weight"), ("reduced", "decoder.conv1.weight"), ("classes", "decoder.last_conv.8.weight"))
+        for name, key in (
+            ("channels", "aspp.conv1.weight"),
+            ("reduced", "decoder.conv1.weight"),
+            ("classes", "decoder.last_conv.8.weight"),
+        )
         if key in tensors
     }
     if "backbone.features.0.0.weight" in tensors:

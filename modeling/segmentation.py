@@ -39,14 +39,18 @@ def build_segmenter(name: str, weights: str | None) -> tuple[nn.Module, InputSpe
     kind, _, rest = name.partition(":")
     if name in NAMES:
         if weights is None:
-            raise UserError(f"{name} has no official weights; pass --weights with a checkpoint of DeepLabV3+ on MobileNetV2 (jfzhang95's layout)")
+            raise UserError(
+                f"{name} has no official weights; pass --weights with a checkpoint of DeepLabV3+ on MobileNetV2 (jfzhang95's layout)"
+            )
         tensors = to_deeplab_layout(read_checkpoint(weights))
         return fit(deeplab_for(tensors), tensors, weights).eval(), SPEC, weights
     if kind == "torchvision":
         return _from_torchvision(rest, weights)
     if rest:
         return _as_logits(build_from_factory(name, weights).eval(), name), SPEC, weights or name
-    raise UserError(f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, torchvision:NAME, package.module:factory")
+    raise UserError(
+        f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, torchvision:NAME, package.module:factory"
+    )
 
 
 def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
@@ -57,7 +61,9 @@ def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputS
     spec = InputSpec((side, side), side, preset.interpolation.value, tuple(preset.mean), tuple(preset.std))
     options = {"weights": None, "weights_backbone": None, "aux_loss": False}
     tensors = read_checkpoint(weights) if weights else download(official, name)
-    tensors = {key: value for key, value in tensors.items() if not key.startswith("aux_classifier.")}  # for training only
+    tensors = {
+        key: value for key, value in tensors.items() if not key.startswith("aux_classifier.")
+    }  # for training only
     classes = outputs_of(tensors, models.get_model(name, **options), 21)
     model = fit(models.get_model(name, num_classes=classes, **options), tensors, weights or official.url)
     return Logits(model).eval(), spec, weights or f"torchvision {official}"
@@ -71,7 +77,9 @@ def _as_logits(model: nn.Module, place: str) -> nn.Module:
             outputs = model(images)
     except Exception as error:  # the user's code may raise anything
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{place} fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}") from error
+        raise UserError(
+            f"{place} fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}"
+        ) from error
     if isinstance(outputs, Mapping) and "out" in outputs:
         model, outputs = Logits(model), outputs["out"]
     if not isinstance(outputs, Tensor):

@@ -10,7 +10,9 @@ from utils.errors import UserError
 from utils.vision import torchvision
 
 
-def official_weights(name: str, family: ModuleType, task: str, pinned: str | None = None) -> torchvision.models.WeightsEnum:
+def official_weights(
+    name: str, family: ModuleType, task: str, pinned: str | None = None
+) -> torchvision.models.WeightsEnum:
     """torchvision's entry for the weights of a network: the default ones, or the pinned ones.
 
     family: torchvision.models, or its sub-module of the task. task: what an unknown name is not.

@@ -39,7 +39,10 @@ def upstream_tensors(classes: int = 5, channels: int = 8, reduced: int = 4) -> d
 
     def norm(name: str, size: int) -> None:
         tensors[f"{name}.weight"], tensors[f"{name}.bias"] = torch.rand(size) + 0.5, torch.randn(size)
-        tensors[f"{name}.running_mean"], tensors[f"{name}.running_var"] = torch.randn(size) * 0.3, torch.rand(size) + 0.5
+        tensors[f"{name}.running_mean"], tensors[f"{name}.running_var"] = (
+            torch.randn(size) * 0.3,
+            torch.rand(size) + 0.5,
+        )
         tensors[f"{name}.num_batches_tracked"] = torch.tensor(1)
 
     def conv_norm(conv_name: str, norm_name: str, outputs: int, inputs: int, kernel: int = 1) -> None:
@@ -89,7 +92,11 @@ def upstream_forward(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
     low = None
     x = F.relu6(norm(conv(images, "backbone.features.0.0", stride=2, padding=1), "backbone.features.0.1"))
     for index in range(1, 18):
-        block, stride, dilation = f"backbone.features.{index}.conv", 2 if index in (2, 4, 7) else 1, 2 if index == 17 else 1
+        block, stride, dilation = (
+            f"backbone.features.{index}.conv",
+            2 if index in (2, 4, 7) else 1,
+            2 if index == 17 else 1,
+        )
         y, first = F.pad(x, (dilation,) * 4), 0
         if index > 1:
             y, first = F.relu6(norm(conv(y, f"{block}.0"), f"{block}.1")), 3
@@ -191,7 +198,9 @@ def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
 # ------------------------------------------------------------------------------------------- data
 
 
-def make_voc(folder: Path, count: int = 3, size: tuple[int, int] = (48, 32), labels: str | None = ",".join(CLASSES)) -> Path:
+def make_voc(
+    folder: Path, count: int = 3, size: tuple[int, int] = (48, 32), labels: str | None = ",".join(CLASSES)
+) -> Path:
     """A VOC folder of images [width, height]; gradients whose left, middle and right third are classes 0, 1, 2."""
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / name).mkdir(parents=True)
@@ -220,7 +229,9 @@ def test_palette_and_greyscale_masks_are_class_indices(tmp_path):
     assert torch.equal(samples[0][1], samples[1][1])
     assert samples[0][1].unique().tolist() == [0, 1, 2]
     image = Image.open(tmp_path / "JPEGImages/0000.png")
-    assert np.array_equal(np.asarray(denormalise(samples[0][0], SPEC)), np.asarray(image)), "an image of the input's size is not resampled"
+    assert np.array_equal(np.asarray(denormalise(samples[0][0], SPEC)), np.asarray(image)), (
+        "an image of the input's size is not resampled"
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 48), (24, 24), (40, 20), (64, 96), (20, 60)])
@@ -249,7 +260,10 @@ def test_years_folders_and_labels_beside_them(tmp_path):
     for root in ("", "VOCdevkit", "VOCdevkit/VOC2012"):
         voc = open_voc(str(tmp_path / root), "Segmentation")
         assert (voc.year, voc.split, voc.labels, len(voc.names)) == (2012, "val", None, 3)
-    for voc in (open_voc(str(tmp_path / "VOCdevkit/VOC2007"), "Segmentation"), open_voc(str(tmp_path), "Segmentation", "test")):
+    for voc in (
+        open_voc(str(tmp_path / "VOCdevkit/VOC2007"), "Segmentation"),
+        open_voc(str(tmp_path), "Segmentation", "test"),
+    ):
         assert (voc.year, voc.split, voc.names) == (2007, "test", ["0001", "0000"])
     (tmp_path / "VOCdevkit/labels.txt").write_text("a, b\nc")
     assert open_voc(str(tmp_path), "Segmentation").labels == ("a", "b", "c")
@@ -272,7 +286,12 @@ def _remove(name):
     [
         (lambda root: root.rename(root.parent / "gone"), None, 3, "no data folder at"),
         (_remove("ImageSets/Segmentation/val.txt"), None, 3, "no VOC folder at .* ImageSets/Segmentation"),
-        (lambda root: (root / "ImageSets/Segmentation").rename(root / "ImageSets/Main"), None, 3, "there is ImageSets/Main, for another task"),
+        (
+            lambda root: (root / "ImageSets/Segmentation").rename(root / "ImageSets/Main"),
+            None,
+            3,
+            "there is ImageSets/Main, for another task",
+        ),
         (lambda root: None, "train", 3, "no split 'train' .* --split can be val"),
         (lambda root: (root / "ImageSets/Segmentation/val.txt").write_text(" \n\n"), None, 3, "split 'val' is empty"),
         (_remove("JPEGImages/0002.png"), None, 3, "names 1 image.* first '0002'"),
@@ -294,10 +313,16 @@ def test_unusable_folder_is_one_line(tmp_path, spoil, split, outputs, message):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda root: write_mask(root, np.full((32, 48), 7)), r"0001.png' holds the label 7; the network has 3 classes, 0 to 2, and 255 is void"),
+        (
+            lambda root: write_mask(root, np.full((32, 48), 7)),
+            r"0001.png' holds the label 7; the network has 3 classes, 0 to 2, and 255 is void",
+        ),
         (lambda root: write_mask(root, np.zeros((32, 47))), r"0001.png' is 47x32, the image 48x32"),
         (lambda root: write_mask(root, np.zeros((32, 48, 3))), r"0001.png' is a colour picture \(RGB\)"),
-        (lambda root: (root / "SegmentationClass/0001.png").write_bytes(b"no picture"), r"mask '.*0001.png': cannot identify"),
+        (
+            lambda root: (root / "SegmentationClass/0001.png").write_bytes(b"no picture"),
+            r"mask '.*0001.png': cannot identify",
+        ),
         (lambda root: (root / "JPEGImages/0001.png").write_bytes(b"no picture"), r"0001.png \(cannot identify"),
     ],
 )
@@ -362,7 +387,15 @@ def test_metric_refuses_what_it_cannot_score():
 
 
 def test_palette_is_vocs():
-    colours = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 7: (128, 128, 128), 8: (64, 0, 0), 15: (192, 128, 128), VOID: (224, 224, 192)}
+    colours = {
+        0: (0, 0, 0),
+        1: (128, 0, 0),
+        2: (0, 128, 0),
+        7: (128, 128, 128),
+        8: (64, 0, 0),
+        15: (192, 128, 128),
+        VOID: (224, 224, 192),
+    }
     assert {index: tuple(voc_palette()[index].tolist()) for index in colours} == colours
 
 
@@ -390,8 +423,15 @@ def test_pictures_show_the_first_images_and_the_worst(tmp_path):
     evaluate(networks, batches(samples, 2, 0, 0), metrics, CPU, skip_bad_images=True)
     assert metrics["FP32"].compute()["miou"] == 100 and metrics["INT8"].per_image == [100, 100, 0, 100]
 
-    files = segmentation_pictures(make_folder(tmp_path / "report/pictures"), samples, networks, metrics, SPEC, CPU, count=2)
-    assert [file.name for file in files] == ["first_1_0000.png", "first_2_0002.png", "worst_1_0003.png", "worst_2_0000.png"]
+    files = segmentation_pictures(
+        make_folder(tmp_path / "report/pictures"), samples, networks, metrics, SPEC, CPU, count=2
+    )
+    assert [file.name for file in files] == [
+        "first_1_0000.png",
+        "first_2_0002.png",
+        "worst_1_0003.png",
+        "worst_2_0000.png",
+    ]
     sheet = np.asarray(Image.open(files[2]))
     height, width = SPEC.size
     panels = [sheet[-height:, left : left + width] for left in range(0, sheet.shape[1], width + 4)]

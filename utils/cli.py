@@ -109,9 +109,7 @@ def shared_flags() -> argparse.ArgumentParser:
     )
 
     group = flags.add_argument_group("run")
-    group.add_argument(
-        "--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: 32)"
-    )
+    group.add_argument("--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: 32)")
     group.add_argument(
         "--workers", type=at_least(0), default=2, metavar="N", help="processes that load images (default: 2)"
     )
@@ -171,7 +169,9 @@ def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argpar
     if args.data is not None:
         return args
     if args.weights is not None or args.model_given:
-        raise UserError("no data to evaluate on; pass --data DIR (or neither --data, --weights nor --model for the embedded demo)")
+        raise UserError(
+            "no data to evaluate on; pass --data DIR (or neither --data, --weights nor --model for the embedded demo)"
+        )
     demo = open_demo()
     print(demo.note)
     for flag, value in demo.flags.items():

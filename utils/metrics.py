@@ -148,7 +148,9 @@ class MeanAveragePrecision:
         image's side; their mean and 99th percentile.
         """
         if not any(self._counting.values()):
-            raise UserError("the images hold no object that counts, so there is nothing to score; pass other images, or more with --limit")
+            raise UserError(
+                "the images hold no object that counts, so there is nothing to score; pass other images, or more with --limit"
+            )
         other = next(rule for rule in RULES if rule != self.rule)
         return {f"map_{rule}": _mean(self.per_class(rule).values()) for rule in (self.rule, other)} | self.shifts()
 

@@ -145,7 +145,20 @@ _MOVING = (
 _MOVING_FUNCTIONS = {
     *(operator.getitem, torch.chunk, torch.split, torch.transpose, torch.permute, torch.reshape, torch.unsqueeze),
     *(torch.squeeze, torch.flatten, F.interpolate, F.pad),
-    *("chunk", "split", "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "expand", "contiguous", "unflatten", "flatten"),
+    *(
+        "chunk",
+        "split",
+        "transpose",
+        "permute",
+        "reshape",
+        "view",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "contiguous",
+        "unflatten",
+        "flatten",
+    ),
 }
 
 

@@ -58,7 +58,9 @@ def classification_pictures(
             image, label = samples[scored[position]]
             said = {caption: names.get(metric.predictions[position], "?") for caption, metric in metrics.items()}
             lines = [f"truth: {names.get(label, '?')}", *(f"{caption}: {name}" for caption, name in said.items())]
-            pictures.append(captioned(denormalise(image, spec), lines, right=[name == names.get(label) for name in said.values()]))
+            pictures.append(
+                captioned(denormalise(image, spec), lines, right=[name == names.get(label) for name in said.values()])
+            )
         files.append(folder / f"{kind}.png")
         grid(pictures, columns=4).save(files[-1])
     return files

@@ -69,11 +69,18 @@ def print_table(scores: Sequence[Score], metrics: Mapping[str, Any]) -> None:
         shown = "".join(f"{score.metrics[name]:>16.2f}" for name in names)
         speed = samples / max(score.seconds, 1e-9)
         print(f"{score.label:<{width}}{shown}{score.value - scores[0].value:>+16.2f}{speed:>16.0f}")
-    per_class = {score.label: metrics[score.network].per_class() for score in scores if hasattr(metrics[score.network], "per_class")}
+    per_class = {
+        score.label: metrics[score.network].per_class()
+        for score in scores
+        if hasattr(metrics[score.network], "per_class")
+    }
     if per_class:
         print("\n" + f"{'class':<{width}}" + "".join(f"{label:>{len(label) + 3}}" for label in per_class))
         for name in next(iter(per_class.values())):
-            print(f"{name:<{width}}" + "".join(f"{values[name]:>{len(label) + 3}.2f}" for label, values in per_class.items()))
+            print(
+                f"{name:<{width}}"
+                + "".join(f"{values[name]:>{len(label) + 3}.2f}" for label, values in per_class.items())
+            )
 
 
 def entry(

@@ -48,7 +48,9 @@ def voc_segmentation(root: str, split: str | None, spec: InputSpec, outputs: int
         names = ("background", *names)
     if len(names) != outputs:
         whose = "labels.txt of" if voc.labels else "VOC's classes, since there is no labels.txt in"
-        raise UserError(f"the network has {outputs} classes, but there are {len(names)} ({whose} {str(voc.folder)!r}); pass data of the network's own classes")
+        raise UserError(
+            f"the network has {outputs} classes, but there are {len(names)} ({whose} {str(voc.folder)!r}); pass data of the network's own classes"
+        )
     masks = voc.annotations("SegmentationClass", ".png")
     return Guarded(SegmentationSet(voc.images, masks, spec, outputs), [str(path) for path in voc.images]), names
 
@@ -64,14 +66,20 @@ def load_mask(path: Path, classes: int) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"mask {str(path)!r}: {error}") from None
     if indices.ndim != 2:
-        raise ValueError(f"mask {str(path)!r} is a colour picture ({mode}); a mask holds one class index for each pixel, in a palette or greyscale PNG")
+        raise ValueError(
+            f"mask {str(path)!r} is a colour picture ({mode}); a mask holds one class index for each pixel, in a palette or greyscale PNG"
+        )
     wrong = indices[(indices >= classes) & (indices != VOID)]
     if wrong.size:
-        raise ValueError(f"mask {str(path)!r} holds the label {wrong[0]}; the network has {classes} classes, 0 to {classes - 1}, and {VOID} is void")
+        raise ValueError(
+            f"mask {str(path)!r} holds the label {wrong[0]}; the network has {classes} classes, 0 to {classes - 1}, and {VOID} is void"
+        )
     return Image.fromarray(indices.astype(np.uint8))
 
 
-def cover(image: Image.Image, size: tuple[int, int], interpolation: "torchvision.transforms.InterpolationMode") -> Image.Image:
+def cover(
+    image: Image.Image, size: tuple[int, int], interpolation: "torchvision.transforms.InterpolationMode"
+) -> Image.Image:
     """Scale the image until it just covers size (height, width), then crop its centre.
 
     To a square this scales the short side to it. An image of that size stays as it is.

@@ -34,7 +34,9 @@ class VocSplit:
         files = [self.folder / kind / (name + suffix) for name in self.names]
         absent = [file for file in files if not file.is_file()]
         if absent:
-            raise UserError(f"{len(absent)} of {len(files)} images of split {self.split!r} have no annotation; the first that is missing is {str(absent[0])!r}")
+            raise UserError(
+                f"{len(absent)} of {len(files)} images of split {self.split!r} have no annotation; the first that is missing is {str(absent[0])!r}"
+            )
         return files
 
 
@@ -62,20 +64,26 @@ def open_voc(root: str, task: str, split: str | None = None) -> VocSplit:
     by_name = {file.stem: file for file in files}
     absent = [name for name in names if name not in by_name]
     if absent:
-        raise UserError(f"split {split!r} of {str(folder)!r} names {len(absent)} image(s) that JPEGImages does not hold, first {absent[0]!r}")
+        raise UserError(
+            f"split {split!r} of {str(folder)!r} names {len(absent)} image(s) that JPEGImages does not hold, first {absent[0]!r}"
+        )
     return VocSplit(folder, year, split, names, [by_name[name] for name in names], _labels(folder))
 
 
 def _find_folder(root: Path, task: str, split: str | None) -> Path:
     """The VOC folder at or under root that has the split, or at least the task."""
     if not root.is_dir():
-        raise UserError(f"no data folder at {str(root)!r}; pass --data with a VOC folder (JPEGImages, ImageSets/{task}, ...)")
+        raise UserError(
+            f"no data folder at {str(root)!r}; pass --data with a VOC folder (JPEGImages, ImageSets/{task}, ...)"
+        )
     inside = [root, *sorted(root.iterdir(), reverse=True), *sorted(root.glob("VOCdevkit/*"), reverse=True)]
     folders = [folder for folder in inside if _splits(folder / "ImageSets" / task)]
     if not folders:
         tasks = sorted({lists.parent.name for folder in inside for lists in folder.glob("ImageSets/*/*.txt")})
         hint = f"; there is ImageSets/{' and '.join(tasks)}, for another task" if tasks else ""
-        raise UserError(f"no VOC folder at {str(root)!r}: neither it nor a folder in it holds ImageSets/{task} with the lists of its splits{hint}")
+        raise UserError(
+            f"no VOC folder at {str(root)!r}: neither it nor a folder in it holds ImageSets/{task} with the lists of its splits{hint}"
+        )
     having = [folder for folder in folders if split in _splits(folder / "ImageSets" / task)]
     return (having or folders)[0]
 
