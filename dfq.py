@@ -11,7 +11,6 @@ Notation: a layer computes y = W x + b; r(W)_i is the largest |W| of a channel i
 from __future__ import annotations
 
 import copy
-import operator
 from argparse import Namespace
 from dataclasses import dataclass, fields, replace
 
@@ -23,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from utils.errors import UserError
 from utils.graph import (
+    REARRANGING,
     Link,
     Port,
     describe,
@@ -616,33 +616,6 @@ _KEEPS_GRID = (
     nn.PixelShuffle,
     nn.ChannelShuffle,
 )
-_KEEPS_GRID_FUNCTIONS = {
-    *(
-        operator.getitem,
-        torch.chunk,
-        torch.split,
-        torch.transpose,
-        torch.permute,
-        torch.reshape,
-        torch.unsqueeze,
-        torch.squeeze,
-        F.pad,
-    ),
-    *(
-        "chunk",
-        "split",
-        "transpose",
-        "permute",
-        "reshape",
-        "view",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "contiguous",
-        "unflatten",
-        "flatten",
-    ),
-}
 _CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)
 
 
@@ -692,7 +665,7 @@ def _writes_tensor(model: fx.GraphModule, node: fx.Node) -> bool:
     module = module_of(model, node)
     if node.op in ("output", "get_attr") or not is_tensor(node) or not shape(node) or not node.users:
         return False
-    if isinstance(module, _KEEPS_GRID) or node.target in _KEEPS_GRID_FUNCTIONS or node.target is torch.cat:
+    if isinstance(module, _KEEPS_GRID) or node.target in REARRANGING or node.target is torch.cat:
         return False
     readers = [module_of(model, user) for user in node.users]
     if len(readers) == 1 and isinstance(readers[0], _CLIPS):
@@ -710,7 +683,7 @@ def _grid_sources(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     """The nodes whose grid a value lies on, past whatever only moves values."""
     if node.target is torch.cat:
         return [source for part in node.args[0] for source in _grid_sources(model, part)]
-    if isinstance(module_of(model, node), _KEEPS_GRID) or node.target in _KEEPS_GRID_FUNCTIONS:
+    if isinstance(module_of(model, node), _KEEPS_GRID) or node.target in REARRANGING:
         return _grid_sources(model, node.args[0])
     return [node]
 
@@ -720,7 +693,7 @@ def _feeds_only(model: fx.GraphModule, node: fx.Node, concat: fx.Node) -> bool:
     return all(
         user is concat
         or (
-            (isinstance(module_of(model, user), _KEEPS_GRID) or user.target in _KEEPS_GRID_FUNCTIONS)
+            (isinstance(module_of(model, user), _KEEPS_GRID) or user.target in REARRANGING)
             and _feeds_only(model, user, concat)
         )
         for user in node.users

@@ -85,3 +85,14 @@ class Branches(nn.Module):
 
     def forward(self, x):
         return self.head(self.reader(torch.cat([self.left(x), self.right(x)], dim=1)))
+
+
+class Twice(nn.Module):
+    """One layer called two times."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.shared(self.shared(x))

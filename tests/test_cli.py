@@ -42,18 +42,6 @@ def with_nan():
     return model
 
 
-def with_shared_layer():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shared = nn.Conv2d(3, 3, 1)
-
-        def forward(self, x):
-            return self.shared(self.shared(x))
-
-    return Twice()
-
-
 @pytest.fixture
 def images(tmp_path):
     generator = np.random.default_rng(0)
@@ -150,7 +138,7 @@ def failure(argv, capsys) -> str:
         (["--model", "mobilenet"], "did you mean mobilenet_v2"),
         (["--model", "test_cli:untraceable"], "torch.fx cannot trace the network"),
         (["--model", "test_cli:with_nan"], "'0.0.weight' hold 27 NaN"),
-        (["--model", "test_cli:with_shared_layer"], "layer 'shared' is used 2 times"),
+        (["--model", "networks:Twice"], "layer 'shared' is used 2 times"),
         (
             ["--model", "test_cli:without_batchnorm", "--quantize"],
             "no BatchNorm, whose statistics --quantize would need",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SPEC, Branches, Head, Residual, chain, conv_bn
+from networks import SPEC, Branches, Head, Residual, Twice, chain, conv_bn
 from torch import nn
 
 import dfq
@@ -136,14 +136,6 @@ def test_batchnorm_folds_into_a_transposed_convolution(groups):
 
 
 def test_a_layer_used_twice_is_refused_by_name():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shared = nn.Conv2d(3, 3, 1)
-
-        def forward(self, x):
-            return self.shared(self.shared(x))
-
     with pytest.raises(UserError, match="layer 'shared' is used 2 times"):
         trace(Twice(), SPEC)
 

@@ -76,6 +76,13 @@ _AS_MODULE = {
 _ADDS = {operator.iadd, torch.add, "add", "add_"}
 _MULTIPLIES = {operator.imul, torch.mul, "mul", "mul_"}
 _CONCATS = {getattr(torch, name) for name in ("concat", "concatenate")}
+# Functions and methods that only move values about, or add zeros.
+REARRANGING = {
+    *(operator.getitem, torch.chunk, torch.split, torch.transpose, torch.permute, torch.reshape, torch.flatten),
+    *(torch.unsqueeze, torch.squeeze, F.pad),
+    *("chunk", "split", "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "expand", "contiguous"),
+    *("unflatten", "flatten"),
+}
 _ASKS_SHAPE = {getattr, "size", "dim"}
 _NOTHING_IN_EVAL = (nn.Identity, nn.modules.dropout._DropoutNd)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.graph import describe, module_of, shape
+from utils.graph import REARRANGING, describe, module_of, shape
 from utils.inputs import InputSpec
 from utils.layers import WEIGHTED, CappedReLU, per_channel
 
@@ -142,24 +142,7 @@ _MOVING = (
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.ZeroPad2d),
     *(nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d, nn.PixelShuffle, nn.ChannelShuffle),
 )
-_MOVING_FUNCTIONS = {
-    *(operator.getitem, torch.chunk, torch.split, torch.transpose, torch.permute, torch.reshape, torch.unsqueeze),
-    *(torch.squeeze, torch.flatten, F.interpolate, F.pad),
-    *(
-        "chunk",
-        "split",
-        "transpose",
-        "permute",
-        "reshape",
-        "view",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "contiguous",
-        "unflatten",
-        "flatten",
-    ),
-}
+_MOVING_FUNCTIONS = REARRANGING | {F.interpolate}
 
 
 class _MomentsInterpreter(fx.Interpreter):
