@@ -23,10 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from utils.errors import UserError
 from utils.graph import (
     REARRANGING,
-    Link,
-    Port,
     describe,
-    find_links,
     insert_module,
     is_tensor,
     module_of,
@@ -39,6 +36,7 @@ from utils.graph import (
 from utils.inputs import InputSpec
 from utils.journal import Journal
 from utils.layers import WEIGHTED, CappedReLU, channels_in, channels_out, input_sums, scale_inputs, scale_outputs, taps
+from utils.links import Link, Port, find_links
 from utils.moments import SIGMAS, Gaussian, Moments, Statistics, Unknown, batchnorm_output, propagate
 from utils.quantizer import (
     QParams,

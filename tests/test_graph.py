@@ -8,9 +8,10 @@ from torch import nn
 
 import dfq
 from utils.errors import UserError
-from utils.graph import Port, find_links, module_of, shape, trace
+from utils.graph import module_of, shape, trace
 from utils.inputs import InputSpec
 from utils.journal import Journal
+from utils.links import Port, find_links
 
 
 def folded(model, spec=SPEC):

@@ -10,9 +10,10 @@ from torch import nn
 import dfq
 from dfq import Recipe, quantize_data_free
 from utils.errors import UserError
-from utils.graph import find_links, trace
+from utils.graph import trace
 from utils.journal import Journal
 from utils.layers import CappedReLU, taps
+from utils.links import find_links
 from utils.metrics import sqnr
 from utils.quantizer import Quantizer
 

@@ -1,4 +1,4 @@
-"""Networks as graphs: the one traced copy, its canonical form, and who reads whom.
+"""Networks as graphs: the one traced copy, in canonical form.
 
 After trace() every operation that a pass needs to recognise is a module called once (convolutions,
 activations, pooling, flatten), or one of operator.add, operator.mul and torch.cat. Whatever else a network
@@ -10,19 +10,16 @@ import math
 import operator
 import traceback
 from collections import defaultdict
-from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.errors import UserError
 from utils.inputs import InputSpec
-from utils.layers import WEIGHTED, CappedReLU, channels_out, ensure_bias, sees_padding
-
-# ----------------------------------------------------------------------------------------- tracing
+from utils.layers import WEIGHTED, CappedReLU, ensure_bias
 
 _CAPS = {(0.0, 6.0): nn.ReLU6, (0.0, math.inf): nn.ReLU}
 
@@ -83,7 +80,7 @@ REARRANGING = {
     *("chunk", "split", "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "expand", "contiguous"),
     *("unflatten", "flatten"),
 }
-_ASKS_SHAPE = {getattr, "size", "dim"}
+ASKS_SHAPE = {getattr, "size", "dim"}
 _NOTHING_IN_EVAL = (nn.Identity, nn.modules.dropout._DropoutNd)
 
 
@@ -149,6 +146,15 @@ def module_of(model: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 def weighted_nodes(model: fx.GraphModule) -> list[fx.Node]:
     """The convolutions and linear layers, in the order in which they run."""
     return [node for node in model.graph.nodes if isinstance(module_of(model, node), WEIGHTED)]
+
+
+def describe(module: nn.Module | None, node: fx.Node) -> str:
+    """A node in words: what it does, and its name."""
+    if node.op == "output":
+        return "the network's output"
+    if module is not None:
+        return f"{type(module).__name__} {node.target!r}"
+    return f"{getattr(node.target, '__name__', node.target)} {node.name!r}"
 
 
 def insert_module(model: fx.GraphModule, after: fx.Node, name: str, module: nn.Module) -> fx.Node:
@@ -321,149 +327,3 @@ def _place(error: BaseException) -> str:
         f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and f.filename != __file__
     ]
     return f"{frames[-1].filename}:{frames[-1].lineno}, {frames[-1].name}" if frames else "its forward"
-
-
-# ----------------------------------------------------------------------- from producers to readers
-
-
-@dataclass(frozen=True)
-class Port:
-    """Where a producer's channels arrive in a module.
-
-    name: the module. offset: the first of its input channels that is the producer's. repeat: how
-    many consecutive ones each producer channel owns (positions, after a flatten).
-    keeps_constants: whether a constant channel is the same constant at every tap of the module:
-    no zeros were padded on the way, nor are by the module.
-    """
-
-    name: str
-    offset: int = 0
-    repeat: int = 1
-    keeps_constants: bool = True
-
-    def columns(self, channels: int) -> slice:
-        return slice(self.offset, self.offset + channels * self.repeat)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """[C] of the producer's channels -> one value for each input channel of this port."""
-        return values.repeat_interleave(self.repeat)
-
-
-@dataclass(frozen=True)
-class Link:
-    """A layer, and all the layers that read its channels and nothing but its channels' scale.
-
-    clips: the ReLU6 and CappedReLU on the way, whose caps scale with the channels.
-    rectified: whether every way leads through a ReLU or one of these.
-    """
-
-    producer: str
-    channels: int
-    readers: tuple[Port, ...]
-    clips: tuple[Port, ...]
-    rectified: bool
-
-
-@dataclass(frozen=True)
-class _Way:
-    """What has happened to the channels between the producer and a node."""
-
-    port: Port
-    rectified: bool
-
-
-# f(s x) = s f(x) for every s > 0, channel by channel.
-_HOMOGENEOUS = (
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-    nn.UpsamplingBilinear2d,
-    nn.UpsamplingNearest2d,
-)
-
-
-class _Refused(Exception):
-    """Why a producer's channels cannot be scaled."""
-
-
-def find_links(model: fx.GraphModule) -> tuple[list[Link], dict[str, str]]:
-    """Every layer whose output channels can be rescaled, with its readers; and why the others cannot.
-
-    The second is the reason by the layer's name, such as "read by add `add_3`".
-    """
-    links, refused = [], {}
-    for node in weighted_nodes(model):
-        producer = module_of(model, node)
-        if isinstance(producer, nn.Linear) and len(shape(node)) != 2:
-            refused[node.target] = "its channels are not the second axis"
-            continue
-        readers, clips = [], []
-        try:
-            rectified = _walk(model, node, _Way(Port(""), False), readers, clips)
-        except _Refused as reason:
-            refused[node.target] = str(reason)
-            continue
-        links.append(Link(node.target, channels_out(producer), tuple(readers), tuple(clips), rectified))
-    return links, refused
-
-
-def _walk(model: fx.GraphModule, node: fx.Node, way: _Way, readers: list[Port], clips: list[Port]) -> bool:
-    """Follow the channels to their readers; whether every way was rectified."""
-    rectified = True
-    for user in node.users:
-        if user.target in _ASKS_SHAPE:
-            continue
-        module = module_of(model, user)
-        if isinstance(module, WEIGHTED):
-            if isinstance(module, nn.Linear) and len(shape(node)) != 2:
-                raise _Refused(f"read by linear layer {user.target!r} along another axis")
-            constant = way.port.keeps_constants and not sees_padding(module)
-            readers.append(replace(way.port, name=user.target, keeps_constants=constant))
-            rectified &= way.rectified
-        else:
-            rectified &= _walk(model, user, _step(module, user, node, way, clips), readers, clips)
-    return rectified
-
-
-def _step(module: nn.Module | None, user: fx.Node, node: fx.Node, way: _Way, clips: list[Port]) -> _Way:
-    """The way after one operation that reads the node."""
-    port = way.port
-    if isinstance(module, nn.ReLU6 | CappedReLU):
-        clips.append(replace(port, name=user.target))
-        return replace(way, rectified=True)
-    if isinstance(module, nn.PReLU) and module.num_parameters > 1 and port.offset:
-        raise _Refused(f"read by {user.target!r} after a concat")
-    if isinstance(module, _HOMOGENEOUS):
-        pads = isinstance(module, nn.ZeroPad2d) or (
-            isinstance(module, nn.AvgPool2d) and module.padding not in (0, (0, 0))
-        )
-        constant = port.keeps_constants and not pads
-        return _Way(replace(port, keeps_constants=constant), way.rectified or isinstance(module, nn.ReLU))
-    if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
-        positions = shape(node)[2:].numel()
-        return replace(way, port=replace(port, offset=port.offset * positions, repeat=port.repeat * positions))
-    if user.target is torch.cat and user.op == "call_function":
-        parts, dim = user.args[0], user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)
-        if dim in (1, 1 - len(shape(node))) and list(parts).count(node) == 1:
-            before = sum(shape(part)[1] for part in parts[: list(parts).index(node)])
-            return replace(way, port=replace(port, offset=port.offset + before))
-    if user.target is F.interpolate and user.args[:1] == (node,):
-        return way
-    if user.target is F.pad and user.kwargs.get("mode", "constant") == "constant" and not any(user.args[2:]):
-        return replace(way, port=replace(port, keeps_constants=False))
-    raise _Refused(f"read by {describe(module, user)}")
-
-
-def describe(module: nn.Module | None, node: fx.Node) -> str:
-    """A node in words: what it does, and its name."""
-    if node.op == "output":
-        return "the network's output"
-    if module is not None:
-        return f"{type(module).__name__} {node.target!r}"
-    return f"{getattr(node.target, '__name__', node.target)} {node.name!r}"
