@@ -2,6 +2,7 @@
 
 import os
 import re
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -138,3 +139,15 @@ def test_unknown_models_are_refused(name, message):
 
 def test_a_users_own_network_loads():
     assert isinstance(build_model("networks:chain").model, nn.Sequential)
+
+
+def test_without_a_network_the_official_weights_are_refused_with_what_to_pass(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: "/nonexistent")
+    monkeypatch.setattr("os.makedirs", lambda *args, **kwargs: None)
+    for name in ("resnet18", "torchvision:mnasnet0_5"):
+        with pytest.raises(UserError, match=r"no route to host.*pass --weights with a checkpoint file"):
+            build_model(name)

@@ -1,6 +1,7 @@
 """The command as its user meets it: what it prints and records, and one clear line for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ from PIL import Image
 from torch import nn
 
 import main_cls
+import main_det
+import main_seg
 from utils import cli
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -150,6 +154,22 @@ def failure(argv, capsys) -> str:
 def test_mistakes_are_one_line(more, message, images, tmp_path, capsys):
     assert message in failure(flags(images, tmp_path, *more), capsys)
     assert not (tmp_path / "runs.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", [main_cls, main_seg, main_det])
+def test_the_readme_explains_every_flag(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    flags = set(re.findall(r"--\w+", capsys.readouterr().out)) - {"--help"}
+    readme = (ROOT / "README.md").read_text()
+    assert len(flags) > 25
+    assert [flag for flag in sorted(flags) if f"`{flag}" not in readme] == []
+
+
+@pytest.mark.parametrize("script", [main_cls, main_seg, main_det])
+def test_weights_without_data_are_refused(script, tmp_path):
+    with pytest.raises(UserError, match="no data to evaluate on; pass --data"):
+        script.main(["--weights", "some.pth", "--results", str(tmp_path / "runs.jsonl")])
 
 
 def test_the_script_itself_fails_with_one_line_and_code_2(tmp_path):
