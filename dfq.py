@@ -150,7 +150,7 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
         check_unchanged("equalization", expected, network, probe, model, journal)
     if recipe.absorption:
         absorb_high_biases(network, statistics, journal)
-        journal.did("output moved by absorption", f"{deviation(expected, network, probe):.1e} of its largest value")
+        journal.note(f"absorption moved the output by {deviation(expected, network, probe):.1e} of its largest value")
     if not recipe.quantize:
         return Quantized(run_in_place(network), None, {}, {}, journal)
 
@@ -197,8 +197,9 @@ def check_unchanged(
         return
     noise = rounding_noise(loaded, probe)
     if moved <= 10 * noise:
-        where = f"{name}: moved by {moved:.1e}, rounding alone moves by {noise:.1e}"
-        journal.left("checked exactly", where, "the network amplifies float32's rounding beyond the tolerance")
+        journal.note(
+            f"{name} moved the output by {moved:.1e} of its largest value; float32's rounding alone moves it by {noise:.1e}"
+        )
         return
     raise UserError(
         f"{name} should leave the network's output as it is, but moved it by {moved:.1e} of its largest value "
@@ -405,9 +406,7 @@ def equalize(
         if moved < 1e-3:
             break
     else:
-        journal.left(
-            "equalized to the last 0.1 %", "the network", f"after {sweeps} sweeps a factor still moved by {moved:.1%}"
-        )
+        journal.note(f"after {sweeps} sweeps of equalization a factor still moved by {moved:.1%}")
     for link, total in zip(links, totals, strict=True):
         apply_scale(model, link, total, statistics)
         names = ", ".join(port.name for port in link.readers)

@@ -17,12 +17,17 @@ class Journal:
     """The passes write here; the summary and --verbose read."""
 
     entries: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def did(self, action: str, where: str, detail: str = "") -> None:
         self.entries.append(Entry(action, where, detail))
 
     def left(self, action: str, where: str, reason: str) -> None:
         self.entries.append(Entry(action, where, reason, left_out=True))
+
+    def note(self, text: str) -> None:
+        """Something of the whole network that its user should know."""
+        self.notes.append(text)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each action, how many layers were 'done' and 'left_out'."""
@@ -43,7 +48,7 @@ class Journal:
                 shown = [f"{number} {reason}" for reason, number in _merged(reasons).most_common(3)]
                 line += f"   left out {count['left_out']}: {'; '.join(shown)}"
             lines.append(line)
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {text}" for text in self.notes)])
 
     def report(self, verbose: bool) -> str:
         return f"{self.listing()}\n{self.summary()}" if verbose else self.summary()
