@@ -164,9 +164,10 @@ def input_spec(args: argparse.Namespace, spec: InputSpec) -> InputSpec:
 def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argparse.Namespace:
     """The flags as they are; or, where they name neither data nor weights, those of the embedded demo.
 
-    A network that was asked for by name needs data that only the user has.
+    A network that was asked for by name needs data that only the user has. args.demo says which it was.
     """
-    if args.data is not None:
+    args.demo = args.data is None
+    if not args.demo:
         return args
     if args.weights is not None or args.model_given:
         raise UserError(

@@ -97,14 +97,17 @@ def entry(
     command: the command line. recipe: the row's name. metrics: the accumulators of the scores.
     """
     by_network = {score.network: score for score in scores}
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    if args.demo:  # where it was unpacked is of no interest
+        flags |= {"data": None, "weights": None}
     original = by_network["fp32_original"]
     quantized = by_network.get("quantized")
     return {
         "task": task,
         "model": args.model,
-        "weights": network.weights,
+        "weights": "demo" if args.demo else network.weights,
         "weights_sha256": weights_hash(network.model),
-        "data": args.data,
+        "data": "demo" if args.demo else args.data,
         "samples": metrics["fp32_original"].samples,
         "metric": next(iter(original.metrics)),
         "fp32": by_network.get("fp32", original).value,
@@ -118,7 +121,7 @@ def entry(
         else None,
         "engine": "simulate",
         "command": command,
-        "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "flags": flags,
         "forward_seconds": {score.network: round(score.seconds, 3) for score in scores},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "commit": _commit(),
