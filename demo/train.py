@@ -267,7 +267,7 @@ TASKS = {
     "segmentation": Task(
         "voc",
         IMAGE_SIZES["segmentation"],
-        Recipe(scenes=5_000, epochs=8, batch=16, optimizer="adam", rate=1e-3, decay=1e-4),
+        Recipe(scenes=5_000, epochs=3, batch=16, optimizer="adam", rate=1e-3, decay=1e-4),
         segmenter,
         segmentation_batch,
         partial(nn.functional.cross_entropy, ignore_index=VOID),
@@ -276,7 +276,7 @@ TASKS = {
     "detection": Task(
         "voc",
         IMAGE_SIZES["detection"],
-        Recipe(scenes=5_000, epochs=24, batch=32, optimizer="adam", rate=1e-3, decay=1e-4),
+        Recipe(scenes=5_000, epochs=5, batch=32, optimizer="adam", rate=1e-3, decay=1e-4),
         detector,
         detection_batch,
         detection_loss,
