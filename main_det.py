@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None) -> None:
     split = open_voc(args.data, "Main", args.split)
     samples, labels = voc_detection(split, spec, quantized.outputs)
     samples = evenly(samples, args.limit)
-    print(f"{network.name}, weights {network.weights}; {len(samples):,} images of {args.data}; {recipe}")
+    print(cli.headline(args, network.weights, len(samples), str(recipe)))
     print(quantized.journal.report(args.verbose))
 
     networks = dfq.to_evaluate(network.model, quantized, recipe)

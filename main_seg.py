@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None) -> None:
     quantized = dfq.quantize_data_free(network.model, spec, recipe)
     samples, classes = voc_segmentation(args.data, args.split, spec, quantized.outputs)
     samples = evenly(samples, args.limit)
-    print(f"{network.name}, weights {network.weights}; {len(samples):,} images of {args.data}; {recipe}")
+    print(cli.headline(args, network.weights, len(samples), str(recipe)))
     print(quantized.journal.report(args.verbose))
 
     networks = dfq.to_evaluate(network.model, quantized, recipe)

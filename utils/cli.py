@@ -210,6 +210,19 @@ def command(program: str, argv: Sequence[str] | None) -> str:
     return shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
 
 
+def headline(args: argparse.Namespace, weights: str, samples: int, recipe: str) -> str:
+    """What is about to be evaluated, in a line."""
+    return f"{args.model}, weights {_short(weights)}; {samples:,} images of {_short(args.data)}; {recipe}"
+
+
+def _short(path: str) -> str:
+    """A path as one would type it here; anything else as it is."""
+    for folder, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if Path(path).is_relative_to(folder):
+            return f"{prefix}{Path(path).relative_to(folder)}"
+    return path
+
+
 def run(main: Callable[[Sequence[str] | None], None], program: str) -> None:
     """Run a script's main: a UserError becomes one line and exit code 2."""
     try:
