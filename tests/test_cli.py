@@ -90,7 +90,7 @@ def test_without_quantize_nothing_is_quantized(images, tmp_path):
 def test_limit_is_recorded(images, tmp_path):
     main_cls.main(flags(images, tmp_path, "--limit", "7", "--quantize"))
     line = json.loads((tmp_path / "runs.jsonl").read_text())
-    assert line["samples"] == 7 and line["flags"]["limit"] == 7
+    assert line["samples"] == 7 and line["flags"]["limit"] == 7 and line["subset"] == "evenly spread"
 
 
 def test_verbose_lists_every_layer(images, tmp_path, capsys):

@@ -212,7 +212,8 @@ def command(program: str, argv: Sequence[str] | None) -> str:
 
 def headline(args: argparse.Namespace, weights: str, samples: int, recipe: str) -> str:
     """What is about to be evaluated, in a line."""
-    return f"{args.model}, weights {_short(weights)}; {samples:,} images of {_short(args.data)}; {recipe}"
+    subset = ", evenly spread," if args.limit else ""
+    return f"{args.model}, weights {_short(weights)}; {samples:,} images{subset} of {_short(args.data)}; {recipe}"
 
 
 def _short(path: str) -> str:

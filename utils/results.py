@@ -109,6 +109,7 @@ def entry(
         "weights_sha256": weights_hash(network.model),
         "data": "demo" if args.demo else args.data,
         "samples": metrics["fp32_original"].samples,
+        "subset": "evenly spread" if args.limit else None,
         "metric": next(iter(original.metrics)),
         "fp32": by_network.get("fp32", original).value,
         "fp32_original": original.value,
