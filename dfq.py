@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from argparse import Namespace
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +48,7 @@ from utils.quantizer import (
     weight_grid,
 )
 
-CONTRADICTION = 2.0  # how many times wider than its statistics' range an activation must be seen to be
 TOLERANCE = 1e-3  # by how much of its largest value an exact pass may move an output; float32 alone moves some by 1e-4
-
-
-Ranges = dict[str, tuple[float, float] | Unknown]  # lowest and highest value of an activation, by its node's name
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,6 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
     if recipe.relu:
         replace_relu6(network, journal)
         expected = outputs_of(network, probe)
-    replace_contradicted(network, statistics, probe, journal)
     if recipe.clear_dead or recipe.equalize:
         clear_dead_channels(network, spec, statistics, journal)
         check_unchanged("clearing dead channels", expected, network, probe, model, journal)
@@ -169,7 +163,7 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
     weight_grids = quantize_weights(simulated, quantizable, recipe, journal)
     if recipe.correction:
         correct_biases(simulated, quantizable, exact, moments, journal)
-    insert_quantizers(simulated, analytic_ranges(moments), recipe.bits_activation, journal)
+    insert_quantizers(simulated, moments, recipe.bits_activation, journal)
     bias_grids = quantize_biases(simulated, weight_grids, recipe.bits_bias, journal)
     return Quantized(run_in_place(network), run_in_place(simulated), weight_grids, bias_grids, journal)
 
@@ -277,40 +271,6 @@ def _identity_convolution(channels: int) -> nn.Conv2d:
     nn.init.ones_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-# ------------------------------------------------------------------------- statistics that are wrong
-
-
-def replace_contradicted(model: fx.GraphModule, statistics: Statistics, probe: Tensor, journal: Journal) -> None:
-    """Replace the statistics of layers whose output goes far beyond them on random images.
-
-    Weights leave statistics behind in fine-tuning with frozen BatchNorm, and in replacing ReLU6 by ReLU.
-    Where the probe's outputs span more than CONTRADICTION times the range that the statistics promise, the
-    mean and variance that the probe shows are the better guess.
-    """
-    contradicted = []
-
-    class Watcher(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            result = super().run_node(node)
-            known = statistics.get(node.target)
-            if known is not None:
-                reach = SIGMAS * known.variance.sqrt()
-                promised = (known.mean + reach).max() - (known.mean - reach).min()
-                if result.max() - result.min() > CONTRADICTION * promised:
-                    values = result.transpose(0, 1).flatten(1)
-                    statistics[node.target] = Gaussian(values.mean(1), values.var(1))
-                    contradicted.append(node.target)
-            return result
-
-    with torch.no_grad():
-        Watcher(model).run(probe)
-    if contradicted:
-        journal.note(
-            f"BatchNorm statistics of {len(contradicted)} layers, the first {contradicted[0]!r}, are contradicted by what the "
-            "network does on random images, and replaced by that"
-        )
 
 
 # ----------------------------------------------------------------------------------- ReLU6 -> ReLU
@@ -656,36 +616,34 @@ _KEEPS_GRID = (
 _CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)
 
 
-def analytic_ranges(moments: dict[str, Moments | Unknown]) -> Ranges:
-    """The range of every activation, by its node's name, as its moments have it."""
-    return {name: known.range() if isinstance(known, Moments) else known for name, known in moments.items()}
-
-
-def insert_quantizers(model: fx.GraphModule, known: Ranges, bits: int, journal: Journal) -> None:
+def insert_quantizers(
+    model: fx.GraphModule, moments: dict[str, Moments | Unknown], bits: int, journal: Journal
+) -> None:
     """Put a quantizer wherever an integer engine writes a tensor.
 
     That is: the network's input, a layer's output behind its ReLU or ReLU6, sums, products and other
     functions, average pooling and interpolation. What only moves values keeps its input's grid. The
     inputs of a concat share one grid if nothing else reads them; otherwise its output is quantized. The
     network's output is left as it is where that costs an engine nothing: linear layers, interpolation.
+    Ranges are those of the moments.
     """
     ranges = {}
     for node in model.graph.nodes:
         if not _writes_tensor(model, node):
             continue
-        span = known.get(node.name, Unknown("here"))
-        if isinstance(span, Unknown):
-            journal.left("inserted quantizers", node.name, f"nothing is known {span.reason}")
+        known = moments.get(node.name, Unknown("here"))
+        if isinstance(known, Unknown):
+            journal.left("inserted quantizers", node.name, f"nothing is known {known.reason}")
         else:
-            ranges[node] = span
+            ranges[node] = known.range()
     for node in model.graph.nodes:
-        if node.target is torch.cat and isinstance(known.get(node.name), tuple):
+        if node.target is torch.cat and isinstance(moments.get(node.name), Moments):
             sources = {source for part in node.args[0] for source in _grid_sources(model, part)}
+            together = moments[node.name].range()
             if all(source in ranges and _feeds_only(model, source, node) for source in sources):
-                lows, highs = zip(*(ranges[source] for source in sources), strict=True)
-                ranges.update(dict.fromkeys(sources, (min(lows), max(highs))))
+                ranges.update(dict.fromkeys(sources, together))
             else:
-                ranges[node] = known[node.name]
+                ranges[node] = together
     for node, (low, high) in ranges.items():
         quantizer = Quantizer(affine_grid(torch.tensor(low), torch.tensor(high), bits))
         activation = module_of(model, node)
