@@ -296,9 +296,9 @@ def clear_dead_channels(model: fx.GraphModule, spec: InputSpec, statistics: Stat
     be cleared anywhere; another constant is moved to the reader's bias where no padding interferes.
     """
     moments = propagate(model, spec, statistics)
-    by_name = {link.producer: link for link in find_links(model)[0]}
     nodes = {node.target: node for node in weighted_nodes(model)}
-    for name, link in by_name.items():
+    for link in find_links(model)[0]:
+        name = link.producer
         source = moments.get(nodes[name].args[0].name)
         if not isinstance(source, Moments) or not link.rectified:
             continue
@@ -346,13 +346,9 @@ def _clear(
         )
     if not clearable.any():
         return
-    columns = port.columns(len(value))
-    values = torch.zeros(channels_in(layer))
-    values[columns] = port.spread(torch.where(clearable & ~zero, value, torch.zeros_like(value)))
-    layer.bias.data.add_(input_sums(layer, values))
-    keep = torch.ones(channels_in(layer))
-    keep[columns] = port.spread((~clearable).float())
-    scale_inputs(layer, keep)
+    moved = torch.where(clearable & ~zero, value, torch.zeros_like(value))
+    layer.bias.data.add_(input_sums(layer, port.across(channels_in(layer), moved, elsewhere=0)))
+    scale_inputs(layer, port.across(channels_in(layer), (~clearable).float(), elsewhere=1))
     for channel in clearable.nonzero().flatten().tolist():
         journal.did(
             "cleared dead channels", f"{producer}[{channel}] in {port.name}", f"constant {float(value[channel]):.3g}"
@@ -379,7 +375,8 @@ def equalize(
 
     Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6 becomes a
     CappedReLU. Sweeps over the network until no factor moves by more than 0.1 %. No factor may stretch
-    the range of the activation (lowest_scale), nor go beyond limit, either way. Works on the kernels' maxima; weights are touched once.
+    the range of the activation (lowest_scale), nor go beyond limit, either way. Works on the kernels'
+    maxima; weights are touched once.
     """
     links, refused = find_links(model)
     for name, reason in refused.items():
@@ -440,9 +437,7 @@ def apply_scale(model: fx.GraphModule, link: Link, scale: Tensor, statistics: St
         statistics[link.producer] = Gaussian(known.mean / scale, known.variance / scale**2)
     for port in link.readers:
         layer = model.get_submodule(port.name)
-        factors = torch.ones(channels_in(layer))
-        factors[port.columns(link.channels)] = port.spread(scale)
-        scale_inputs(layer, factors)
+        scale_inputs(layer, port.across(channels_in(layer), scale, elsewhere=1))
     for port in link.clips:
         _scale_caps(model, port, 1 / scale)
 
@@ -453,8 +448,7 @@ def _input_range(maxima: Tensor, port: Port, channels: int) -> Tensor:
 
 
 def _scale_columns(maxima: Tensor, port: Port, scale: Tensor) -> None:
-    factors = torch.ones(maxima.shape[0] * maxima.shape[2])
-    factors[port.columns(len(scale))] = port.spread(scale)
+    factors = port.across(maxima.shape[0] * maxima.shape[2], scale, elsewhere=1)
     maxima *= factors.view(maxima.shape[0], 1, -1)
 
 
@@ -507,9 +501,7 @@ def _move_bias(model: fx.GraphModule, link: Link, excess: Tensor) -> None:
     model.get_submodule(link.producer).bias.data.sub_(excess)
     for port in link.readers:
         layer = model.get_submodule(port.name)
-        values = torch.zeros(channels_in(layer))
-        values[port.columns(link.channels)] = port.spread(excess)
-        layer.bias.data.add_(input_sums(layer, values))
+        layer.bias.data.add_(input_sums(layer, port.across(channels_in(layer), excess, elsewhere=0)))
     for port in link.clips:
         _scale_caps(model, port, torch.ones_like(excess))
         model.get_submodule(port.name).cap[port.columns(link.channels)] -= port.spread(excess)
@@ -657,12 +649,17 @@ def insert_quantizers(
     tidy(model)
 
 
+def _keeps_grid(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's output lies on the grid of its input."""
+    return isinstance(module_of(model, node), _KEEPS_GRID) or node.target in REARRANGING
+
+
 def _writes_tensor(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether an integer engine writes this node's output on a grid of its own."""
     module = module_of(model, node)
     if node.op in ("output", "get_attr") or not is_tensor(node) or not shape(node) or not node.users:
         return False
-    if isinstance(module, _KEEPS_GRID) or node.target in REARRANGING or node.target is torch.cat:
+    if _keeps_grid(model, node) or node.target is torch.cat:
         return False
     readers = [module_of(model, user) for user in node.users]
     if len(readers) == 1 and isinstance(readers[0], _CLIPS):
@@ -671,30 +668,21 @@ def _writes_tensor(model: fx.GraphModule, node: fx.Node) -> bool:
     if only_output and isinstance(module, nn.Linear):
         return False  # an integer engine hands out its accumulator, scaled
     interpolates = isinstance(module, nn.Upsample | nn.UpsamplingBilinear2d) or node.target is F.interpolate
-    if interpolates and only_output:
-        return False  # nothing computes with it any more
-    return node.op != "call_method" or node.target not in ("size", "dim")
+    return not (interpolates and only_output)  # nothing computes with it any more
 
 
 def _grid_sources(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     """The nodes whose grid a value lies on, past whatever only moves values."""
     if node.target is torch.cat:
         return [source for part in node.args[0] for source in _grid_sources(model, part)]
-    if isinstance(module_of(model, node), _KEEPS_GRID) or node.target in REARRANGING:
+    if _keeps_grid(model, node):
         return _grid_sources(model, node.args[0])
     return [node]
 
 
 def _feeds_only(model: fx.GraphModule, node: fx.Node, concat: fx.Node) -> bool:
     """Whether every reader of a value, past whatever only moves it, is this concat."""
-    return all(
-        user is concat
-        or (
-            (isinstance(module_of(model, user), _KEEPS_GRID) or user.target in REARRANGING)
-            and _feeds_only(model, user, concat)
-        )
-        for user in node.users
-    )
+    return all(user is concat or (_keeps_grid(model, user) and _feeds_only(model, user, concat)) for user in node.users)
 
 
 def quantizer_before(model: fx.GraphModule, node: fx.Node) -> Quantizer | None:

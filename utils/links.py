@@ -32,6 +32,12 @@ class Port:
         """[C] of the producer's channels -> one value for each input channel of this port."""
         return values.repeat_interleave(self.repeat)
 
+    def across(self, inputs: int, values: Tensor, elsewhere: float) -> Tensor:
+        """[C] of the producer's channels -> [inputs], with `elsewhere` for input channels of other producers."""
+        everywhere = torch.full((inputs,), elsewhere, dtype=values.dtype)
+        everywhere[self.columns(len(values))] = self.spread(values)
+        return everywhere
+
 
 @dataclass(frozen=True)
 class Link:
