@@ -2,14 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 import demo
 import dfq
 from modeling import build_model
-from utils import cli, report, results
-from utils.data import batches, evenly, image_folder
-from utils.engine import evaluate
+from utils import cli, report
+from utils.data import evenly, image_folder
+from utils.experiment import Data, Experiment
+from utils.inputs import InputSpec
 from utils.metrics import TopK
 
 PROGRAM, TASK = "main_cls.py", "classification"
@@ -32,8 +33,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PIXELS",
         help="short side before the centre crop (default: as --image_size, or the network's)",
     )
-    parser.add_argument("--report", type=Path, metavar="DIR", help="folder for pictures of images and answers")
     return cli.check(parser, parser.parse_args(argv))
+
+
+def open_data(args: argparse.Namespace, spec: InputSpec, outputs: int) -> Data:
+    samples, names = image_folder(args.data, args.split, spec, outputs)
+    samples = evenly(samples, args.limit)
+    draw = partial(report.classification_pictures, samples=samples, names=names, spec=spec)
+    return Data(samples, lambda networks: {name: TopK() for name in networks}, draw)
 
 
 def main(argv: Sequence[str] | None) -> None:
@@ -44,25 +51,10 @@ def main(argv: Sequence[str] | None) -> None:
     spec = cli.input_spec(args, network.spec)
     recipe = dfq.Recipe.of(args)
     quantized = dfq.quantize_data_free(network.model, spec, recipe)
-    samples, names = image_folder(args.data, args.split, spec, quantized.outputs)
-    samples = evenly(samples, args.limit)
-    print(cli.headline(args, network.weights, len(samples), str(recipe)))
-    print(quantized.journal.report(args.verbose))
+    data = open_data(args, spec, quantized.outputs)
 
-    networks = dfq.to_evaluate(network.model, quantized, recipe)
-    metrics = {name: TopK() for name in networks}
-    loader = batches(samples, args.batch_size, args.workers, args.seed)
-    seconds = evaluate(networks, loader, metrics, device, args.skip_bad_images)
-
-    scores = results.scores(metrics, seconds, recipe.labels)
-    results.print_table(scores, metrics)
-    entry = results.entry(TASK, args, cli.command(PROGRAM, argv), network, str(recipe), metrics, scores)
-    results.record(args.results, entry)
-    if args.report:
-        by_label = {recipe.labels[name]: metric for name, metric in metrics.items()}
-        folder = report.make_folder(args.report)
-        files = report.classification_pictures(folder, samples, by_label, names, spec)
-        print(f"\n{len(files)} pictures in {folder}")
+    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, data, device)
+    experiment.row(recipe, dfq.to_evaluate(network.model, quantized, recipe), quantized.journal)
 
 
 if __name__ == "__main__":

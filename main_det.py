@@ -1,16 +1,17 @@
 """Data-free quantization of a detection network, evaluated on VOC detection or any folder in its format."""
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import demo
 import dfq
-from modeling import box_coder, build_model
-from utils import cli, report, results
-from utils.data import batches, evenly
+from modeling import Network, box_coder, build_model
+from utils import cli, report
+from utils.data import evenly
 from utils.detection import stack, voc_detection
-from utils.engine import evaluate
+from utils.experiment import Data, Experiment
+from utils.inputs import InputSpec
 from utils.metrics import MeanAveragePrecision
 from utils.voc import open_voc
 
@@ -32,8 +33,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("voc07", "voc12"),
         help="mean average precision by 11 points of recall, or by area (default: as the data's year has it, else voc12)",
     )
-    parser.add_argument("--report", type=Path, metavar="DIR", help="folder for pictures, and precision and recall")
     return cli.check(parser, parser.parse_args(argv))
+
+
+def open_data(args: argparse.Namespace, network: Network, spec: InputSpec, outputs: int) -> Data:
+    split = open_voc(args.data, "Main", args.split)
+    samples, labels = voc_detection(split, spec, outputs)
+    samples = evenly(samples, args.limit)
+    coder, rule = box_coder(network.model, spec), args.metric or ("voc07" if split.year == 2007 else "voc12")
+
+    def metrics(networks: Iterable[str]) -> dict[str, MeanAveragePrecision]:
+        first, *others = networks
+        original = MeanAveragePrecision(labels, coder, rule)
+        return {first: original} | {
+            name: MeanAveragePrecision(labels, coder, rule, reference=original) for name in others
+        }
+
+    draw = partial(report.detection_pictures, samples=samples, coder=coder, labels=labels, spec=spec)
+    return Data(samples, metrics, draw, stack)
 
 
 def main(argv: Sequence[str] | None) -> None:
@@ -44,35 +61,10 @@ def main(argv: Sequence[str] | None) -> None:
     spec = cli.input_spec(args, network.spec)
     recipe = dfq.Recipe.of(args)
     quantized = dfq.quantize_data_free(network.model, spec, recipe)
-    split = open_voc(args.data, "Main", args.split)
-    samples, labels = voc_detection(split, spec, quantized.outputs)
-    samples = evenly(samples, args.limit)
-    print(cli.headline(args, network.weights, len(samples), str(recipe)))
-    print(quantized.journal.report(args.verbose))
+    data = open_data(args, network, spec, quantized.outputs)
 
-    networks = dfq.to_evaluate(network.model, quantized, recipe)
-    coder, rule = box_coder(network.model, spec), args.metric or ("voc07" if split.year == 2007 else "voc12")
-    original = MeanAveragePrecision(labels, coder, rule)
-    metrics = {name: MeanAveragePrecision(labels, coder, rule, reference=original) for name in networks}
-    metrics["fp32_original"] = original
-    loader = batches(samples, args.batch_size, args.workers, args.seed, stack)
-    seconds = evaluate(networks, loader, metrics, device, args.skip_bad_images)
-
-    scores = results.scores(metrics, seconds, recipe.labels)
-    results.print_table(scores, metrics)
-    for score in scores[1:]:
-        moved = ", ".join(f"{name} {value:.3f}" for name, value in metrics[score.network].shifts().items())
-        print(f"\n{score.label} against FP32, over all priors, in percent: {moved}")
-    entry = results.entry(TASK, args, cli.command(PROGRAM, argv), network, str(recipe), metrics, scores)
-    results.record(args.results, entry)
-    if args.report:
-        folder = report.make_folder(args.report)
-        drawn = {recipe.labels[name]: model for name, model in networks.items()}
-        files = report.detection_pictures(folder, samples, drawn, coder, labels, spec, device)
-        report.write_curves(
-            folder / "precision_recall.csv", {recipe.labels[name]: metric for name, metric in metrics.items()}
-        )
-        print(f"\n{len(files)} pictures, precision and recall in {folder}")
+    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, data, device)
+    experiment.row(recipe, dfq.to_evaluate(network.model, quantized, recipe), quantized.journal)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.graph import trace
 from utils.inputs import InputSpec
 from utils.metrics import RULES, MeanAveragePrecision, match
-from utils.report import detection_pictures, write_curves
+from utils.report import detection_pictures
 from utils.vision import torchvision
 from utils.voc import open_voc
 
@@ -626,13 +626,12 @@ def test_evaluation_pictures_and_curves(voc, tmp_path):
 
     folder = tmp_path / "report"
     folder.mkdir()
-    files = detection_pictures(folder, samples, networks, coder, labels, SPEC, CPU, count=2)
-    assert [file.name for file in files] == ["1_000000.png", "2_000002.png"]
+    files = detection_pictures(folder, networks, metrics, CPU, samples, coder, labels, SPEC, count=2)
+    assert [file.name for file in files] == ["1_000000.png", "2_000002.png", "precision_recall.csv"]
     with Image.open(files[0]) as sheet:
         assert sheet.width > 3 * 64
         assert len(sheet.getcolors(10**6)) > 2
-    write_curves(folder / "curves.csv", metrics)
-    with (folder / "curves.csv").open() as text:
+    with files[2].open() as text:
         rows = list(csv.DictReader(text))
     assert {row["network"] for row in rows} <= {"FP32", "INT8"}
     assert len(rows) == sum(len(curve.scores) for metric in metrics.values() for curve in metric.curves().values())

@@ -424,7 +424,7 @@ def test_pictures_show_the_first_images_and_the_worst(tmp_path):
     assert metrics["FP32"].compute()["miou"] == 100 and metrics["INT8"].per_image == [100, 100, 0, 100]
 
     files = segmentation_pictures(
-        make_folder(tmp_path / "report/pictures"), samples, networks, metrics, SPEC, CPU, count=2
+        make_folder(tmp_path / "report/pictures"), networks, metrics, CPU, samples, SPEC, count=2
     )
     assert [file.name for file in files] == [
         "first_1_0000.png",

@@ -13,6 +13,7 @@ import torch
 from utils.engine import tune_allocator
 from utils.errors import UserError
 from utils.inputs import InputSpec
+from utils.report import make_folder
 from utils.results import check_writable
 
 
@@ -123,6 +124,9 @@ def shared_flags() -> argparse.ArgumentParser:
         help="file that gets one JSON line (default: results/runs.jsonl)",
     )
     group.add_argument(
+        "--report", type=Path, metavar="DIR", help="folder for pictures of images and of what each network says"
+    )
+    group.add_argument(
         "--verbose", action="store_true", help="list what each pass did to each layer, and what it left out and why"
     )
     return flags
@@ -184,6 +188,8 @@ def prepare(args: argparse.Namespace) -> torch.device:
     """Check what can fail early, seed, set the allocator; returns the device."""
     device = open_device(args.device)
     check_writable(args.results)
+    if args.report:
+        make_folder(args.report)
     torch.manual_seed(args.seed)
     tune_allocator()
     return device

@@ -168,6 +168,11 @@ class MeanAveragePrecision:
                 scores |= {f"{kind}_shift_mean": float(shift.mean()), f"{kind}_shift_p99": float(percentile)}
         return scores
 
+    def remark(self) -> str:
+        """The shifts in a line; nothing without a reference."""
+        moved = ", ".join(f"{name} {value:.3f}" for name, value in self.shifts().items())
+        return moved and f"against FP32, over all priors, in percent: {moved}"
+
     def curves(self) -> dict[str, Curve]:
         """Precision and recall of each class of which the images hold an object that is not difficult."""
         curves = {}

@@ -34,8 +34,10 @@ def make_folder(folder: Path) -> Path:
 
 def classification_pictures(
     folder: Path,
-    samples: Dataset,
+    networks: Mapping[str, nn.Module],
     metrics: Mapping[str, TopK],
+    device: torch.device,
+    samples: Dataset,
     names: Mapping[int, str],
     spec: InputSpec,
     count: int = 12,
@@ -43,7 +45,8 @@ def classification_pictures(
     """Draw sheets of images with their class and each network's answer; returns the PNG files.
 
     One sheet of images evenly spread, and one of images on which the last network changed the first
-    one's mind, if there are any. metrics: by caption. names: of the classes, by the network's output.
+    one's mind, if there are any. metrics: by caption; they hold the answers, so that networks and device
+    stay idle. names: of the classes, by the network's output.
     """
     answers = [metric.predictions for metric in metrics.values()]
     scored = _scored(samples, len(answers[0]))
@@ -68,11 +71,11 @@ def classification_pictures(
 
 def segmentation_pictures(
     folder: Path,
-    samples: Dataset,
     networks: Mapping[str, nn.Module],
     metrics: Mapping[str, ConfusionMatrix],
-    spec: InputSpec,
     device: torch.device,
+    samples: Dataset,
+    spec: InputSpec,
     count: int = 4,
 ) -> list[Path]:
     """Draw image, truth and each network's prediction side by side; returns the PNG files.
@@ -102,18 +105,20 @@ def segmentation_pictures(
 
 def detection_pictures(
     folder: Path,
-    samples: Dataset,
     networks: Mapping[str, nn.Module],
+    metrics: Mapping[str, MeanAveragePrecision],
+    device: torch.device,
+    samples: Dataset,
     coder: BoxCoder,
     labels: Mapping[str, int],
     spec: InputSpec,
-    device: torch.device,
     count: int = 8,
 ) -> list[Path]:
-    """Draw the annotated objects and each network's detections side by side; returns the PNG files.
+    """Draw the annotated objects and each network's detections side by side, and write precision and
+    recall as CSV; returns the files.
 
     Drawn are images evenly spread over samples, and detections that a user would trust: scores of
-    0.3 and more. networks: by caption. labels: the network's output for each class name.
+    0.3 and more. networks, metrics: by caption. labels: the network's output for each class name.
     """
     names = {label: name for name, label in labels.items()}
     files = []
@@ -135,6 +140,8 @@ def detection_pictures(
             panels[name] = draw_boxes(picture, found.boxes[shown], found.labels[shown], captions)
         files.append(folder / f"{len(files) + 1}_{_name(samples, index)}.png")
         side_by_side(panels).save(files[-1])
+    files.append(folder / "precision_recall.csv")
+    write_curves(files[-1], metrics)
     return files
 
 

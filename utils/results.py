@@ -81,6 +81,10 @@ def print_table(scores: Sequence[Score], metrics: Mapping[str, Any]) -> None:
                 f"{name:<{width}}"
                 + "".join(f"{values[name]:>{len(label) + 3}.2f}" for label, values in per_class.items())
             )
+    for score in scores:
+        remark = getattr(metrics[score.network], "remark", str)()
+        if remark:
+            print(f"\n{score.label} {remark}")
 
 
 def entry(
