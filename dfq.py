@@ -3,7 +3,7 @@
 Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction (ICCV 2019,
 arXiv 1906.04721), called "the paper" below. Every pass takes the traced network, edits it and notes
 in the journal what it did. What passes share is an argument: the statistics that BatchNorm left
-behind, and the moments of every activation that follow from them.
+behind, the moments of every activation that follow from them, and images distilled from them.
 
 Notation: a layer computes y = W x + b; r(W)_i is the largest |W| of a channel i.
 """
@@ -11,8 +11,11 @@ Notation: a layer computes y = W x + b; r(W)_i is the largest |W| of a channel i
 from __future__ import annotations
 
 import copy
+import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from utils.distill import describe_fit, statistics_fit
 from utils.errors import UserError
 from utils.graph import (
     REARRANGING,
@@ -35,9 +39,20 @@ from utils.graph import (
 )
 from utils.inputs import InputSpec
 from utils.journal import Journal
-from utils.layers import WEIGHTED, CappedReLU, channels_in, channels_out, input_sums, scale_inputs, scale_outputs, taps
+from utils.layers import (
+    WEIGHTED,
+    CappedReLU,
+    channels_in,
+    channels_out,
+    input_sums,
+    per_channel,
+    scale_inputs,
+    scale_outputs,
+    taps,
+)
 from utils.links import Link, Port, find_links
 from utils.moments import SIGMAS, Gaussian, Moments, Statistics, Unknown, batchnorm_output, propagate
+from utils.observe import Fidelity, Watched, channel_mean, fidelity, histograms, layer_means
 from utils.quantizer import (
     QParams,
     Quantizer,
@@ -67,11 +82,19 @@ class Recipe:
     bits_bias: int = 32
     per_channel: bool = False
     asymmetric: bool = False
+    distill_equalize: bool = False
+    distill_correction: bool = False
+    distill_range: bool = False
+    range_method: str = "minmax"
 
     @classmethod
     def of(cls, args: Namespace) -> Recipe:
         """The recipe that flags of the same names ask for."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    @property
+    def needs_images(self) -> bool:
+        return self.distill_equalize or self.distill_correction or self.distill_range
 
     @property
     def changes_float(self) -> bool:
@@ -81,7 +104,7 @@ class Recipe:
     @property
     def labels(self) -> dict[str, str]:
         """What a table calls the networks that the row evaluates."""
-        changed = replace(self, correction=False, clip_weight=None)
+        changed = replace(self, correction=False, clip_weight=None, distill_range=False)
         bits = self.bits_weight, self.bits_activation
         grids = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
         return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {changed}", "quantized": f"{grids} {self}"}
@@ -91,10 +114,11 @@ class Recipe:
         parts = [
             ("+ReLU", self.relu),
             ("+DC", self.clear_dead and not self.equalize),
-            ("+LE", self.equalize),
+            ("+DLE" if self.distill_equalize else "+LE", self.equalize),
             ("+HBA", self.absorption),
-            ("+BC", self.correction),
+            ("+DBC" if self.distill_correction else "+BC", self.correction),
             (f" +clip_{self.clip_weight or 0:g}", self.clip_weight),
+            (" +DR" if self.range_method == "minmax" else f" +DR_{self.range_method}", self.distill_range),
         ]
         return "".join(name for name, there in parts if there).strip() or "Original"
 
@@ -105,6 +129,7 @@ class Quantized:
 
     float: the row's own float network, after --relu and the exact passes. simulated: the quantized
     network in simulation, None without --quantize. weight_grids, bias_grids: by layer name.
+    fidelity: how near the two are on distilled images, where there were any.
     """
 
     float: fx.GraphModule
@@ -112,6 +137,7 @@ class Quantized:
     weight_grids: dict[str, QParams]
     bias_grids: dict[str, QParams]
     journal: Journal
+    fidelity: Fidelity | None = None
 
     @property
     def outputs(self) -> int:
@@ -120,9 +146,10 @@ class Quantized:
         return shape(result[0])[-1] if isinstance(result, tuple | list) else shape(result)[1]
 
 
-def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Quantized:
+def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images: Tensor | None = None) -> Quantized:
     """Run the recipe's passes on a copy of the network; no data is used.
 
+    images: [N, C, H, W] as utils.distill makes them, which recipe.needs_images asks for.
     A network that cannot be traced, or lacks what a pass needs, is a UserError; so is a pass that
     should be exact and changes the output of a probe batch.
     """
@@ -131,6 +158,9 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
     network = trace(model, spec)
     expected = outputs_of(model, probe)
     check_unchanged("tracing", expected, network, probe, model, journal)
+
+    if images is not None:
+        journal.note(describe_fit(statistics_fit(model, spec, images), len(images)))
 
     statistics = fold_batchnorm(network, journal)
     for node in weighted_nodes(network):
@@ -145,27 +175,54 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe) -> Qua
     if recipe.clear_dead or recipe.equalize:
         clear_dead_channels(network, spec, statistics, journal)
         check_unchanged("clearing dead channels", expected, network, probe, model, journal)
-    if recipe.equalize:
-        equalize(network, statistics, journal)
-        check_unchanged("equalization", expected, network, probe, model, journal)
+    if not recipe.equalize:
+        return quantize(network, spec, statistics, recipe, images, journal)
+
+    candidates = {}
+    for exponent in EXPONENTS if recipe.distill_equalize else EXPONENTS[:1]:
+        equalized, known, log = copy.deepcopy((network, statistics, journal))
+        equalize(equalized, known, log, exponent)
+        check_unchanged("equalization", expected, equalized, probe, model, log)
+        candidates[exponent] = quantize(equalized, spec, known, recipe, images, log)
+    return nearest(candidates)
+
+
+def quantize(
+    network: fx.GraphModule,
+    spec: InputSpec,
+    statistics: Statistics,
+    recipe: Recipe,
+    images: Tensor | None,
+    journal: Journal,
+) -> Quantized:
+    """The passes behind the exact ones: they change what the network computes."""
     if recipe.absorption:
+        probe = spec.probe()
+        expected = outputs_of(network, probe)
         absorb_high_biases(network, statistics, journal)
         journal.note(f"absorption moved the output by {deviation(expected, network, probe):.1e} of its largest value")
     if not recipe.quantize:
         return Quantized(run_in_place(network), None, {}, {}, journal)
 
     moments = propagate(network, spec, statistics)
+    range_of = analytic_ranges(moments)
+    if recipe.distill_range:
+        analytic, range_of = range_of, distilled_ranges(network, spec, images, recipe)
+        compare_ranges(network, range_of, analytic, journal)
     simulated = copy.deepcopy(network)
-    quantizable = choose_layers(simulated, moments, journal)
+    quantizable = choose_layers(simulated, range_of, journal)
     exact = {node.target: module_of(simulated, node).weight.detach().clone() for node in quantizable}
     if recipe.clip_weight:
         clip_weights(simulated, recipe.clip_weight, journal)
     weight_grids = quantize_weights(simulated, quantizable, recipe, journal)
-    if recipe.correction:
+    if recipe.correction and not recipe.distill_correction:
         correct_biases(simulated, quantizable, exact, moments, journal)
-    insert_quantizers(simulated, moments, recipe.bits_activation, journal)
+    insert_quantizers(simulated, range_of, recipe.bits_activation, journal)
+    if recipe.distill_correction:
+        correct_biases_on_images(simulated, layer_means(network, images), images, journal)
     bias_grids = quantize_biases(simulated, weight_grids, recipe.bits_bias, journal)
-    return Quantized(run_in_place(network), run_in_place(simulated), weight_grids, bias_grids, journal)
+    near = None if images is None else fidelity(network, simulated, images)
+    return Quantized(run_in_place(network), run_in_place(simulated), weight_grids, bias_grids, journal, near)
 
 
 # ------------------------------------------------------------------------------------ self-checks
@@ -358,6 +415,9 @@ def _clear(
 # ------------------------------------------------------------------------------------- equalize
 
 
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --distill_equalize tries; 0 is the paper's equalization
+
+
 def equalization_scale(r1: Tensor, r2: Tensor) -> Tensor:
     """s that gives both layers of a pair the same channel ranges; the paper, equation 11.
 
@@ -369,14 +429,23 @@ def equalization_scale(r1: Tensor, r2: Tensor) -> Tensor:
 
 
 def equalize(
-    model: fx.GraphModule, statistics: Statistics, journal: Journal, limit: float = 1e4, sweeps: int = 100
+    model: fx.GraphModule,
+    statistics: Statistics,
+    journal: Journal,
+    exponent: float = 0.0,
+    limit: float = 1e4,
+    sweeps: int = 100,
 ) -> None:
     """Rescale channels between every layer and its readers until their ranges agree; section 4.1.
 
     Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6 becomes a
     CappedReLU. Sweeps over the network until no factor moves by more than 0.1 %. No factor may stretch
-    the range of the activation (lowest_scale), nor go beyond limit, either way. Works on the kernels'
-    maxima; weights are touched once.
+    the range that all channels of an activation share: one of tiny weights and a common bias would, scaled
+    up for its weights' sake, leave the others a few steps of the grid. Nor may one go beyond limit,
+    either way. Works on the kernels' maxima; weights are touched once.
+
+    exponent: a producer's channel counts with its weights' range^(1 - exponent) times its activation's
+    range^exponent, so that above 0 the activation's channels are evened out too.
     """
     links, refused = find_links(model)
     for name, reason in refused.items():
@@ -386,14 +455,20 @@ def equalize(
     }
     maxima = {name: taps(layer).abs().amax(3) for name, layer in layers.items()}  # [groups, out, in]
     totals = [torch.ones(link.channels) for link in links]
-    floors = [lowest_scale(model, link, statistics) for link in links]
+    reaches = [activation_reach(model, link, statistics) for link in links]
     for _ in range(sweeps):
         moved = 0.0
-        for link, total, floor in zip(links, totals, floors, strict=True):
+        for link, total, reach in zip(links, totals, reaches, strict=True):
             first = maxima[link.producer]
+            r1, floor = first.amax(2).reshape(-1), torch.zeros(link.channels)
+            if reach is not None:
+                present = reach / total
+                # As a share of the largest, but no channel so small that its weights would stop counting.
+                in_weights = r1.max() * (present / present.max().clamp_min(1e-30)).clamp_min(0.01)
+                r1 = r1 ** (1 - exponent) * in_weights**exponent
+                floor = reach / reach.max().clamp_min(1e-30)
             r2 = torch.stack([_input_range(maxima[port.name], port, link.channels) for port in link.readers]).amax(0)
-            scale = equalization_scale(first.amax(2).reshape(-1), r2)
-            scale = (total * scale).clamp(1 / limit, limit)
+            scale = (total * equalization_scale(r1, r2)).clamp(1 / limit, limit)
             scale = torch.maximum(scale, floor) / total
             total *= scale
             first /= scale.view(first.shape[0], -1, 1)
@@ -413,20 +488,27 @@ def equalize(
     tidy(model)
 
 
-def lowest_scale(model: fx.GraphModule, link: Link, statistics: Statistics) -> Tensor:
-    """The smallest factor [C] by which each channel's activation stays within the layer's present range.
-
-    Dividing by less would stretch the one range that all channels share: a channel of tiny weights and
-    a common bias would, scaled up for its weights' sake, leave the others a few steps of the grid.
-    """
+def activation_reach(model: fx.GraphModule, link: Link, statistics: Statistics) -> Tensor | None:
+    """The largest absolute value [C] expected of each of a producer's channels, where BatchNorm tells."""
     known = statistics.get(link.producer)
     if known is None:
-        return torch.zeros(link.channels)
+        return None
     reach = SIGMAS * known.variance.sqrt()
     largest = (known.mean + reach).clamp_min(0) if link.rectified else known.mean.abs() + reach
     for port in link.clips:
         largest = torch.minimum(largest, _caps(model.get_submodule(port.name), port, link.channels))
-    return largest / largest.max().clamp_min(1e-30)
+    return largest
+
+
+def nearest(candidates: dict[float, Quantized]) -> Quantized:
+    """Of networks equalized with several exponents, the one whose output on the images is nearest to the float one's."""
+    if len(candidates) == 1:
+        return candidates[EXPONENTS[0]]
+    best = max(candidates, key=lambda exponent: candidates[exponent].fidelity.output)
+    tried = ", ".join(f"{exponent:g}: {candidate.fidelity.output:.2f} dB" for exponent, candidate in candidates.items())
+    chosen = candidates[best]
+    chosen.journal.note(f"equalization with exponent {best:g}, the nearest on distilled images ({tried})")
+    return chosen
 
 
 def apply_scale(model: fx.GraphModule, link: Link, scale: Tensor, statistics: Statistics) -> None:
@@ -510,13 +592,13 @@ def _move_bias(model: fx.GraphModule, link: Link, excess: Tensor) -> None:
 # ------------------------------------------------------------------------------------- weights
 
 
-def choose_layers(model: fx.GraphModule, moments: dict[str, Moments | Unknown], journal: Journal) -> list[fx.Node]:
+def choose_layers(model: fx.GraphModule, range_of: RangeOf, journal: Journal) -> list[fx.Node]:
     """The layers that an integer engine could run: those whose input can be given a range."""
     chosen = []
     for node in weighted_nodes(model):
-        source = moments.get(node.args[0].name, Unknown("its input is no activation"))
-        if isinstance(source, Unknown):
-            journal.left("quantized weights", node.target, f"nothing is known of its input {source.reason}")
+        known = range_of(node.args[0])
+        if isinstance(known, Unknown):
+            journal.left("quantized weights", node.target, f"nothing is known of its input {known.reason}")
         else:
             chosen.append(node)
     if not chosen:
@@ -574,6 +656,26 @@ def correct_biases(
         journal.did("corrected biases", node.target, f"largest shift {float(shift.abs().max()):.3g}")
 
 
+def correct_biases_on_images(model: fx.GraphModule, means: dict[str, Tensor], images: Tensor, journal: Journal) -> None:
+    """Take the mean shift of every layer's output on images out of its bias; section 4.2.
+
+    One pass from input to output: a layer is measured behind layers that are quantized and corrected
+    already, on all images at once. means: [C] of the float network's outputs, by layer.
+    """
+
+    def correct(node: fx.Node, value: Tensor) -> Tensor | None:
+        layer = module_of(model, node)
+        if not isinstance(layer, WEIGHTED):
+            return None
+        shift = channel_mean(layer, value) - means[node.target]
+        layer.bias.data.sub_(shift)
+        journal.did("corrected biases", node.target, f"largest shift {float(shift.abs().max()):.3g}")
+        return value - (shift if isinstance(layer, nn.Linear) else per_channel(shift, value.dim()))
+
+    with torch.no_grad():
+        Watched(model, correct).run(images)
+
+
 def quantize_biases(
     model: fx.GraphModule, weight_grids: dict[str, QParams], bits: int, journal: Journal
 ) -> dict[str, QParams]:
@@ -608,30 +710,74 @@ _KEEPS_GRID = (
 _CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)
 
 
-def insert_quantizers(
-    model: fx.GraphModule, moments: dict[str, Moments | Unknown], bits: int, journal: Journal
+RangeOf = Callable[[fx.Node], tuple[float, float] | Unknown]  # what a node's output is taken to lie in
+
+
+def analytic_ranges(moments: dict[str, Moments | Unknown]) -> RangeOf:
+    """Ranges that follow from BatchNorm statistics."""
+
+    def range_of(node: fx.Node) -> tuple[float, float] | Unknown:
+        known = moments.get(node.name, Unknown("here"))
+        return known if isinstance(known, Unknown) else known.range()
+
+    return range_of
+
+
+def distilled_ranges(network: fx.GraphModule, spec: InputSpec, images: Tensor, recipe: Recipe) -> RangeOf:
+    """Ranges of what the float network does on images, by the recipe's method; the input's are its pixels'."""
+    seen = histograms(network, images)
+
+    @cache
+    def range_of(node: fx.Node) -> tuple[float, float] | Unknown:
+        if node.op == "placeholder":
+            return spec.range()
+        if node.name not in seen:
+            return Unknown("here")
+        return seen[node.name].range(recipe.range_method, recipe.bits_activation)
+
+    return range_of
+
+
+def compare_ranges(
+    model: fx.GraphModule, seen: RangeOf, promised: RangeOf, journal: Journal, factor: float = 3
 ) -> None:
+    """Note which tensors do on images something else than BatchNorm statistics say: one of the two is wrong."""
+    strange = {}
+    for node in filter(partial(_writes_tensor, model), model.graph.nodes):
+        pair = seen(node), promised(node)
+        if any(isinstance(known, Unknown) for known in pair):
+            continue
+        ratio = (pair[0][1] - pair[0][0]) / max(pair[1][1] - pair[1][0], 1e-30)
+        if not 1 / factor < ratio < factor:
+            strange[node.name] = ratio
+    if strange:
+        worst = sorted(strange.items(), key=lambda item: -abs(math.log(max(item[1], 1e-30))))[:3]
+        named = ", ".join(f"{name} {ratio:.2g} times" for name, ratio in worst)
+        journal.note(
+            f"on distilled images {len(strange)} ranges are over {factor:g} times as wide as statistics promise, or as narrow: {named}"
+        )
+
+
+def insert_quantizers(model: fx.GraphModule, range_of: RangeOf, bits: int, journal: Journal) -> None:
     """Put a quantizer wherever an integer engine writes a tensor.
 
     That is: the network's input, a layer's output behind its ReLU or ReLU6, sums, products and other
     functions, average pooling and interpolation. What only moves values keeps its input's grid. The
     inputs of a concat share one grid if nothing else reads them; otherwise its output is quantized. The
     network's output is left as it is where that costs an engine nothing: linear layers, interpolation.
-    Ranges are those of the moments.
     """
     ranges = {}
     for node in model.graph.nodes:
         if not _writes_tensor(model, node):
             continue
-        known = moments.get(node.name, Unknown("here"))
+        known = range_of(node)
         if isinstance(known, Unknown):
             journal.left("inserted quantizers", node.name, f"nothing is known {known.reason}")
         else:
-            ranges[node] = known.range()
+            ranges[node] = known
     for node in model.graph.nodes:
-        if node.target is torch.cat and isinstance(moments.get(node.name), Moments):
+        if node.target is torch.cat and not isinstance(together := range_of(node), Unknown):
             sources = {source for part in node.args[0] for source in _grid_sources(model, part)}
-            together = moments[node.name].range()
             if all(source in ranges and _feeds_only(model, source, node) for source in sources):
                 ranges.update(dict.fromkeys(sources, together))
             else:

@@ -50,11 +50,12 @@ def main(argv: Sequence[str] | None) -> None:
     network = build_model(args.model, args.weights, TASK)
     spec = cli.input_spec(args, network.spec)
     recipe = dfq.Recipe.of(args)
-    quantized = dfq.quantize_data_free(network.model, spec, recipe)
+    images = cli.distilled_images(args, network.model, spec, device, recipe.needs_images)
+    quantized = dfq.quantize_data_free(network.model, spec, recipe, images)
     data = open_data(args, spec, quantized.outputs)
 
-    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, data, device)
-    experiment.row(recipe, dfq.to_evaluate(network.model, quantized, recipe), quantized.journal)
+    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, spec, data, device)
+    experiment.row(recipe, quantized, dfq.to_evaluate(network.model, quantized, recipe), images)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("voc07", "voc12"),
         help="mean average precision by 11 points of recall, or by area (default: as the data's year has it, else voc12)",
     )
+    parser.set_defaults(distill_images=32)
     return cli.check(parser, parser.parse_args(argv))
 
 
@@ -60,11 +61,12 @@ def main(argv: Sequence[str] | None) -> None:
     network = build_model(args.model, args.weights, TASK)
     spec = cli.input_spec(args, network.spec)
     recipe = dfq.Recipe.of(args)
-    quantized = dfq.quantize_data_free(network.model, spec, recipe)
+    images = cli.distilled_images(args, network.model, spec, device, recipe.needs_images)
+    quantized = dfq.quantize_data_free(network.model, spec, recipe, images)
     data = open_data(args, network, spec, quantized.outputs)
 
-    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, data, device)
-    experiment.row(recipe, dfq.to_evaluate(network.model, quantized, recipe), quantized.journal)
+    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, spec, data, device)
+    experiment.row(recipe, quantized, dfq.to_evaluate(network.model, quantized, recipe), images)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="deeplabv3plus_mobilenet_v2 (default), torchvision:NAME, package.module:factory",
     )
     parser.add_argument("--split", help="list in ImageSets/Segmentation (default: test of VOC2007, otherwise val)")
-    parser.set_defaults(batch_size=4)
+    parser.set_defaults(batch_size=4, distill_images=8, distill_batch=8)
     return cli.check(parser, parser.parse_args(argv))
 
 
@@ -44,11 +44,12 @@ def main(argv: Sequence[str] | None) -> None:
     network = build_model(args.model, args.weights, TASK)
     spec = cli.input_spec(args, network.spec)
     recipe = dfq.Recipe.of(args)
-    quantized = dfq.quantize_data_free(network.model, spec, recipe)
+    images = cli.distilled_images(args, network.model, spec, device, recipe.needs_images)
+    quantized = dfq.quantize_data_free(network.model, spec, recipe, images)
     data = open_data(args, spec, quantized.outputs)
 
-    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, data, device)
-    experiment.row(recipe, dfq.to_evaluate(network.model, quantized, recipe), quantized.journal)
+    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, spec, data, device)
+    experiment.row(recipe, quantized, dfq.to_evaluate(network.model, quantized, recipe), images)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -19,10 +18,10 @@ from tqdm import tqdm
 
 from demo import scenes
 from demo.scenes import CLASSES, VOID, Scene, draw_scene
+from utils.cache import CACHE_VARIABLE, cache_folder
 from utils.errors import UserError
 
 EVALUATION_SEED, TRAINING_SEED = 2024, 1  # no scene of one is among those of the other
-CACHE_VARIABLE = "DFQ_CACHE"
 _MANIFEST = "manifest.json"
 _HIDDEN = 0.4  # an object of which less is seen counts as difficult, as in VOC
 _SMALLEST = 4  # pixels: what is narrower gets no box
@@ -139,13 +138,6 @@ WRITERS: dict[str, Callable[[Path, Iterable[Scene]], None]] = {"classification":
 
 
 # ---- cache
-
-
-def cache_folder(root: str | None = None) -> Path:
-    """Where rendered scenes are kept: root, or $DFQ_CACHE, or dfq in the user's cache folder."""
-    if root or os.environ.get(CACHE_VARIABLE):
-        return Path(root or os.environ[CACHE_VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfq"
 
 
 def rendered(kind: str, root: str | None = None) -> Path:

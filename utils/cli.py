@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
+from utils.cache import cache_folder
+from utils.distill import Distillation, distilled
 from utils.engine import tune_allocator
 from utils.errors import UserError
 from utils.inputs import InputSpec
+from utils.observe import METHODS
 from utils.report import make_folder
 from utils.results import check_writable
 
@@ -88,6 +92,59 @@ def shared_flags() -> argparse.ArgumentParser:
         "--correction", action="store_true", help="correct the biases for the shift that quantized weights cause"
     )
 
+    group = flags.add_argument_group("distilled data: images made from BatchNorm statistics, see the README")
+    group.add_argument(
+        "--distill_equalize",
+        action="store_true",
+        help="choose the equalization's exponent by the output on distilled images; needs --equalize --quantize",
+    )
+    group.add_argument(
+        "--distill_correction",
+        action="store_true",
+        help="correct biases by what distilled images show instead of by statistics; needs --correction",
+    )
+    group.add_argument(
+        "--distill_range", action="store_true", help="activation ranges from distilled images; needs --quantize"
+    )
+    group.add_argument(
+        "--range_method",
+        choices=METHODS,
+        default="minmax",
+        help="range of an activation: all that was seen, all but 1e-5 at either end, or least squared error (default: minmax)",
+    )
+    group.add_argument(
+        "--fidelity",
+        action="store_true",
+        help="compare the quantized network with the float one on distilled images, layer by layer; needs --quantize",
+    )
+    group.add_argument(
+        "--distill_images",
+        type=at_least(1),
+        default=Distillation.images,
+        metavar="N",
+        help="images to distill (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distill_batch",
+        type=at_least(1),
+        default=Distillation.batch,
+        metavar="N",
+        help="images that are distilled together; bounds the memory (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distill_steps",
+        type=at_least(1),
+        default=Distillation.steps,
+        metavar="N",
+        help="optimizer's steps (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distill_cache",
+        type=Path,
+        metavar="DIR",
+        help="folder to keep distilled images in (default: distilled in $DFQ_CACHE or the user's cache folder)",
+    )
+
     group = flags.add_argument_group("quantizers")
     group.add_argument(
         "--bits_weight", type=_bits, default=8, metavar="B", help="bits of weights, 2 to 16 (default: 8)"
@@ -140,10 +197,18 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         "clip_weight": "quantize",
         "per_channel": "quantize",
         "asymmetric": "quantize",
+        "distill_equalize": "equalize",
+        "distill_correction": "correction",
+        "distill_range": "quantize",
+        "fidelity": "quantize",
     }
     for flag, other in needs.items():
         if getattr(args, flag) not in (False, None) and not getattr(args, other):
             parser.error(f"--{flag} needs --{other}")
+    if args.distill_equalize and not args.quantize:
+        parser.error("--distill_equalize needs --quantize")
+    if args.range_method != "minmax" and not args.distill_range:
+        parser.error("--range_method needs --distill_range")
     for flag in ("bits_weight", "bits_activation", "bits_bias"):
         if getattr(args, flag) != parser.get_default(flag) and not args.quantize:
             parser.error(f"--{flag} needs --quantize")
@@ -163,6 +228,16 @@ def input_spec(args: argparse.Namespace, spec: InputSpec) -> InputSpec:
     if getattr(args, "resize", None):
         spec = replace(spec, resize=args.resize)
     return replace(spec, mean=tuple(args.mean or spec.mean), std=tuple(args.std or spec.std))
+
+
+def distilled_images(
+    args: argparse.Namespace, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
+) -> Tensor | None:
+    """Images for the recipe or for --fidelity, as the flags say; None where neither needs any."""
+    if not (needed or args.fidelity):
+        return None
+    settings = Distillation(args.distill_images, args.distill_batch, args.distill_steps, args.seed)
+    return distilled(model, spec, settings, device, args.distill_cache or cache_folder() / "distilled")
 
 
 def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argparse.Namespace:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from utils.boxes import BoxCoder
 from utils.data import BadSample
+from utils.distill import Fit
 from utils.errors import UserError
 from utils.inputs import InputSpec
 from utils.metrics import ConfusionMatrix, MeanAveragePrecision, TopK
@@ -143,6 +144,27 @@ def detection_pictures(
     files.append(folder / "precision_recall.csv")
     write_curves(files[-1], metrics)
     return files
+
+
+def distilled_pictures(folder: Path, images: Tensor, fit: Mapping[str, Fit], spec: InputSpec) -> list[Path]:
+    """Draw a contact sheet of distilled images [N, 3, H, W], and how well each layer's statistics are met; returns the PNG files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sheet, plot = folder / "distilled.png", folder / "distilled_fit.png"
+    grid([denormalise(image, spec) for image in images[:16]], columns=4).save(sheet)
+    figure, axes = pyplot.subplots(figsize=(max(6, len(fit) / 6), 4), layout="constrained")
+    for label, errors in (("mean", [f.mean for f in fit.values()]), ("deviation", [f.deviation for f in fit.values()])):
+        axes.plot(range(len(fit)), errors, marker="o", markersize=3, label=label)
+    axes.set(ylabel="error, in the layer's deviations", title=f"Statistics met by {len(images)} distilled images")
+    axes.set_xticks(range(len(fit)), fit, rotation=90, fontsize=6)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(plot, dpi=110)
+    pyplot.close(figure)
+    return [sheet, plot]
 
 
 def draw_boxes(picture: Image.Image, boxes: Tensor, labels: Tensor, captions: Sequence[str]) -> Image.Image:
