@@ -14,7 +14,7 @@ import copy
 import math
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 
 import torch
@@ -93,6 +93,18 @@ class Recipe:
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     @property
+    def settings(self) -> dict[str, bool | int | float | str | None]:
+        return asdict(self)
+
+    @property
+    def words(self) -> list[str]:
+        """The flags of its passes, as one would type them."""
+        flags = [
+            f"--{name}" for name, value in self.settings.items() if value is True or (name == "clip_weight" and value)
+        ]
+        return flags + (["--range_method", self.range_method] if self.range_method != "minmax" else [])
+
+    @property
     def needs_images(self) -> bool:
         return self.distill_equalize or self.distill_correction or self.distill_range
 
@@ -123,6 +135,48 @@ class Recipe:
         return "".join(name for name, there in parts if there).strip() or "Original"
 
 
+def _row(*passes: str) -> Recipe:
+    return Recipe(quantize=True, **{name: 15.0 if name == "clip_weight" else True for name in passes})
+
+
+TABLE = {
+    f"{recipe}{' per channel' if recipe.per_channel else ''}": recipe
+    for recipe in (
+        _row(),  # the published ones
+        _row("relu"),
+        _row("relu", "equalize"),
+        _row("relu", "equalize", "distill_range"),
+        _row("correction"),
+        _row("correction", "clip_weight"),
+        _row("relu", "equalize", "correction"),
+        _row("relu", "equalize", "correction", "distill_range"),
+        _row("clear_dead"),  # and ours
+        _row("clear_dead", "correction"),
+        _row("equalize"),
+        _row("equalize", "correction"),
+        _row("equalize", "correction", "distill_range"),
+        _row("equalize", "correction", "distill_correction"),
+        _row("equalize", "correction", "distill_correction", "distill_range"),
+        _row("equalize", "correction", "distill_equalize", "distill_range"),
+        _row("equalize", "absorption", "correction"),
+        _row("per_channel"),
+        _row("per_channel", "equalize", "correction"),
+    )
+}
+
+
+def recipes_of(args: Namespace) -> list[Recipe]:
+    """The recipe that the flags ask for; with --table those of its rows, or of --rows, at the bits that the flags say."""
+    base = Recipe.of(args)
+    if not args.table:
+        return [base]
+    unknown = [name for name in args.rows or () if name not in TABLE]
+    if unknown:
+        raise UserError(f"--rows: there is no row {unknown[0]!r}; choose from {', '.join(map(repr, TABLE))}")
+    bits = {f"bits_{kind}": getattr(base, f"bits_{kind}") for kind in ("weight", "activation", "bias")}
+    return [replace(TABLE[name], **bits) for name in args.rows or TABLE]
+
+
 @dataclass(frozen=True)
 class Quantized:
     """What quantize_data_free made.
@@ -138,12 +192,6 @@ class Quantized:
     bias_grids: dict[str, QParams]
     journal: Journal
     fidelity: Fidelity | None = None
-
-    @property
-    def outputs(self) -> int:
-        """Classes that the network tells apart: channels of its output, last axis of a detector's logits."""
-        result = next(node for node in self.float.graph.nodes if node.op == "output").args[0]
-        return shape(result[0])[-1] if isinstance(result, tuple | list) else shape(result)[1]
 
 
 def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images: Tensor | None = None) -> Quantized:

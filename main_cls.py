@@ -10,6 +10,7 @@ from modeling import build_model
 from utils import cli, report
 from utils.data import evenly, image_folder
 from utils.experiment import Data, Experiment
+from utils.graph import classes_of, trace
 from utils.inputs import InputSpec
 from utils.metrics import TopK
 
@@ -36,26 +37,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return cli.check(parser, parser.parse_args(argv))
 
 
-def open_data(args: argparse.Namespace, spec: InputSpec, outputs: int) -> Data:
-    samples, names = image_folder(args.data, args.split, spec, outputs)
+def open_data(args: argparse.Namespace, spec: InputSpec, classes: int) -> Data:
+    samples, names = image_folder(args.data, args.split, spec, classes)
     samples = evenly(samples, args.limit)
     draw = partial(report.classification_pictures, samples=samples, names=names, spec=spec)
-    return Data(samples, lambda networks: {name: TopK() for name in networks}, draw)
+    return Data(samples, lambda _: TopK(), draw)
 
 
 def main(argv: Sequence[str] | None) -> None:
     args = cli.with_demo(parse_args(argv), lambda: demo.open(TASK))
-    device = cli.prepare(args)
+    recipes, device = dfq.recipes_of(args), cli.prepare(args)
 
     network = build_model(args.model, args.weights, TASK)
     spec = cli.input_spec(args, network.spec)
-    recipe = dfq.Recipe.of(args)
-    images = cli.distilled_images(args, network.model, spec, device, recipe.needs_images)
-    quantized = dfq.quantize_data_free(network.model, spec, recipe, images)
-    data = open_data(args, spec, quantized.outputs)
+    data = open_data(args, spec, classes_of(trace(network.model, spec)))
 
-    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, spec, data, device)
-    experiment.row(recipe, quantized, dfq.to_evaluate(network.model, quantized, recipe), images)
+    experiment = Experiment(TASK, PROGRAM, argv, args, network, spec, data, device)
+    experiment.run(recipes, dfq.quantize_data_free, dfq.to_evaluate)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Data-free quantization of a detection network, evaluated on VOC detection or any folder in its format."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import demo
@@ -11,6 +11,7 @@ from utils import cli, report
 from utils.data import evenly
 from utils.detection import stack, voc_detection
 from utils.experiment import Data, Experiment
+from utils.graph import classes_of, trace
 from utils.inputs import InputSpec
 from utils.metrics import MeanAveragePrecision
 from utils.voc import open_voc
@@ -37,36 +38,29 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return cli.check(parser, parser.parse_args(argv))
 
 
-def open_data(args: argparse.Namespace, network: Network, spec: InputSpec, outputs: int) -> Data:
+def open_data(args: argparse.Namespace, network: Network, spec: InputSpec, classes: int) -> Data:
     split = open_voc(args.data, "Main", args.split)
-    samples, labels = voc_detection(split, spec, outputs)
+    samples, labels = voc_detection(split, spec, classes)
     samples = evenly(samples, args.limit)
     coder, rule = box_coder(network.model, spec), args.metric or ("voc07" if split.year == 2007 else "voc12")
 
-    def metrics(networks: Iterable[str]) -> dict[str, MeanAveragePrecision]:
-        first, *others = networks
-        original = MeanAveragePrecision(labels, coder, rule)
-        return {first: original} | {
-            name: MeanAveragePrecision(labels, coder, rule, reference=original) for name in others
-        }
+    def metric(reference: MeanAveragePrecision | None) -> MeanAveragePrecision:
+        return MeanAveragePrecision(labels, coder, rule, reference, keep=args.table)
 
     draw = partial(report.detection_pictures, samples=samples, coder=coder, labels=labels, spec=spec)
-    return Data(samples, metrics, draw, stack)
+    return Data(samples, metric, draw, stack)
 
 
 def main(argv: Sequence[str] | None) -> None:
     args = cli.with_demo(parse_args(argv), lambda: demo.open(TASK))
-    device = cli.prepare(args)
+    recipes, device = dfq.recipes_of(args), cli.prepare(args)
 
     network = build_model(args.model, args.weights, TASK)
     spec = cli.input_spec(args, network.spec)
-    recipe = dfq.Recipe.of(args)
-    images = cli.distilled_images(args, network.model, spec, device, recipe.needs_images)
-    quantized = dfq.quantize_data_free(network.model, spec, recipe, images)
-    data = open_data(args, network, spec, quantized.outputs)
+    data = open_data(args, network, spec, classes_of(trace(network.model, spec)))
 
-    experiment = Experiment(TASK, args, cli.command(PROGRAM, argv), network, spec, data, device)
-    experiment.row(recipe, quantized, dfq.to_evaluate(network.model, quantized, recipe), images)
+    experiment = Experiment(TASK, PROGRAM, argv, args, network, spec, data, device)
+    experiment.run(recipes, dfq.quantize_data_free, dfq.to_evaluate)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from modeling.ssd_lite import SSDLite
 from utils import engine
 from utils.boxes import BoxCoder, Objects
 from utils.cli import run
-from utils.data import batches, image_folder
+from utils.data import Batches, image_folder
 from utils.detection import stack, voc_detection
 from utils.inputs import InputSpec
 from utils.layers import WEIGHTED
@@ -140,7 +140,7 @@ def classification_score(model: nn.Module) -> dict[str, float]:
     samples, _ = image_folder(
         str(rendered("classification")), "val", InputSpec((side, side), resize=RESIZED), len(CLASSES)
     )
-    return _evaluate(model, batches(samples, 50, workers=0, seed=0), TopK())
+    return _evaluate(model, Batches(samples, 50, workers=0, seed=0), TopK())
 
 
 # ---- segmentation
@@ -165,7 +165,7 @@ def segmentation_batch(examples: Examples, chosen: ndarray, rng: np.random.Gener
 def segmentation_score(model: nn.Module) -> dict[str, float]:
     side = IMAGE_SIZES["segmentation"]
     samples, names = voc_segmentation(str(rendered("voc")), "val", InputSpec((side, side), side), len(CLASSES) + 1)
-    figures = _evaluate(model, batches(samples, 20, workers=0, seed=0), ConfusionMatrix(names))
+    figures = _evaluate(model, Batches(samples, 20, workers=0, seed=0), ConfusionMatrix(names))
     return {"miou": next(iter(figures.values()))}
 
 
@@ -224,7 +224,7 @@ def detection_loss(heads: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor])
 def detection_score(model: nn.Module) -> dict[str, float]:
     samples, labels = voc_detection(open_voc(str(rendered("voc")), "Main", "val"), SSD_SPEC, len(CLASSES) + 1)
     figures = _evaluate(
-        model, batches(samples, 20, workers=0, seed=0, collate=stack), MeanAveragePrecision(labels, _coder())
+        model, Batches(samples, 20, workers=0, seed=0, collate=stack), MeanAveragePrecision(labels, _coder())
     )
     return {"map": next(iter(figures.values()))}
 

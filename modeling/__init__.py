@@ -8,6 +8,7 @@ from modeling.checkpoint import check_finite
 from modeling.classification import build_classifier
 from modeling.detection import box_coder, build_detector
 from modeling.segmentation import build_segmenter
+from utils import distributed
 from utils.inputs import InputSpec
 
 
@@ -32,6 +33,7 @@ def build_model(name: str, weights: str | None = None, task: str = "classificati
     name: a network of the project, 'torchvision:NAME', 'timm:NAME' or 'package.module:factory'.
     weights: path or URL; None: the official weights (a factory's own).
     """
-    model, spec, source = _BUILDERS[task](name, weights)
+    with distributed.first_before_others():  # weights that are not there yet are downloaded once
+        model, spec, source = _BUILDERS[task](name, weights)
     check_finite(model)
     return Network(model.eval(), spec, name, source)

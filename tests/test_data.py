@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.data import batches, class_indices, evenly, image_folder, imagenet_ids
+from utils.data import Batches, class_indices, evenly, image_folder, imagenet_ids
 from utils.errors import UserError
 from utils.inputs import InputSpec
 
@@ -70,7 +70,7 @@ def test_unreadable_images_are_named_not_raised(tmp_path, workers):
     root = folder(tmp_path, ["a", "b"], images=3)
     broken = tmp_path / "a" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    loaded = list(batches(image_folder(root, "val", SPEC, 2)[0], 4, workers, seed=0))
+    loaded = list(Batches(image_folder(root, "val", SPEC, 2)[0], 4, workers, seed=0))
     assert [reason.split(" ")[0] for batch in loaded for reason in batch.bad] == [str(broken)]
     assert sum(len(batch.images) for batch in loaded) == 5
     assert torch.cat([batch.targets for batch in loaded]).tolist() == [0, 0, 1, 1, 1]

@@ -17,7 +17,7 @@ from modeling.detection import RawHeads
 from modeling.mobilenet_v2 import to_torchvision_layout
 from modeling.ssd_lite import SSDLite, ssd_coder, ssd_lite
 from utils.boxes import BoxCoder, Detections, Objects, PriorSpec, to_centres, to_corners
-from utils.data import batches
+from utils.data import Batches
 from utils.detection import class_labels, read_annotation, stack, voc_detection
 from utils.engine import evaluate
 from utils.errors import UserError
@@ -594,7 +594,7 @@ def test_a_picture_of_another_size_than_its_annotation_says_is_not_scored(voc):
     model = randomise(small_detector_of(CLASSES))
     metric = MeanAveragePrecision(labels, model.coder(SPEC.size))
     with pytest.raises(UserError, match=r"000001\.jpg \(it is 100x200, its annotation says 200x100"):
-        evaluate({"fp32": model}, batches(samples, 2, 0, 0, stack), {"fp32": metric}, CPU)
+        evaluate({"fp32": model}, Batches(samples, 2, 0, 0, stack), {"fp32": metric}, CPU)
 
 
 def test_outputs_of_a_network_trained_on_coco_are_found_by_name():
@@ -618,8 +618,8 @@ def test_evaluation_pictures_and_curves(voc, tmp_path):
     networks = {"FP32": model, "INT8": trace(model, SPEC)}
     metrics = {"FP32": MeanAveragePrecision(labels, coder)}
     metrics["INT8"] = MeanAveragePrecision(labels, coder, reference=metrics["FP32"])
-    evaluate(networks, batches(samples, 3, 0, 0, stack), metrics, CPU)
-    assert metrics["INT8"].samples == 4
+    evaluate(networks, Batches(samples, 3, 0, 0, stack), metrics, CPU)
+    assert len(metrics["INT8"].records) == 4
     scores = metrics["INT8"].compute()
     assert next(iter(scores)) == "map_voc12"
     assert scores["score_shift_p99"] == pytest.approx(0, abs=1e-3)
@@ -642,7 +642,7 @@ def test_the_helmet_network_scores_as_with_the_code_that_trained_it(shared):
     samples, labels = voc_detection(open_voc(str(shared / "data/helmet-voc"), "Main", "test"), network.spec, CLASSES)
     metric = MeanAveragePrecision(labels, box_coder(network.model, network.spec), "voc07")
     # This network multiplies rounding by 100,000 in two layers, and kernels round by batch size and threads.
-    evaluate({"fp32": network.model}, batches(samples, 8, 0, 0, stack), {"fp32": metric}, CPU)
+    evaluate({"fp32": network.model}, Batches(samples, 8, 0, 0, stack), {"fp32": metric}, CPU)
     scores = metric.compute()
     assert (scores["map_voc07"], scores["map_voc12"]) == pytest.approx((14.5, 14.8), abs=1.0)
     assert tuple(metric.per_class().values()) == pytest.approx((16.7, 12.3), abs=1.5)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from modeling import build_model
 from modeling.deeplab import STAGES, DeepLab
-from utils.data import BadSample, batches, evenly
+from utils.data import BadSample, Batches, evenly
 from utils.engine import evaluate
 from utils.errors import UserError
 from utils.inputs import InputSpec
@@ -333,10 +333,10 @@ def test_unusable_mask_names_its_file_and_can_be_skipped(tmp_path, spoil, reason
     assert isinstance(samples[1], BadSample)
     model, metric = nn.Conv2d(3, 3, 1), ConfusionMatrix("abc")
     with pytest.raises(UserError, match=reason) as error:
-        evaluate({"x": model}, batches(samples, 3, 0, 0), {"x": metric}, CPU)
+        evaluate({"x": model}, Batches(samples, 3, 0, 0), {"x": metric}, CPU)
     assert "\n" not in str(error.value)
-    evaluate({"x": model}, batches(samples, 2, 0, 0), {"x": metric}, CPU, skip_bad_images=True)
-    assert metric.samples == 2
+    evaluate({"x": model}, Batches(samples, 2, 0, 0), {"x": metric}, CPU, skip_bad_images=True)
+    assert len(metric.records) == 2
 
 
 # ----------------------------------------------------------------------------------------- metric
@@ -354,7 +354,7 @@ def test_miou_by_hand():
     expected = [2 / 3, 2 / 4, 0 / 1]  # class 2 is never right; class 3 is nowhere and does not count
     assert iou(metric.counts)[:3].tolist() == pytest.approx(expected) and iou(metric.counts)[3].isnan()
     assert metric.compute() == pytest.approx({"miou": 100 * sum(expected) / 3, "pixel_accuracy": 100 * 4 / 6})
-    assert next(iter(metric.compute())) == "miou" and metric.samples == 1
+    assert next(iter(metric.compute())) == "miou" and len(metric.records) == 1
     assert metric.per_image == pytest.approx([metric.compute()["miou"]])
 
 
@@ -420,7 +420,7 @@ def test_pictures_show_the_first_images_and_the_worst(tmp_path):
     samples = evenly(voc_segmentation(str(root), None, SPEC, 3)[0], 5)
     networks = {"FP32": Thirds(), "INT8": Thirds(limit=1.0)}
     metrics = {name: ConfusionMatrix("abc") for name in networks}
-    evaluate(networks, batches(samples, 2, 0, 0), metrics, CPU, skip_bad_images=True)
+    evaluate(networks, Batches(samples, 2, 0, 0), metrics, CPU, skip_bad_images=True)
     assert metrics["FP32"].compute()["miou"] == 100 and metrics["INT8"].per_image == [100, 100, 0, 100]
 
     files = segmentation_pictures(
@@ -459,7 +459,7 @@ def test_real_checkpoint_scores_and_measures_as_it_did_upstream(shared):
     norm = network.model.aspp.aspp2.bn
     norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     metric = ConfusionMatrix("abcdefghijk")
-    evaluate({"float": network.model}, batches(evenly(samples, 5), 1, 0, 0), {"float": metric}, CPU)
+    evaluate({"float": network.model}, Batches(evenly(samples, 5), 1, 0, 0), {"float": metric}, CPU)
     assert metric.compute()["miou"] == pytest.approx(41, abs=1.5)
     # What the pyramid reads is the same for every image here, so upstream's statistics of it are exact.
     shift = (inputs[0].mean((0, 2, 3)) - norm.running_mean) / norm.running_var.sqrt()

@@ -1,6 +1,7 @@
 """The command line that the three scripts share, and how they fail."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from utils import distributed
 from utils.cache import cache_folder
 from utils.distill import Distillation, distilled
 from utils.engine import tune_allocator
@@ -29,7 +31,10 @@ class Demo(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
+    """An ArgumentParser whose flags are typed in full, and whose errors are one line, without the usage."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -167,6 +172,14 @@ def shared_flags() -> argparse.ArgumentParser:
     )
 
     group = flags.add_argument_group("run")
+    group.add_argument(
+        "--table",
+        action="store_true",
+        help="all rows of the result tables in place of the passes above; the same command goes on where it was stopped",
+    )
+    group.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="these rows of --table alone, by name, such as Original +LE+BC"
+    )
     group.add_argument("--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: 32)")
     group.add_argument(
         "--workers", type=at_least(0), default=2, metavar="N", help="processes that load images (default: 2)"
@@ -189,8 +202,28 @@ def shared_flags() -> argparse.ArgumentParser:
     return flags
 
 
+PASSES = (
+    "relu",
+    "clear_dead",
+    "equalize",
+    "absorption",
+    "clip_weight",
+    "quantize",
+    "correction",
+    "distill_equalize",
+    "distill_correction",
+    "distill_range",
+)
+
+
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Refuse combinations of the shared flags that cannot mean anything."""
+    if args.rows and not args.table:
+        parser.error("--rows needs --table")
+    if args.table:
+        said = [flag for flag in (*PASSES, "per_channel", "asymmetric") if getattr(args, flag) not in (False, None)]
+        if said:
+            parser.error(f"--table runs the passes of each of its rows; leave out --{said[0]}")
     needs = {
         "absorption": "equalize",
         "correction": "quantize",
@@ -203,14 +236,15 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         "fidelity": "quantize",
     }
     for flag, other in needs.items():
-        if getattr(args, flag) not in (False, None) and not getattr(args, other):
+        there = getattr(args, other) or (args.table and other == "quantize")
+        if getattr(args, flag) not in (False, None) and not there:
             parser.error(f"--{flag} needs --{other}")
     if args.distill_equalize and not args.quantize:
         parser.error("--distill_equalize needs --quantize")
     if args.range_method != "minmax" and not args.distill_range:
         parser.error("--range_method needs --distill_range")
     for flag in ("bits_weight", "bits_activation", "bits_bias"):
-        if getattr(args, flag) != parser.get_default(flag) and not args.quantize:
+        if getattr(args, flag) != parser.get_default(flag) and not (args.quantize or args.table):
             parser.error(f"--{flag} needs --quantize")
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image_size takes one number, or height and width, not {len(args.image_size)} numbers")
@@ -252,7 +286,8 @@ def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argpar
         raise UserError(
             "no data to evaluate on; pass --data DIR (or neither --data, --weights nor --model for the embedded demo)"
         )
-    demo = open_demo()
+    with distributed.first_before_others():
+        demo = open_demo()
     print(demo.note)
     for flag, value in demo.flags.items():
         setattr(args, flag, value)
@@ -273,7 +308,7 @@ def prepare(args: argparse.Namespace) -> torch.device:
 def open_device(name: str) -> torch.device:
     """The device by name, if this machine and this build of torch have it."""
     try:
-        device = torch.device(name)
+        device = distributed.own_device(torch.device(name))
     except RuntimeError:
         raise UserError(f"unknown --device {name!r}; choose from cpu, cuda, cuda:N, mps") from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
@@ -286,9 +321,22 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-def command(program: str, argv: Sequence[str] | None) -> str:
-    """The command line that started this run, to be typed again."""
-    return shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
+def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | None = None) -> str:
+    """The command line that started this run, to be typed again; or of one row of its table, with that row's passes."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if passes is not None:
+        words.remove("--table")
+        if "--rows" in words:
+            first = words.index("--rows")
+            rest = [i for i in range(first + 1, len(words)) if words[i].startswith("--")]
+            del words[first : rest[0] if rest else None]
+        words += passes
+    start = (
+        ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+        if distributed.processes() > 1
+        else ["python"]
+    )
+    return shlex.join([*start, program, *words])
 
 
 def headline(args: argparse.Namespace, weights: str, samples: int, recipe: str) -> str:
@@ -306,17 +354,19 @@ def _short(path: str) -> str:
 
 
 def run(main: Callable[[Sequence[str] | None], None], program: str) -> None:
-    """Run a script's main: a UserError becomes one line and exit code 2."""
-    try:
-        main(None)
-    except UserError as error:
-        sys.exit(_fail(program, str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail(program, "interrupted; nothing was recorded", 130))
+    """Run a script's main, on all processes where torchrun has started some: a UserError becomes one line and exit code 2."""
+    with distributed.joined():
+        try:
+            main(None)
+        except UserError as error:
+            sys.exit(_fail(program, str(error), 2))
+        except KeyboardInterrupt:
+            sys.exit(_fail(program, "interrupted; rows recorded so far are kept", 130))
 
 
 def _fail(program: str, message: str, code: int) -> int:
-    print(f"{program}: error: {message}", file=sys.stderr)
+    which = "" if distributed.is_first() else f" (process {distributed.rank()})"
+    print(f"{program}{which}: error: {message}", file=sys.stderr)
     return code
 
 

@@ -1,15 +1,17 @@
 """Data sets in the formats that people have them in, and the batches that evaluation takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, default_collate
 
+from utils import distributed
 from utils.errors import UserError
 from utils.inputs import InputSpec
 from utils.vision import torchvision
@@ -129,20 +131,52 @@ def evenly(samples: Dataset, limit: int | None) -> Dataset:
     return Subset(samples, [i * len(samples) // limit for i in range(limit)])
 
 
-def batches(
-    samples: Dataset, batch_size: int, workers: int, seed: int, collate: Callable = torch.utils.data.default_collate
-) -> DataLoader:
-    """Batches in order, loaded by worker processes that are seeded from `seed`.
+class Batches:
+    """The batches of a data set in order, this process's share of them; decoded once where they fit into memory.
 
-    collate: list of the data set's samples -> (images, targets).
+    collate: list of the data set's samples -> (images, targets). room: bytes of images to keep for
+    further readings.
     """
 
-    def gather(loaded: list) -> Batch:
-        good = [sample for sample in loaded if not isinstance(sample, BadSample)]
-        images, targets = collate(good) if good else (torch.empty(0), [])
-        return Batch(images, targets, tuple(sample.reason for sample in loaded if isinstance(sample, BadSample)))
+    def __init__(
+        self,
+        samples: Dataset,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        collate: Callable = default_collate,
+        room: int = 0,
+    ):
+        whole = list(BatchSampler(range(len(samples)), batch_size, drop_last=False))
+        self.samples, self.indices = samples, distributed.share(whole)
+        self.workers, self.seed, self.collate, self.room = workers, seed, collate, room
+        self._kept: list[Batch] = []  # the first ones
 
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(
-        samples, batch_size, num_workers=workers, collate_fn=gather, generator=generator, persistent_workers=False
-    )
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self._kept
+        for batch in self._load(self.indices[len(self._kept) :]):
+            self.room -= batch.images.nbytes
+            if self.room >= 0:
+                self._kept.append(batch)
+            yield batch
+
+    def _load(self, indices: list[list[int]]) -> Iterable[Batch]:
+        if not indices:
+            return []
+        generator = torch.Generator().manual_seed(self.seed)  # of the worker processes
+        return DataLoader(
+            self.samples,
+            batch_sampler=indices,
+            num_workers=min(self.workers, len(indices)),
+            collate_fn=partial(_gather, self.collate),
+            generator=generator,
+        )
+
+
+def _gather(collate: Callable, loaded: list) -> Batch:
+    good = [sample for sample in loaded if not isinstance(sample, BadSample)]
+    images, targets = collate(good) if good else (torch.empty(0), [])
+    return Batch(images, targets, tuple(sample.reason for sample in loaded if isinstance(sample, BadSample)))

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from utils import distributed
 from utils.errors import UserError
 from utils.graph import trace
 from utils.inputs import InputSpec
@@ -108,6 +110,7 @@ def natural_noise(spec: InputSpec, count: int, generator: torch.Generator) -> Te
 def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: torch.device) -> Tensor:
     """Images [images, 3, H, W] on the CPU on which the network's BatchNorms see what they remember.
 
+    Several processes share the batches; each batch has a seed of its own, so that the images are the same.
     A network without BatchNorm, or not enough memory, is a UserError. A loss that is no number ends a
     batch with the best images so far, and says so.
     """
@@ -117,12 +120,17 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
             "the network has no BatchNorm with running statistics, from which --distill_* would make images; use a network trained with BatchNorm"
         )
     network = network.to(device, memory_format=torch.channels_last)
-    generator = torch.Generator().manual_seed(settings.seed)
+    firsts = distributed.share(range(0, settings.images, settings.batch))
     made = []
-    count = -(-settings.images // settings.batch)
-    with tqdm(total=count * settings.steps, desc=f"distilling {settings.images} images", unit="step") as progress:
-        for number in range(count):
-            size = min(settings.batch, settings.images - number * settings.batch)
+    with tqdm(
+        total=len(firsts) * settings.steps,
+        desc=f"distilling {settings.images} images",
+        unit="step",
+        disable=not distributed.is_first(),
+    ) as progress:
+        for first in firsts:
+            size = min(settings.batch, settings.images - first)
+            generator = torch.Generator().manual_seed(settings.seed * 2**20 + first)
             try:
                 made.append(_batch(network, spec, size, settings, generator, device, progress))
             except (RuntimeError, MemoryError) as error:
@@ -131,7 +139,7 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
                         f"not enough memory to distill {size} images at once; lower --distill_batch (now {settings.batch})"
                     ) from None
                 raise
-    return as_pixels(torch.cat(made), spec)
+    return as_pixels(torch.cat(distributed.concatenated(made)), spec)
 
 
 @torch.enable_grad()
@@ -264,19 +272,26 @@ def distilled(model: nn.Module, spec: InputSpec, settings: Distillation, device:
     """
     key = hashlib.sha256(f"{weights_hash(model)} {spec} {settings}".encode()).hexdigest()[:16]
     file = folder / f"{key}.pt"
-    images = _read(file, spec, settings.images)
-    if images is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with (fresh := file.with_suffix(".new")).open("wb") as handle:
-                images = distill(model, spec, settings, device)
-                torch.save(_to_bytes(images, spec), handle)
-            fresh.replace(file)
-        except OSError as error:
-            raise UserError(
-                f"cannot keep distilled images in {str(folder)!r} ({error.strerror}); pass --distill_cache with another folder"
-            ) from None
-    return images
+    images = distributed.gather(_read(file, spec, settings.images) if distributed.is_first() else None)[0]
+    if images is None and distributed.is_first():
+        with _kept(file) as handle:
+            images = distill(model, spec, settings, device)
+            torch.save(_to_bytes(images, spec), handle)
+    return distill(model, spec, settings, device) if images is None else images
+
+
+@contextmanager
+def _kept(file: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is there once the block is done, and refused before it starts."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with (fresh := file.with_suffix(".new")).open("wb") as handle:
+            yield handle
+        fresh.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep distilled images in {str(file.parent)!r} ({error.strerror}); pass --distill_cache with another folder"
+        ) from None
 
 
 def _read(file: Path, spec: InputSpec, count: int) -> Tensor | None:

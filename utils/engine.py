@@ -4,26 +4,16 @@ import ctypes
 import platform
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from utils import distributed
 from utils.data import Batch
 from utils.errors import UserError
-
-
-class Metric(Protocol):
-    """An accumulator of utils.metrics."""
-
-    samples: int
-
-    def update(self, outputs: Any, targets: Any) -> None: ...
-
-    def compute(self) -> dict[str, float]: ...
+from utils.metrics import Metric
 
 
 def tune_allocator() -> None:
@@ -47,7 +37,7 @@ def deploy(model: nn.Module, device: torch.device) -> nn.Module:
 
 def evaluate(
     networks: Mapping[str, nn.Module],
-    loader: DataLoader,
+    loader: Iterable[Batch],
     metrics: Mapping[str, Metric],
     device: torch.device,
     skip_bad_images: bool = False,
@@ -55,14 +45,21 @@ def evaluate(
     """Feed every batch to every network and its metric; returns each network's seconds.
 
     Each image is read once, and all networks see the same ones. An unreadable image is an error
-    unless skip_bad_images, which counts it and goes on.
+    unless skip_bad_images, which counts it and goes on. With several processes the loader gives each its
+    share; the metrics are whole in all of them, and the seconds are the slowest one's.
     """
     networks = {name: deploy(model, device) for name, model in networks.items()}
     seconds = dict.fromkeys(networks, 0.0)
     skipped = 0
     with (
         torch.inference_mode(),
-        tqdm(loader, desc=f"evaluating {len(networks)} network(s)", unit="batch", file=sys.stderr) as progress,
+        tqdm(
+            loader,
+            desc=f"evaluating {len(networks)} network(s)",
+            unit="batch",
+            file=sys.stderr,
+            disable=not distributed.is_first(),
+        ) as progress,
     ):
         batch: Batch
         for batch in progress:
@@ -81,8 +78,12 @@ def evaluate(
                     torch.cuda.synchronize(device)
                 seconds[name] += time.perf_counter() - start
                 metrics[name].update(outputs, batch.targets)
-    if skipped:
+    for metric in metrics.values():
+        metric.records = distributed.concatenated(metric.records)
+    skipped = sum(distributed.gather(skipped))
+    if skipped and distributed.is_first():
         print(f"skipped {skipped} unreadable image(s)", file=sys.stderr)
-    if not next(iter(metrics.values())).samples:
+    if not next(iter(metrics.values())).records:
         raise UserError("no image could be read, so there is nothing to score")
-    return seconds
+    everyone = distributed.gather(seconds)
+    return {name: max(own[name] for own in everyone) for name in seconds}

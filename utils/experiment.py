@@ -1,44 +1,52 @@
-"""A row of a table: one recipe's networks on the same images, printed, recorded and drawn."""
+"""The rows of a table: each recipe's networks on the same images, scored, printed, recorded and drawn."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from utils import cli, results
-from utils.data import batches
+from utils import cli, distributed, results
+from utils.data import Batches
 from utils.distill import statistics_fit
-from utils.engine import Metric, evaluate
+from utils.engine import evaluate
+from utils.errors import UserError
 from utils.inputs import InputSpec
 from utils.journal import Journal
+from utils.metrics import Metric
 from utils.observe import Fidelity
 from utils.report import distilled_pictures
+
+ROOM = 2 * 2**30  # bytes of decoded images that the rows of a table share
 
 
 @dataclass(frozen=True)
 class Data:
     """What a task's networks are evaluated on.
 
-    samples: images and their targets. metrics: names of networks -> an accumulator for each.
+    samples: images and their targets. metric: a new accumulator, given that of the network as loaded or None.
     draw: folder, networks and their metrics by caption, device -> the files it wrote to show what they say.
     collate: a list of samples -> (images, targets).
     """
 
     samples: Dataset
-    metrics: Callable[[Iterable[str]], dict[str, Metric]]
+    metric: Callable[[Metric | None], Metric]
     draw: Callable[[Path, Mapping[str, nn.Module], Mapping[str, Metric], torch.device], list[Path]]
     collate: Callable = default_collate
 
 
 class Recipe(Protocol):
-    """The passes of a row; str() is the row's name."""
+    """The passes of a row; str() is the row's name, settings are its flags by name, words as one would type them."""
 
     labels: Mapping[str, str]
+    needs_images: bool
+    settings: Mapping[str, Any]
+    words: Sequence[str]
 
 
 class Quantized(Protocol):
@@ -48,46 +56,122 @@ class Quantized(Protocol):
     fidelity: Fidelity | None
 
 
-@dataclass(frozen=True)
+Quantize = Callable[[nn.Module, InputSpec, Recipe, Tensor | None], Quantized]
+ToEvaluate = Callable[[nn.Module, Quantized, Recipe], dict[str, nn.Module]]
+
+
+@dataclass
 class Experiment:
-    """What the rows of a run have in common. command: the command line, to be typed again."""
+    """What the rows of a run have in common.
+
+    program: the script. argv: its arguments. known: metric and seconds of every float network so far, by label.
+    """
 
     task: str
+    program: str
+    argv: Sequence[str] | None
     args: argparse.Namespace
-    command: str
     network: results.Loaded
     spec: InputSpec
     data: Data
     device: torch.device
+    known: dict[str, tuple[Metric, float]] = field(default_factory=dict)
 
-    def row(
+    def __post_init__(self) -> None:
+        args, count = self.args, len(self.data.samples)
+        if distributed.processes() > count:
+            raise UserError(f"{distributed.processes()} processes for {count} images; start at most {count}")
+        room = ROOM if args.table else 0
+        self.batches = Batches(self.data.samples, args.batch_size, args.workers, args.seed, self.data.collate, room)
+
+    def run(self, recipes: Sequence[Recipe], quantize: Quantize, to_evaluate: ToEvaluate) -> None:
+        """A row for every recipe; of a table, for every one that the results file does not hold yet."""
+        lines = [self._settings(recipe) for recipe in recipes]
+        there = results.recorded(self.args.results) if self.args.table else {}
+        missing = [i for i, line in enumerate(lines) if results.identity(line) not in there]
+        if self.args.table:
+            print(f"{len(recipes)} rows, {len(recipes) - len(missing)} of them in {self.args.results} already")
+        images = cli.distilled_images(
+            self.args, self.network.model, self.spec, self.device, any(recipes[i].needs_images for i in missing)
+        )
+        start = time.monotonic()
+        for done, i in enumerate(missing, start=1):
+            recipe = recipes[i]
+            quantized = quantize(self.network.model, self.spec, recipe, images)
+            networks = to_evaluate(self.network.model, quantized, recipe)
+            lines[i] |= self._row(recipe, quantized, networks, images)
+            if distributed.is_first():
+                results.record(self.args.results, lines[i])
+            if self.args.table and done < len(missing):
+                seconds = time.monotonic() - start
+                left = seconds / done * (len(missing) - done)
+                print(f"\nrow {done} of {len(missing)} after {_minutes(seconds)}; about {_minutes(left)} left\n")
+        if self.args.table:
+            results.print_rows([there.get(results.identity(line), line) for line in lines])
+
+    def _settings(self, recipe: Recipe) -> dict[str, Any]:
+        args = argparse.Namespace(**vars(self.args) | recipe.settings)
+        command = cli.command(self.program, self.argv, recipe.words if self.args.table else None)
+        return results.settings(self.task, args, command, self.network, str(recipe))
+
+    def _row(
         self, recipe: Recipe, quantized: Quantized, networks: Mapping[str, nn.Module], distilled: Tensor | None
-    ) -> None:
-        """Evaluate a recipe's networks, print their scores, record the line and draw what was asked for.
+    ) -> dict[str, Any]:
+        """Evaluate a recipe's networks, print their scores and draw what was asked for; returns what to record.
 
         networks: by the names of recipe.labels, the one as loaded first. distilled: the images behind the fidelity.
         """
-        args, data = self.args, self.data
+        args, data, labels = self.args, self.data, recipe.labels
         print(cli.headline(args, self.network.weights, len(data.samples), str(recipe)))
-        print(quantized.journal.report(args.verbose))
+        if args.verbose or not args.table:
+            print(quantized.journal.report(args.verbose))
         if quantized.fidelity:
             print(quantized.fidelity.report(len(distilled), args.verbose))
 
-        metrics = data.metrics(networks)
-        loader = batches(data.samples, args.batch_size, args.workers, args.seed, data.collate)
-        seconds = evaluate(networks, loader, metrics, self.device, args.skip_bad_images)
+        metrics, seconds = self._evaluate({labels[name]: model for name, model in networks.items()})
+        metrics, seconds = ({name: found[labels[name]] for name in networks} for found in (metrics, seconds))
+        self.known |= {labels[name]: (metrics[name], seconds[name]) for name in networks if name != "quantized"}
 
-        scores = results.scores(metrics, seconds, recipe.labels)
+        scores = results.scores(metrics, seconds, labels)
         results.print_table(scores, metrics)
-        line = results.entry(self.task, args, self.command, self.network, str(recipe), metrics, scores)
+        if not args.table:
+            results.print_classes(scores, metrics)
+        line = results.outcome(metrics, scores)
         if quantized.fidelity:
             line["fidelity"] = {"images": len(distilled)} | asdict(quantized.fidelity)
-        results.record(args.results, line)
-        if args.report:
-            captioned = {recipe.labels[name]: model for name, model in networks.items()}
-            by_caption = {recipe.labels[name]: metric for name, metric in metrics.items()}
-            files = data.draw(args.report, captioned, by_caption, self.device)
-            if distilled is not None:
-                fit = statistics_fit(self.network.model, self.spec, distilled)
-                files += distilled_pictures(args.report, distilled, fit, self.spec)
-            print(f"\n{len(files)} files in {args.report}")
+        if args.report and distributed.is_first():
+            self._draw(recipe, networks, metrics, distilled)
+        return line
+
+    def _evaluate(self, networks: Mapping[str, nn.Module]) -> tuple[dict[str, Metric], dict[str, float]]:
+        """Metrics and seconds of networks by label; those that an earlier row has evaluated are not run again."""
+        metrics = {label: metric for label, (metric, _) in self.known.items()}
+        seconds = {label: spent for label, (_, spent) in self.known.items()}
+        original = next(iter(networks))
+        fresh = {}
+        for label in networks:
+            if label not in metrics:
+                metrics[label] = fresh[label] = self.data.metric(metrics.get(original))
+        run = {label: networks[label] for label in fresh}
+        return metrics, seconds | evaluate(run, self.batches, fresh, self.device, self.args.skip_bad_images)
+
+    def _draw(
+        self,
+        recipe: Recipe,
+        networks: Mapping[str, nn.Module],
+        metrics: Mapping[str, Metric],
+        distilled: Tensor | None,
+    ) -> None:
+        folder = self.args.report
+        captioned = {recipe.labels[name]: model for name, model in networks.items()}
+        by_caption = {recipe.labels[name]: metric for name, metric in metrics.items()}
+        files = self.data.draw(folder, captioned, by_caption, self.device)
+        if distilled is not None:
+            files += distilled_pictures(
+                folder, distilled, statistics_fit(self.network.model, self.spec, distilled), self.spec
+            )
+        print(f"\n{len(files)} files in {folder}")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -327,3 +327,9 @@ def _place(error: BaseException) -> str:
         f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and f.filename != __file__
     ]
     return f"{frames[-1].filename}:{frames[-1].lineno}, {frames[-1].name}" if frames else "its forward"
+
+
+def classes_of(model: fx.GraphModule) -> int:
+    """How many classes a traced network tells apart: channels of its output, last axis of a detector's logits."""
+    result = next(node for node in model.graph.nodes if node.op == "output").args[0]
+    return shape(result[0])[-1] if isinstance(result, tuple | list) else shape(result)[1]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from utils.errors import UserError
+from utils.metrics import Metric, interval
+from utils.published import Published, published
 
 _PACKAGES = ("torch", "torchvision", "numpy", "timm")
 _FOLDER = Path(__file__).resolve().parent.parent
@@ -37,99 +40,127 @@ class Loaded(Protocol):
 class Score:
     """One network's result: metrics in percent by name, the one that counts first; seconds of its forward passes.
 
-    network: "fp32_original" as loaded, "fp32" the row's own float network, or "quantized".
+    network: "fp32_original" as loaded, "fp32" the row's own float network, or "quantized". interval: 95 %
+    of the main metric; change: its difference to the network as loaded, and change_interval: 95 % of that.
     """
 
     network: str
     label: str
     metrics: Mapping[str, float]
     seconds: float
+    interval: tuple[float, float]
+    change: float
+    change_interval: tuple[float, float]
 
     @property
     def value(self) -> float:
         return next(iter(self.metrics.values()))
 
 
-def scores(metrics: Mapping[str, Any], seconds: Mapping[str, float], labels: Mapping[str, str]) -> list[Score]:
-    """A score for every network that was evaluated; labels: what the table calls each."""
-    return [Score(name, labels[name], metrics[name].compute(), seconds[name]) for name in metrics]
+def scores(metrics: Mapping[str, Metric], seconds: Mapping[str, float], labels: Mapping[str, str]) -> list[Score]:
+    """A score for every network that was evaluated, the one as loaded first; labels: what the table calls each."""
+    reference = next(iter(metrics.values()))
+    made = []
+    for name, metric in metrics.items():
+        figures = metric.compute()
+        value = next(iter(figures.values()))
+        change = value - (made[0].value if made else value)
+        known = interval(metric), change, interval(metric, reference)
+        made.append(Score(name, labels[name], figures, seconds[name], *known))
+    return made
 
 
-def print_table(scores: Sequence[Score], metrics: Mapping[str, Any]) -> None:
-    """FP32 first; a line per network, a column per metric, and the change from the first line.
+def print_table(scores: Sequence[Score], metrics: Mapping[str, Metric]) -> None:
+    """FP32 first; a line per network, a column per metric, and the change from the first line with its 95 % interval.
 
-    metrics: the accumulators, for their number of samples, and per class where they have it.
+    metrics: the accumulators, for their number of images, and per class where they have it.
     """
-    samples = metrics[scores[0].network].samples
+    samples = len(metrics[scores[0].network].records)
     names, title = list(scores[0].metrics), f"{samples:,} images"
     width = max(len(title), *(len(score.label) for score in scores))
-    columns = [*names, "change", "images/s"]
-    print("\n" + f"{title:<{width}}" + "".join(f"{column:>16}" for column in columns))
+    columns = "".join(f"{column:>16}" for column in names)
+    print("\n" + f"{title:<{width}}{columns}{'change':>10}{'95 % of it':>18}{'images/s':>10}")
     for score in scores:
         shown = "".join(f"{score.metrics[name]:>16.2f}" for name in names)
         speed = samples / max(score.seconds, 1e-9)
-        print(f"{score.label:<{width}}{shown}{score.value - scores[0].value:>+16.2f}{speed:>16.0f}")
-    per_class = {
-        score.label: metrics[score.network].per_class()
-        for score in scores
-        if hasattr(metrics[score.network], "per_class")
-    }
-    if per_class:
-        print("\n" + f"{'class':<{width}}" + "".join(f"{label:>{len(label) + 3}}" for label in per_class))
-        for name in next(iter(per_class.values())):
-            print(
-                f"{name:<{width}}"
-                + "".join(f"{values[name]:>{len(label) + 3}.2f}" for label, values in per_class.items())
-            )
+        sure = "" if score is scores[0] else "{:+.2f} to {:+.2f}".format(*score.change_interval)
+        print(f"{score.label:<{width}}{shown}{score.change:>+10.2f}{sure:>18}{speed:>10.0f}")
     for score in scores:
         remark = getattr(metrics[score.network], "remark", str)()
         if remark:
             print(f"\n{score.label} {remark}")
 
 
-def entry(
-    task: str,
-    args: argparse.Namespace,
-    command: str,
-    network: Loaded,
-    recipe: str,
-    metrics: Mapping[str, Any],
-    scores: Sequence[Score],
-) -> dict[str, Any]:
-    """The line to record: what was scored, and all that must be known to repeat it.
+def print_classes(scores: Sequence[Score], metrics: Mapping[str, Metric]) -> None:
+    """The main metric per class, for metrics that have it."""
+    shown = [score for score in scores if hasattr(metrics[score.network], "per_class")]
+    if not shown:
+        return
+    figures = {score.label: metrics[score.network].per_class() for score in shown}
+    width = max(map(len, ("class", *next(iter(figures.values())))))
+    print("\n" + f"{'class':<{width}}" + "".join(f"{label:>{len(label) + 3}}" for label in figures))
+    for name in next(iter(figures.values())):
+        cells = (f"{values[name]:>{len(label) + 3}.2f}" for label, values in figures.items())
+        print(f"{name:<{width}}" + "".join(cells))
 
-    command: the command line. recipe: the row's name. metrics: the accumulators of the scores.
+
+# ------------------------------------------------------------------------------------------ lines
+
+FORMAT = 2  # of a line; raised when what it holds changes its meaning
+
+# Flags that change neither what is scored nor on what.
+_NEUTRAL = {"workers", "batch_size", "device", "results", "report", "verbose", "table", "rows", "distill_cache", "demo"}
+
+
+def settings(task: str, args: argparse.Namespace, command: str, network: Loaded, recipe: str) -> dict[str, Any]:
+    """The part of a line that is known before the run: all that must be known to repeat it.
+
+    args: the flags, those of the row's recipe included. command: the command line. recipe: the row's name.
     """
-    by_network = {score.network: score for score in scores}
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     if args.demo:  # where it was unpacked is of no interest
         flags |= {"data": None, "weights": None}
-    original = by_network["fp32_original"]
-    quantized = by_network.get("quantized")
+    bits = {"weight": args.bits_weight, "activation": args.bits_activation, "bias": args.bits_bias}
     return {
+        "format": FORMAT,
         "task": task,
         "model": args.model,
         "weights": "demo" if args.demo else network.weights,
         "weights_sha256": weights_hash(network.model),
         "data": "demo" if args.demo else args.data,
-        "samples": metrics["fp32_original"].samples,
         "subset": "evenly spread" if args.limit else None,
+        "recipe": recipe,
+        "bits": bits if args.quantize else None,
+        "engine": "simulate",
+        "command": command,
+        "flags": flags,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "commit": _commit(),
+    }
+
+
+def identity(line: Mapping[str, Any]) -> str:
+    """Equal for two lines that score the same network, passes and images."""
+    flags = {key: value for key, value in line["flags"].items() if key not in _NEUTRAL}
+    return json.dumps([line["task"], line["weights_sha256"], line["data"], line["engine"], flags], sort_keys=True)
+
+
+def outcome(metrics: Mapping[str, Metric], scores: Sequence[Score]) -> dict[str, Any]:
+    """The part of a line that the run finds out. metrics: the accumulators of the scores."""
+    by_network = {score.network: score for score in scores}
+    original = by_network["fp32_original"]
+    quantized = by_network.get("quantized")
+    return {
+        "samples": len(metrics["fp32_original"].records),
         "metric": next(iter(original.metrics)),
         "fp32": by_network.get("fp32", original).value,
         "fp32_original": original.value,
         "quantized": quantized.value if quantized else None,
         "metrics": {score.network: dict(score.metrics) for score in scores},
+        "intervals": {score.network: score.interval for score in scores},
+        "change_interval": quantized.change_interval if quantized else None,
         "per_class": {name: metric.per_class() for name, metric in metrics.items() if hasattr(metric, "per_class")},
-        "recipe": recipe,
-        "bits": {"weight": args.bits_weight, "activation": args.bits_activation, "bias": args.bits_bias}
-        if quantized
-        else None,
-        "engine": "simulate",
-        "command": command,
-        "flags": flags,
         "forward_seconds": {score.network: round(score.seconds, 3) for score in scores},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -139,19 +170,21 @@ def record(file: Path, line: Mapping[str, Any]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, (json.dumps(line) + "\n").encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise UserError(f"cannot write results to {str(file)!r}: {error.strerror}") from None
-    try:
-        os.write(handle, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(handle)
 
 
 def check_writable(file: Path) -> None:
-    """Refuse, before the work, a file that could not be appended to after it; creates nothing."""
+    """Refuse, before the work, a file that could not be appended to after it, or that holds something else."""
     nearest = next(path for path in (file, *file.absolute().parents) if path.exists())
     if file.is_dir() or not os.access(nearest, os.W_OK) or (nearest != file and not nearest.is_dir()):
         raise UserError(f"cannot write results to {str(file)!r}; pass --results with a file that can be written")
+    recorded(file)
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -184,62 +217,123 @@ def _commit() -> str | None:
     return described.stdout.strip() or None
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The runs recorded in a JSON-lines file, in order."""
+    try:
+        content = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read results from {str(file)!r}: {error}") from None
+    return [_parse(text, file, number) for number, text in enumerate(content.splitlines(), start=1)]
+
+
+def _parse(text: str, file: Path, number: int) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        found, *_ = line["format"], line["task"], line["metric"], line["fp32"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{str(file)!r}, line {number}, is no result of this project; pass a file that --results wrote"
+        ) from None
+    if found != FORMAT:
+        raise UserError(
+            f"{str(file)!r}, line {number}, has format {found}, and this version of the project reads and writes "
+            f"{FORMAT}: pass --results with another file, or use the version that wrote it"
+        )
+    return line
+
+
+def recorded(file: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a results file by identity, the latest of each.
+
+    A last line that an interrupted write has left torn is dropped, and that is said.
+    """
+    if not file.exists():
+        return {}
+    content = file.read_bytes()
+    whole, newline, torn = content.rpartition(b"\n")
+    if torn.startswith(b'{"format"'):  # as every line of ours does
+        os.truncate(file, len(whole + newline))
+        print(f"{str(file)!r} ended in a torn line of {len(torn)} bytes, which was dropped", file=sys.stderr)
+    return {identity(line): line for line in read_lines(file)}
+
+
 # ------------------------------------------------------------------------------------------ tables
 
 _START, _END = "<!-- results: start -->", "<!-- results: end -->"
 
 
-def read_lines(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The runs recorded in JSON-lines files, in order."""
-    lines = []
-    for file in files:
-        try:
-            content = file.read_text()
-        except OSError as error:
-            raise UserError(f"cannot read results from {str(file)!r}: {error.strerror}") from None
-        for number, text in enumerate(content.splitlines(), start=1):
-            try:
-                line = json.loads(text)
-                line["task"], line["metric"], line["fp32"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{str(file)!r}, line {number}, is no result of this project; pass a file that --results wrote"
-                ) from None
-            lines.append(line)
-    return lines
-
-
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each network on each data set; a row for each run, with the command that made it."""
+    """A table for each network on each data set; a row for each run, with its part of the command that made it."""
     groups: dict[tuple, list] = {}
     for line in lines:
-        groups.setdefault(
-            (line["task"], line["model"], line["weights"], line["data"], line["samples"], line["metric"]), []
-        ).append(line)
-    tables = []
-    for (_, model, weights, data, samples, metric), rows in groups.items():
-        tables.append(
-            f"**{model}**, weights {weights}, {samples:,} images of {data}; {metric} in percent, FP32 as loaded {rows[0]['fp32_original']:.2f}\n"
-        )
-        tables.append(
-            "| row | bits (W/A/bias), grid | FP32 | quantized | change | command |\n|---|---|---|---|---|---|"
-        )
-        tables += [_row(row) for row in rows]
-        tables.append("")
-    return "\n".join(tables)
+        key = (line["task"], line["model"], line["weights"], line["data"], line["samples"], line["metric"])
+        groups.setdefault(key, []).append(line)
+    return "\n".join(_group(*key, rows) for key, rows in groups.items())
 
 
-def _row(line: Mapping[str, Any]) -> str:
-    quantized = line["quantized"]
-    shown = "-" if quantized is None else f"{quantized:.2f}"
-    change = "-" if quantized is None else f"{quantized - line['fp32_original']:+.2f}"
-    bits, flags = line["bits"], line["flags"]
-    grid = (
-        f"{bits['weight']}/{bits['activation']}/{bits['bias']} per {'channel' if flags['per_channel'] else 'tensor'}"
-        if bits
-        else "-"
+def _group(task: str, model: str, weights: str, data: str, samples: int, metric: str, rows: Sequence[Mapping]) -> str:
+    low, high = rows[0]["intervals"]["fp32_original"]
+    source = published(task, model, data)
+    columns = ["row", "W/A/bias", "FP32", "quantized", "change", "95 %", "flags"]
+    if source:
+        columns[2:2] = [f"published {source.fp32:.2f} →", "change"]
+    common = _common([shlex.split(row["command"]) for row in rows])
+    return "\n".join(
+        [
+            f"**{model}**, weights {weights}, {samples:,} images of {data}; {metric} in percent, "
+            f"FP32 as loaded {rows[0]['fp32_original']:.2f} ({low:.2f} to {high:.2f}):",
+            f"`{shlex.join(common)}` and",
+            "",
+            f"| {' | '.join(columns)} |",
+            "|" + "---|" * len(columns),
+            *(_row(row, common, source) for row in rows),
+            "",
+        ]
     )
-    return f"| {line['recipe']} | {grid} | {line['fp32']:.2f} | {shown} | {change} | `{line['command']}` |"
+
+
+def _common(commands: Sequence[Sequence[str]]) -> list[str]:
+    """What all commands begin with, but for flags of their own."""
+    return [word for word in commands[0] if all(word in command for command in commands)]
+
+
+def _row(line: Mapping[str, Any], common: Sequence[str], source: Published | None) -> str:
+    quantized, bits, flags = line["quantized"], line["bits"], line["flags"]
+    grid = f"{bits['weight']}/{bits['activation']}/{bits['bias']}" if bits else "-"
+    theirs = source and source.quantized.get(line["recipe"]) if not flags["per_channel"] else None
+    cells = [
+        _name(line),
+        grid,
+        *([_figure(theirs), _change(theirs, source.fp32)] if source else []),
+        _figure(line["fp32"]),
+        _figure(quantized),
+        _change(quantized, line["fp32_original"]),
+        "{:+.2f} to {:+.2f}".format(*line["change_interval"]) if quantized is not None else "-",
+        f"`{shlex.join(word for word in shlex.split(line['command']) if word not in common)}`",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _change(value: float | None, reference: float) -> str:
+    return "-" if value is None else f"{value - reference:+.2f}"
+
+
+def print_rows(lines: Sequence[Mapping[str, Any]]) -> None:
+    """The rows of a table, a line each."""
+    width = max(len(_name(line)) for line in lines)
+    print(f"\n{'':<{width}}{'FP32':>9}{'quantized':>11}{'change':>9}{'95 % of it':>18}")
+    for line in lines:
+        sure = "{:+.2f} to {:+.2f}".format(*line["change_interval"])
+        change = _change(line["quantized"], line["fp32_original"])
+        print(f"{_name(line):<{width}}{line['fp32']:>9.2f}{line['quantized']:>11.2f}{change:>9}{sure:>18}")
+
+
+def _name(line: Mapping[str, Any]) -> str:
+    return line["recipe"] + (" per channel" if line["flags"]["per_channel"] else "")
 
 
 def update(readme: Path, tables: str) -> str:
@@ -258,7 +352,7 @@ def main(argv: Sequence[str] | None) -> None:
         "--update", type=Path, metavar="README", help="file whose tables to replace, instead of printing"
     )
     args = parser.parse_args(argv)
-    tables = markdown(read_lines(args.files))
+    tables = markdown([line for file in args.files for line in read_lines(file)])
     if args.update:
         args.update.write_text(update(args.update, tables))
     else:
