@@ -1,5 +1,7 @@
 """Train the demo's networks: python -m demo.train classification|segmentation|detection
 
+And, as python -m demo.train residual, a ResNet-18 to measure on, which is not part of the demo.
+
 An interrupted training goes on where it was. The scenes are rendered from other seeds than those
 that the networks are scored on, and the scores steer nothing: the last epoch's weights are kept.
 """
@@ -36,7 +38,6 @@ from utils.cli import run
 from utils.data import Batches, image_folder
 from utils.detection import stack, voc_detection
 from utils.inputs import InputSpec
-from utils.layers import WEIGHTED
 from utils.metrics import ConfusionMatrix, MeanAveragePrecision, TopK
 from utils.segmentation import voc_segmentation
 from utils.vision import torchvision
@@ -51,9 +52,8 @@ SSD_SPEC = replace(SSD_PUBLISHED, size=(IMAGE_SIZES["detection"],) * 2)
 class Recipe:
     """A linear warm-up of the rate, then a cosine to zero.
 
-    scenes: how many to train on. optimizer: "sgd" (Nesterov momentum 0.9) or "adam". decay: L2 on the weights
-    of dense convolutions and linear layers; depthwise filters, BatchNorm and biases have none, as
-    MobileNets are trained (Howard et al., arXiv 1704.04861, section 3.2).
+    scenes: how many to train on. optimizer: "sgd" (Nesterov momentum 0.9) or "adam". decay: weight
+    decay of every parameter, BatchNorm's too, as PyTorch's optimizers have it.
     """
 
     scenes: int
@@ -65,14 +65,9 @@ class Recipe:
     warm_up: int = 200  # steps
 
     def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
-        decayed = {layer.weight for layer in model.modules() if isinstance(layer, WEIGHTED) and not is_depthwise(layer)}
-        groups = [
-            {"params": [p for p in model.parameters() if p in decayed], "weight_decay": self.decay},
-            {"params": [p for p in model.parameters() if p not in decayed]},
-        ]
         if self.optimizer == "adam":
-            return torch.optim.Adam(groups, lr=self.rate)
-        return torch.optim.SGD(groups, lr=self.rate, momentum=0.9, nesterov=True)
+            return torch.optim.Adam(model.parameters(), lr=self.rate, weight_decay=self.decay)
+        return torch.optim.SGD(model.parameters(), lr=self.rate, momentum=0.9, nesterov=True, weight_decay=self.decay)
 
     def rate_at(self, step: int) -> float:
         steps = self.epochs * (self.scenes // self.batch)
@@ -100,6 +95,7 @@ class Task:
     scenes: their kind, as demo.render knows it. short_side: of the images to crop from, in pixels.
     batch: examples, their indices and a random generator -> images [N, 3, H, W] and targets.
     loss: the network's output and the targets -> a scalar. score: network -> percentages by name.
+    shipped: whether its weights are part of the demo; others stay in the cache.
     """
 
     scenes: str
@@ -109,6 +105,7 @@ class Task:
     batch: Callable[[Examples, ndarray, np.random.Generator], tuple[Tensor, object]]
     loss: Callable[[object, object], Tensor]
     score: Callable[[nn.Module], dict[str, float]]
+    shipped: bool = True
 
 
 # ---- classification
@@ -243,15 +240,11 @@ def with_trained_backbone(model: nn.Module, place: str) -> nn.Module:
     return model
 
 
-def is_depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
-
-
 def initialise(model: nn.Module) -> nn.Module:
     """Depthwise weights by their own fan-in of 9, since torchvision's start so small that BatchNorm
     makes their first steps far too large."""
     for module in model.modules():
-        if is_depthwise(module):
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return model
 
@@ -273,7 +266,7 @@ TASKS = {
     "classification": Task(
         "classification",
         RESIZED,
-        Recipe(scenes=12_000, epochs=36, batch=64, optimizer="adam", rate=2e-3, decay=1e-4),
+        Recipe(scenes=12_000, epochs=36, batch=64, optimizer="adam", rate=2e-3, decay=4e-4),
         classifier,
         classification_batch,
         nn.functional.cross_entropy,
@@ -287,6 +280,7 @@ TASKS = {
         classification_batch,
         nn.functional.cross_entropy,
         classification_score,
+        shipped=False,
     ),
     "segmentation": Task(
         "voc",
@@ -405,8 +399,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and crops (default: 0)")
     args = parser.parse_args(arguments)
     folder = cache_folder() / "demo" / "training"
-    model = train(args.task, TASKS[args.task], args.seed, torch.device(args.device), folder)
-    weights.store(args.task, model, folder / f"{args.task}.jsonl")
+    task = TASKS[args.task]
+    model = train(args.task, task, args.seed, torch.device(args.device), folder)
+    if task.shipped:
+        weights.store(args.task, model, folder / f"{args.task}.jsonl")
+    else:
+        torch.save(model.state_dict(), file := folder / f"{args.task}.pth")
+        print(f"kept in {file}")
 
 
 if __name__ == "__main__":

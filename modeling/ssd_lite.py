@@ -50,22 +50,26 @@ class SSDLite(nn.Module):
         self.regression_headers = _headers(channels, self.priors.per_cell * 4)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self._feature_maps(images)
-        scores = [_rows(header(x)) for header, x in zip(self.classification_headers, maps, strict=True)]
-        offsets = [_rows(header(x)) for header, x in zip(self.regression_headers, maps, strict=True)]
-        return torch.cat(scores, 1).unflatten(1, (-1, self.classes)), torch.cat(offsets, 1).unflatten(1, (-1, 4))
+        return self.heads(*self.backbone(images))
 
-    def _feature_maps(self, x: Tensor) -> list[Tensor]:
+    def backbone(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first two feature maps: of the tap and of the backbone's end."""
         for layer in self.base_net[:_TAP]:
             x = layer(x)
         expand, *rest = self.base_net[_TAP].conv  # a block of stride 2, so without a residual
         tap = x = expand(x)
         for layer in (*rest, *self.base_net[_TAP + 1 :]):
             x = layer(x)
-        maps = [tap, x]
+        return tap, x
+
+    def heads(self, *maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits and box offsets from the backbone's feature maps."""
+        maps = list(maps)
         for block in self.extras:
             maps.append(block(maps[-1]))
-        return maps
+        scores = [_rows(header(x)) for header, x in zip(self.classification_headers, maps, strict=True)]
+        offsets = [_rows(header(x)) for header, x in zip(self.regression_headers, maps, strict=True)]
+        return torch.cat(scores, 1).unflatten(1, (-1, self.classes)), torch.cat(offsets, 1).unflatten(1, (-1, 4))
 
     def coder(self, size: tuple[int, int]) -> BoxCoder:
         """The priors for images of that height and width, and how detections are chosen."""
