@@ -31,7 +31,8 @@ class Distillation:
     """images: how many to make. batch: how many share their statistics. steps: of Adam, for each batch.
 
     rate: Adam's first step in normalised pixels, which falls to zero along a cosine.
-    start: "natural" or "white" noise. jitter: shift and mirror the images anew at every step.
+    The others are what benchmarks/distillation.py compares. start: "natural" or "white" noise.
+    robust: count a layer's error by its logarithm. jitter: shift and mirror the images anew at every step.
     """
 
     images: int = 64
@@ -40,6 +41,7 @@ class Distillation:
     seed: int = 0
     rate: float = 0.1
     start: str = "natural"
+    robust: bool = True
     jitter: bool = False
 
 
@@ -164,7 +166,7 @@ def _batch(
     best, lowest = images.detach().clone(), math.inf
     for _ in range(settings.steps):
         seen = _jittered(images, generator) if settings.jitter else images
-        loss = statistics_loss(network, spec, seen)
+        loss = statistics_loss(network, spec, seen, settings.robust)
         value = float(loss.detach())
         if not math.isfinite(value):
             tqdm.write(
@@ -184,10 +186,16 @@ def _batch(
     return best.cpu()
 
 
-def statistics_loss(network: fx.GraphModule, spec: InputSpec, images: Tensor) -> Tensor:
-    """Mean squared error of all statistics, in units of their variance: every layer counts the same."""
-    errors = [mean.mean() + deviation.mean() for mean, deviation in _all_errors(network, spec, images).values()]
-    return torch.stack(errors).mean()
+def statistics_loss(network: fx.GraphModule, spec: InputSpec, images: Tensor, robust: bool = True) -> Tensor:
+    """Mean error over layers, each layer's in units of its variance, so that all count the same.
+
+    robust: as log(1 + error), which leaves small errors as they are, and keeps a layer whose statistics no image
+    can meet, as after fine-tuning with frozen BatchNorm, from deciding what the images become.
+    """
+    errors = torch.stack(
+        [mean.mean() + deviation.mean() for mean, deviation in _all_errors(network, spec, images).values()]
+    )
+    return (errors.log1p() if robust else errors).mean()
 
 
 @torch.no_grad()
