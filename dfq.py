@@ -52,7 +52,7 @@ from utils.layers import (
 )
 from utils.links import Link, Port, find_links
 from utils.moments import SIGMAS, Gaussian, Moments, Statistics, Unknown, batchnorm_output, propagate
-from utils.observe import Fidelity, Watched, channel_mean, fidelity, histograms, layer_means
+from utils.observe import Fidelity, Watched, channel_extremes, channel_mean, fidelity, histograms, layer_means
 from utils.quantizer import (
     QParams,
     Quantizer,
@@ -226,12 +226,17 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     if not recipe.equalize:
         return quantize(network, spec, statistics, recipe, images, journal)
 
+    ways = {"as statistics promise": (promised_extremes(statistics), 0.0)}
+    if recipe.distill_equalize:
+        seen = channel_extremes(network, images)
+        ways |= {"none": None} | {f"as seen, exponent {exponent:g}": (seen, exponent) for exponent in EXPONENTS}
     candidates = {}
-    for exponent in EXPONENTS if recipe.distill_equalize else EXPONENTS[:1]:
+    for name, way in ways.items():
         equalized, known, log = copy.deepcopy((network, statistics, journal))
-        equalize(equalized, known, log, exponent)
-        check_unchanged("equalization", expected, equalized, probe, model, log)
-        candidates[exponent] = quantize(equalized, spec, known, recipe, images, log)
+        if way is not None:
+            equalize(equalized, known, way[0], log, way[1])
+            check_unchanged("equalization", expected, equalized, probe, model, log)
+        candidates[name] = quantize(equalized, spec, known, recipe, images, log)
     return nearest(candidates)
 
 
@@ -463,7 +468,11 @@ def _clear(
 # ------------------------------------------------------------------------------------- equalize
 
 
-EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --distill_equalize tries; 0 is the paper's equalization
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --distill_equalize tries, besides none at all and the paper's way
+
+Extremes = dict[
+    str, tuple[Tensor, Tensor]
+]  # the lowest and highest value [C] that a layer's channels are taken to reach
 
 
 def equalization_scale(r1: Tensor, r2: Tensor) -> Tensor:
@@ -479,6 +488,7 @@ def equalization_scale(r1: Tensor, r2: Tensor) -> Tensor:
 def equalize(
     model: fx.GraphModule,
     statistics: Statistics,
+    extremes: Extremes,
     journal: Journal,
     exponent: float = 0.0,
     limit: float = 1e4,
@@ -492,6 +502,7 @@ def equalize(
     up for its weights' sake, leave the others a few steps of the grid. Nor may one go beyond limit,
     either way. Works on the kernels' maxima; weights are touched once.
 
+    extremes: of layers' outputs, those of promised_extremes() or of utils.observe.channel_extremes().
     exponent: a producer's channel counts with its weights' range^(1 - exponent) times its activation's
     range^exponent, so that above 0 the activation's channels are evened out too.
     """
@@ -503,7 +514,7 @@ def equalize(
     }
     maxima = {name: taps(layer).abs().amax(3) for name, layer in layers.items()}  # [groups, out, in]
     totals = [torch.ones(link.channels) for link in links]
-    reaches = [activation_reach(model, link, statistics) for link in links]
+    reaches = [activation_reach(model, link, extremes) for link in links]
     for _ in range(sweeps):
         moved = 0.0
         for link, total, reach in zip(links, totals, reaches, strict=True):
@@ -536,27 +547,32 @@ def equalize(
     tidy(model)
 
 
-def activation_reach(model: fx.GraphModule, link: Link, statistics: Statistics) -> Tensor | None:
-    """The largest absolute value [C] expected of each of a producer's channels, where BatchNorm tells."""
-    known = statistics.get(link.producer)
-    if known is None:
+def promised_extremes(statistics: Statistics) -> Extremes:
+    """What BatchNorm statistics promise of the outputs of their layers."""
+    reach = {name: SIGMAS * known.variance.sqrt() for name, known in statistics.items()}
+    return {name: (known.mean - reach[name], known.mean + reach[name]) for name, known in statistics.items()}
+
+
+def activation_reach(model: fx.GraphModule, link: Link, extremes: Extremes) -> Tensor | None:
+    """The largest absolute value [C] of each of a producer's channels behind its activation, where it is known."""
+    if link.producer not in extremes:
         return None
-    reach = SIGMAS * known.variance.sqrt()
-    largest = (known.mean + reach).clamp_min(0) if link.rectified else known.mean.abs() + reach
+    low, high = extremes[link.producer]
+    largest = high.clamp_min(0) if link.rectified else torch.maximum(low.abs(), high.abs())
     for port in link.clips:
         largest = torch.minimum(largest, _caps(model.get_submodule(port.name), port, link.channels))
     return largest
 
 
-def nearest(candidates: dict[float, Quantized]) -> Quantized:
-    """Of networks equalized with several exponents, the one whose output on the images is nearest to the float one's."""
+def nearest(candidates: dict[str, Quantized]) -> Quantized:
+    """Of networks equalized in several ways, the one whose output on the images is nearest to the float one's."""
     if len(candidates) == 1:
-        return candidates[EXPONENTS[0]]
-    best = max(candidates, key=lambda exponent: candidates[exponent].fidelity.output)
-    tried = ", ".join(f"{exponent:g}: {candidate.fidelity.output:.2f} dB" for exponent, candidate in candidates.items())
-    chosen = candidates[best]
-    chosen.journal.note(f"equalization with exponent {best:g}, the nearest on distilled images ({tried})")
-    return chosen
+        return next(iter(candidates.values()))
+    decibels = {way: candidate.fidelity.output for way, candidate in candidates.items()}
+    best = max(decibels, key=decibels.get)
+    tried = ", ".join(f"{way} {value:.2f} dB" for way, value in decibels.items())
+    candidates[best].journal.note(f"equalization {best}, the nearest on distilled images ({tried})")
+    return candidates[best]
 
 
 def apply_scale(model: fx.GraphModule, link: Link, scale: Tensor, statistics: Statistics) -> None:

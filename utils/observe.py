@@ -104,13 +104,31 @@ def histograms(model: fx.GraphModule, images: Tensor) -> dict[str, Histogram]:
     return {name: Histogram(*extremes[name], counts[name]) for name in extremes}
 
 
+def channel_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Lowest and highest value [C] of every layer's output on the images, by the layer's name."""
+    extremes: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        layer = module_of(model, node)
+        if isinstance(layer, WEIGHTED):
+            low, high = _channels_last(layer, value).flatten(0, -2).aminmax(dim=0)
+            known = extremes.get(node.target, (low, high))
+            extremes[node.target] = torch.minimum(low, known[0]), torch.maximum(high, known[1])
+
+    watch(model, images, see)
+    return {name: (low.clone(), high.clone()) for name, (low, high) in extremes.items()}
+
+
 # ----------------------------------------------------------------------------------------- means
 
 
 def channel_mean(layer: nn.Module, value: Tensor) -> Tensor:
     """[C] of a layer's output [N, C, ...], or [N, ..., C] of a linear layer's."""
-    channels_last = value if isinstance(layer, nn.Linear) else value.movedim(1, -1)
-    return channels_last.flatten(0, -2).mean(0)
+    return _channels_last(layer, value).flatten(0, -2).mean(0)
+
+
+def _channels_last(layer: nn.Module, value: Tensor) -> Tensor:
+    return value if isinstance(layer, nn.Linear) else value.movedim(1, -1)
 
 
 def layer_means(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
