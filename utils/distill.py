@@ -134,6 +134,7 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
     return as_pixels(torch.cat(made), spec)
 
 
+@torch.enable_grad()
 def _batch(
     network: fx.GraphModule,
     spec: InputSpec,

@@ -66,17 +66,14 @@ class Histogram:
     def _least_error(self, bits: int) -> tuple[float, float]:
         """The range whose grid rounds and clips the values with the least mean squared error.
 
-        Both ends shrink on their own, by steps of a 64th; a grid holds 0, so that ends stop there.
+        Either end is shortened by sixths of an octave, to a 64th; a grid holds 0, so that ends stop there.
         """
         centres = torch.linspace(self.low, self.high, 2 * len(self.counts) + 1, dtype=torch.double)[1::2]
-        best = min(self.low, 0.0), max(self.high, 0.0)
-        for _ in range(2):  # one end at a time, twice
-            for end in (0, 1):
-                candidates = torch.tensor(best, dtype=torch.double).repeat(48, 1)
-                candidates[:, end] *= 1 - torch.arange(48) / 64
-                errors = _grid_error(centres, self.counts, *candidates.T[:, :, None], bits)
-                best = tuple(candidates[errors.argmin()].tolist())
-        return best
+        shares = torch.logspace(0, -6, 37, base=2, dtype=torch.double)
+        ends = (end * shares if end else torch.zeros(1).double() for end in (min(self.low, 0.0), max(self.high, 0.0)))
+        candidates = torch.cartesian_prod(*ends)
+        errors = _grid_error(centres, self.counts, *candidates.T[:, :, None], bits)
+        return tuple(candidates[errors.argmin()].tolist())
 
 
 def _grid_error(values: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
