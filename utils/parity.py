@@ -1,0 +1,159 @@
+"""Whether an INT8 engine computes what the simulation says.
+
+Integers make the comparison sharp. Over a whole network single steps add up, so layers are compared
+alone: each gets the engine's own input, and its output must be the engine's. Floats and integers round
+a value that lies halfway between two steps to one or the other; elsewhere they must agree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from utils.errors import UserError
+from utils.graph import module_of
+from utils.onnx_graph import integers_of
+from utils.quantizer import Quantizer
+
+TIE = 0.01  # steps from halfway within which both neighbours are right: float32 strays by up to 0.0003
+SHARE = 200e-6  # of a layer's values may be one step off elsewhere
+OUTPUT_STEPS = 0.1  # by which an output that is not quantized may differ, in steps of 1/255 of its range
+AGREEMENT = 0.99  # of all predictions on evaluation images must be the same
+
+
+@dataclass
+class LayerParity:
+    """One layer alone: its values, how many are ties that went the other way, one step off, or further off."""
+
+    name: str
+    values: int = 0
+    ties: int = 0
+    off: int = 0
+    far: int = 0
+
+    @property
+    def failed(self) -> bool:
+        return self.far > 0 or self.off > SHARE * self.values
+
+
+@dataclass
+class Parity:
+    """Engine against simulation over some images.
+
+    layers: each alone, in the order in which they run. agreement: share of equal predictions of the whole
+    networks. mean_steps, max_steps: by how much their outputs differ, in steps of 1/255 of their range.
+    """
+
+    layers: list[LayerParity]
+    agreement: float
+    mean_steps: float
+    max_steps: float
+
+    @property
+    def first_parting(self) -> LayerParity | None:
+        """Where the whole networks part: up to there, a layer alone has the input that it has in both."""
+        return next((layer for layer in self.layers if layer.ties or layer.off or layer.far), None)
+
+    def check(self) -> None:
+        """Refuse an engine that rounds a layer otherwise than the simulation does."""
+        for layer in self.layers:
+            if layer.failed:
+                raise UserError(
+                    f"the engine and the simulation disagree at {layer.name!r}: of {layer.values} values {layer.off} "
+                    f"are one step off and {layer.far} further, where {SHARE * 1e6:.0f} in a million and none are "
+                    "allowed; nothing was exported"
+                )
+
+    def __str__(self) -> str:
+        first, worst = self.first_parting, max(self.layers, key=lambda layer: layer.ties / layer.values)
+        parted = f"first at {first.name}" if first else "nowhere"
+        return (
+            f"engine against simulation: top-1 agreement {100 * self.agreement:.2f} %, outputs apart by "
+            f"{self.mean_steps:.2f} steps (at most {self.max_steps:.1f}), {parted}; "
+            f"a layer alone: rounding ties {1e6 * worst.ties / worst.values:.0f} ppm at most ({worst.name}), "
+            f"else one step off {sum(layer.off for layer in self.layers)}, further {sum(layer.far for layer in self.layers)}"
+        )
+
+
+@dataclass
+class Agreement:
+    """How often two networks predict the same class."""
+
+    same: int = 0
+    predictions: int = 0
+
+    def update(self, first: Tensor, second: Tensor) -> None:
+        """Logits of the same shape: [N, C], [N, C, H, W], or a detector's [N, P, C]."""
+        axis = 2 if first.dim() == 3 else 1
+        equal = first.argmax(axis) == second.argmax(axis)
+        self.same, self.predictions = self.same + int(equal.sum()), self.predictions + equal.numel()
+
+    @property
+    def share(self) -> float:
+        return self.same / max(self.predictions, 1)
+
+
+def compare(
+    simulated: fx.GraphModule, engine: Callable[[Tensor], dict[str, Tensor]], images: Tensor, batch: int = 2
+) -> Parity:
+    """Run both on the images.
+
+    engine: gives, by name, the network's outputs first and the uint8 tensors of all quantizers.
+    """
+    layers: dict[str, LayerParity] = {}
+    agreement, steps = Agreement(), []
+    with torch.inference_mode():
+        for part in images.split(batch):
+            tensors = engine(part)
+            outputs = results(simulated(part))
+            found = list(tensors.values())[: len(outputs)]
+            agreement.update(found[0], outputs[0])
+            steps.append(torch.cat([_output_steps(*pair).flatten() for pair in zip(found, outputs, strict=True)]))
+            _Alone(simulated, tensors, layers).run(part)
+    steps = torch.cat(steps)
+    return Parity(list(layers.values()), agreement.share, float(steps.mean()), float(steps.max()))
+
+
+class _Alone(fx.Interpreter):
+    """Runs the simulation with every quantizer's output replaced by the engine's, once compared."""
+
+    def __init__(self, simulated: fx.GraphModule, tensors: dict[str, Tensor], layers: dict[str, LayerParity]):
+        super().__init__(simulated)
+        self.tensors, self.layers = tensors, layers
+
+    def run_node(self, node: fx.Node) -> Tensor:
+        quantizer = module_of(self.module, node)
+        if not isinstance(quantizer, Quantizer):
+            return super().run_node(node)
+        source = node.args[0]
+        exact = self.env[source].double() / quantizer.scale  # before the quantizer, which may overwrite it
+        found = self.tensors[integers_of(node)].float() - quantizer.zero_point
+        apart = (super().run_node(node) / quantizer.scale).round().sub(found).abs()
+        tie = exact.sub(exact.floor()).sub(0.5).abs() < TIE
+        layer = self._layer(source.target if source.op == "call_module" else source.name)
+        layer.values += apart.numel()
+        layer.ties += int(((apart == 1) & tie).sum())
+        layer.off += int(((apart == 1) & ~tie).sum())
+        layer.far += int((apart > 1).sum())
+        return found * quantizer.scale
+
+    def output(self, target, args, kwargs):
+        for i, (result, found) in enumerate(zip(results(args[0]), self.tensors.values(), strict=False)):
+            layer = self._layer(f"output {i}")
+            layer.values += result.numel()
+            layer.far += int((_output_steps(found, result) > OUTPUT_STEPS).sum())
+        return super().output(target, args, kwargs)
+
+    def _layer(self, name: str) -> LayerParity:
+        return self.layers.setdefault(name, LayerParity(name))
+
+
+def results(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+
+def _output_steps(found: Tensor, expected: Tensor) -> Tensor:
+    """By how many steps of 1/255 of the output's range the engine's differs."""
+    step = (expected.max() - expected.min()).clamp_min(torch.finfo(torch.float32).tiny) / 255
+    return (found - expected).abs() / step
