@@ -13,10 +13,13 @@ from torch import Tensor, fx
 
 from utils.errors import UserError
 from utils.graph import module_of
+from utils.layers import WEIGHTED, per_channel, taps
 from utils.onnx_graph import integers_of
 from utils.quantizer import Quantizer
 
-TIE = 0.01  # steps from halfway within which both neighbours are right: float32 strays by up to 0.0003
+# Steps from halfway within which both neighbours are right. Float32 strays by 0.0003, or by its resolution where
+# the terms of a layer are far larger than their sum.
+TIE = 0.01
 SHARE = 200e-6  # of a layer's values may be one step off elsewhere
 OUTPUT_STEPS = 0.1  # by which an output that is not quantized may differ, in steps of 1/255 of its range
 AGREEMENT = 0.99  # of all predictions on evaluation images must be the same
@@ -121,21 +124,33 @@ class _Alone(fx.Interpreter):
     def __init__(self, simulated: fx.GraphModule, tensors: dict[str, Tensor], layers: dict[str, LayerParity]):
         super().__init__(simulated)
         self.tensors, self.layers = tensors, layers
+        self.reach: dict[fx.Node, float] = {}  # of each layer, how large its terms could add up to
 
     def run_node(self, node: fx.Node) -> Tensor:
-        quantizer = module_of(self.module, node)
-        if not isinstance(quantizer, Quantizer):
-            return super().run_node(node)
+        module = module_of(self.module, node)
+        if isinstance(module, Quantizer):
+            return self._compare(node, module)
+        if isinstance(module, WEIGHTED):
+            terms = taps(module).abs().sum((2, 3)).flatten() * self.env[node.args[0]].abs().max() + module.bias.abs()
+            self.reach[node] = float(terms.max())
+        return super().run_node(node)
+
+    def _compare(self, node: fx.Node, quantizer: Quantizer) -> Tensor:
+        """The engine's output of a quantizer, held against what the simulation makes of the engine's input."""
         source = node.args[0]
-        exact = self.env[source].double() / quantizer.scale  # before the quantizer, which may overwrite it
+        top = quantizer.highest if quantizer.cap is None else per_channel(quantizer.cap, self.env[source].dim())
+        exact = (self.env[source].double() / quantizer.scale).clamp(min=quantizer.lowest)  # a copy, to be kept:
+        expected = (super().run_node(node) / quantizer.scale).round()  # this may overwrite its input
         found = self.tensors[integers_of(node)].float() - quantizer.zero_point
-        apart = (super().run_node(node) / quantizer.scale).round().sub(found).abs()
-        tie = exact.sub(exact.floor()).sub(0.5).abs() < TIE
+        slack = max(TIE, self.reach.get(source, 0) * torch.finfo(torch.float32).eps / quantizer.scale)
+        right = (found - exact.minimum(torch.as_tensor(top))).abs() <= 0.5 + slack
+        apart = (found - expected).abs()
+
         layer = self._layer(source.target if source.op == "call_module" else source.name)
         layer.values += apart.numel()
-        layer.ties += int(((apart == 1) & tie).sum())
-        layer.off += int(((apart == 1) & ~tie).sum())
-        layer.far += int((apart > 1).sum())
+        layer.ties += int(((apart > 0) & right).sum())
+        layer.off += int(((apart == 1) & ~right).sum())
+        layer.far += int(((apart > 1) & ~right).sum())
         return found * quantizer.scale
 
     def output(self, target, args, kwargs):
