@@ -58,6 +58,7 @@ from utils.quantizer import (
     Quantizer,
     affine_grid,
     bias_grid,
+    leave_room,
     quantize_bias,
     quantize_weight,
     weight_grid,
@@ -743,7 +744,10 @@ def correct_biases_on_images(model: fx.GraphModule, means: dict[str, Tensor], im
 def quantize_biases(
     model: fx.GraphModule, weight_grids: dict[str, QParams], bits: int, journal: Journal
 ) -> dict[str, QParams]:
-    """Round the biases: at 32 bits to the grid of the accumulator, weight scale times input scale."""
+    """Round the biases: at 32 bits to the grid of the accumulator, weight scale times input scale.
+
+    Where a bias would overflow it, the grid of its weights is made coarser first.
+    """
     grids = {}
     for node in weighted_nodes(model):
         if node.target not in weight_grids:
@@ -752,6 +756,11 @@ def quantize_biases(
         if source is None:
             journal.left("quantized biases", node.target, "its input has no quantizer")
             continue
+        roomy = leave_room(weight_grids[node.target], layer.bias, source.scale)
+        if bits == 32 and not torch.equal(roomy.scale, weight_grids[node.target].scale):
+            weight_grids[node.target] = roomy
+            quantize_weight(layer, roomy)
+            journal.did("made room for biases", node.target, "their weights' grid is coarser")
         grid = bias_grid(layer.bias, bits, weight_grids[node.target].scale * source.scale)
         layer.bias.data.copy_(quantize_bias(layer.bias, grid))
         grids[node.target] = grid

@@ -1,6 +1,6 @@
 """Affine quantizers: grids, fake-quantized weights and biases, and the module that quantizes activations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,16 @@ def bias_grid(bias: Tensor, bits: int, accumulator_scale: Tensor | None) -> QPar
         return symmetric_grid(bias.abs().max(), bits)
     scale = _nonzero(accumulator_scale)
     return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), -(2**31) + 1, 2**31 - 1)
+
+
+def leave_room(grid: QParams, bias: Tensor, input_scale: float) -> QParams:
+    """A layer's weight grid, made coarser where the bias [C_out] would overflow an int32 accumulator.
+
+    That is where weights are nothing beside their bias, as those of dead channels. The bias gets half of
+    the accumulator, the products the rest.
+    """
+    least = bias.abs() / (2**30 * input_scale)
+    return replace(grid, scale=torch.maximum(grid.scale, least if grid.per_channel else least.max()))
 
 
 def quantize_bias(bias: Tensor, grid: QParams) -> Tensor:
