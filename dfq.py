@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from utils import artifact
 from utils.distill import describe_fit, statistics_fit
 from utils.errors import UserError
 from utils.graph import (
@@ -277,6 +279,28 @@ def quantize(
     bias_grids = quantize_biases(simulated, weight_grids, recipe.bits_bias, journal)
     near = None if images is None else fidelity(network, simulated, images)
     return Quantized(run_in_place(network), run_in_place(simulated), weight_grids, bias_grids, journal, near)
+
+
+class Network(Protocol):
+    """A float network with its input, its name and where its weights are from."""
+
+    model: nn.Module
+    spec: InputSpec
+    name: str
+    weights: str
+
+
+def prepared(
+    args: Namespace, build: Callable[[], Network]
+) -> tuple[Network, list[Recipe], Callable[[nn.Module, InputSpec, Recipe, Tensor | None], Quantized]]:
+    """The network, its recipes and what quantizes it: as the flags say, or out of a file that --save wrote."""
+    if not args.load:
+        recipes = recipes_of(args)
+        return build(), recipes, quantize_data_free
+    saved = artifact.load(args.load)
+    quantized = Quantized(saved.float, saved.simulated, saved.weight_grids, saved.bias_grids, Journal())
+    quantized.journal.note(f"loaded from {args.load}")
+    return saved, [Recipe(**saved.recipe)], lambda *_: quantized
 
 
 # ------------------------------------------------------------------------------------ self-checks

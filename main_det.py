@@ -6,8 +6,9 @@ from functools import partial
 
 import demo
 import dfq
-from modeling import Network, box_coder, build_model
+from modeling import box_coder, build_model
 from utils import cli, report
+from utils.boxes import BoxCoder
 from utils.data import evenly
 from utils.detection import stack, voc_detection
 from utils.experiment import Data, Experiment
@@ -38,29 +39,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return cli.check(parser, parser.parse_args(argv))
 
 
-def open_data(args: argparse.Namespace, network: Network, spec: InputSpec, classes: int) -> Data:
+def open_data(args: argparse.Namespace, spec: InputSpec, coder: BoxCoder, classes: int) -> Data:
     split = open_voc(args.data, "Main", args.split)
     samples, labels = voc_detection(split, spec, classes)
     samples = evenly(samples, args.limit)
-    coder, rule = box_coder(network.model, spec), args.metric or ("voc07" if split.year == 2007 else "voc12")
+    rule = args.metric or ("voc07" if split.year == 2007 else "voc12")
 
     def metric(reference: MeanAveragePrecision | None) -> MeanAveragePrecision:
         return MeanAveragePrecision(labels, coder, rule, reference, keep=args.table)
 
     draw = partial(report.detection_pictures, samples=samples, coder=coder, labels=labels, spec=spec)
-    return Data(samples, metric, draw, stack)
+    return Data(samples, metric, draw, {label: name for name, label in labels.items()}, stack)
 
 
 def main(argv: Sequence[str] | None) -> None:
     args = cli.with_demo(parse_args(argv), lambda: demo.open(TASK))
-    recipes, device = dfq.recipes_of(args), cli.prepare(args)
+    device = cli.prepare(args)
 
-    network = build_model(args.model, args.weights, TASK)
+    network, recipes, quantize = dfq.prepared(args, partial(build_model, args.model, args.weights, TASK))
     spec = cli.input_spec(args, network.spec)
-    data = open_data(args, network, spec, classes_of(trace(network.model, spec)))
+    coder = BoxCoder(**network.extras["coder"]) if args.load else box_coder(network.model, spec)
+    data = open_data(args, spec, coder, classes_of(trace(network.model, spec))) if args.data else None
 
-    experiment = Experiment(TASK, PROGRAM, argv, args, network, spec, data, device)
-    experiment.run(recipes, dfq.quantize_data_free, dfq.to_evaluate)
+    experiment = Experiment(TASK, PROGRAM, argv, args, network, spec, data, device, extras={"coder": vars(coder)})
+    experiment.run(recipes, quantize, dfq.to_evaluate)
 
 
 if __name__ == "__main__":

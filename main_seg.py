@@ -35,19 +35,19 @@ def open_data(args: argparse.Namespace, spec: InputSpec, classes: int) -> Data:
     samples, names = voc_segmentation(args.data, args.split, spec, classes)
     samples = evenly(samples, args.limit)
     draw = partial(report.segmentation_pictures, samples=samples, spec=spec)
-    return Data(samples, lambda _: ConfusionMatrix(names), draw)
+    return Data(samples, lambda _: ConfusionMatrix(names), draw, dict(enumerate(names)))
 
 
 def main(argv: Sequence[str] | None) -> None:
     args = cli.with_demo(parse_args(argv), lambda: demo.open(TASK))
-    recipes, device = dfq.recipes_of(args), cli.prepare(args)
+    device = cli.prepare(args)
 
-    network = build_model(args.model, args.weights, TASK)
+    network, recipes, quantize = dfq.prepared(args, partial(build_model, args.model, args.weights, TASK))
     spec = cli.input_spec(args, network.spec)
-    data = open_data(args, spec, classes_of(trace(network.model, spec)))
+    data = open_data(args, spec, classes_of(trace(network.model, spec))) if args.data else None
 
     experiment = Experiment(TASK, PROGRAM, argv, args, network, spec, data, device)
-    experiment.run(recipes, dfq.quantize_data_free, dfq.to_evaluate)
+    experiment.run(recipes, quantize, dfq.to_evaluate)
 
 
 if __name__ == "__main__":

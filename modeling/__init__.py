@@ -1,6 +1,8 @@
 """Networks, their checkpoints, and what they take as input."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -14,12 +16,13 @@ from utils.inputs import InputSpec
 
 @dataclass(frozen=True)
 class Network:
-    """A float network in eval mode with its input, its name and where its weights are from."""
+    """A float network in eval mode with its input, its name and where its weights are from; extras: of a saved one."""
 
     model: nn.Module
     spec: InputSpec
     name: str
     weights: str
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 __all__ = ["Network", "box_coder", "build_model"]

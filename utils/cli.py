@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +18,11 @@ from utils.cache import cache_folder
 from utils.distill import Distillation, distilled
 from utils.engine import tune_allocator
 from utils.errors import UserError
+from utils.files import check_target
 from utils.inputs import InputSpec
 from utils.observe import METHODS
 from utils.report import make_folder
-from utils.results import check_writable
+from utils.results import Loaded, check_writable
 
 
 class Demo(Protocol):
@@ -171,6 +173,24 @@ def shared_flags() -> argparse.ArgumentParser:
         "--asymmetric", action="store_true", help="weights with a zero point instead of a symmetric range"
     )
 
+    group = flags.add_argument_group("deployment")
+    group.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the INT8 network as ONNX, once it is known to run as simulated",
+    )
+    group.add_argument(
+        "--engine",
+        choices=("simulate", "onnxruntime"),
+        default="simulate",
+        help="what runs the INT8 network: float arithmetic, or ONNX Runtime on integers (default: simulate)",
+    )
+    group.add_argument("--save", type=Path, metavar="FILE", help="keep the quantized network, to be loaded again")
+    group.add_argument(
+        "--load", type=Path, metavar="FILE", help="a network that --save kept, in place of --weights and the passes"
+    )
+
     group = flags.add_argument_group("run")
     group.add_argument(
         "--table",
@@ -224,6 +244,21 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         said = [flag for flag in (*PASSES, "per_channel", "asymmetric") if getattr(args, flag) not in (False, None)]
         if said:
             parser.error(f"--table runs the passes of each of its rows; leave out --{said[0]}")
+    own = [*PASSES, "per_channel", "asymmetric", "weights", "image_size", "mean", "std", "table", "save"]
+    if args.load and (said := [flag for flag in own if getattr(args, flag) not in (False, None)]):
+        parser.error(f"--load takes the network, its input and its passes from the file; leave out --{said[0]}")
+    to_int8 = [flag for flag in ("export", "save") if getattr(args, flag)]
+    if to_int8 and args.table:
+        parser.error(f"--{to_int8[0]} writes one network; leave out --table")
+    to_int8 += ["engine onnxruntime"] if args.engine != "simulate" else []
+    if to_int8 and not (args.quantize or args.load or args.table):
+        parser.error(f"--{to_int8[0]} needs --quantize or --load")
+    bits = args.bits_weight, args.bits_activation, args.bits_bias
+    if (args.export or args.engine != "simulate") and bits != (8, 8, 32):
+        parser.error(
+            f"--{'export' if args.export else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
+            "and biases of 32; leave out --bits_weight, --bits_activation and --bits_bias"
+        )
     needs = {
         "absorption": "equalize",
         "correction": "quantize",
@@ -255,7 +290,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
 
 
 def input_spec(args: argparse.Namespace, spec: InputSpec) -> InputSpec:
-    """The network's input, changed as the flags say."""
+    """The network's input, changed as the flags say; a network that was saved has its own."""
+    if args.load:
+        return spec
     if args.image_size:
         height, width = args.image_size[0], args.image_size[-1]
         spec = replace(spec, size=(height, width), resize=min(height, width))
@@ -277,14 +314,17 @@ def distilled_images(
 def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argparse.Namespace:
     """The flags as they are; or, where they name neither data nor weights, those of the embedded demo.
 
-    A network that was asked for by name needs data that only the user has. args.demo says which it was.
+    A network that was asked for by name needs data that only the user has, unless it is only to be written.
+    args.demo says which it was.
     """
-    args.demo = args.data is None
+    own = args.weights is not None or args.model_given
+    args.demo = args.data is None and not ((own or args.load) and (args.export or args.save))
     if not args.demo:
         return args
-    if args.weights is not None or args.model_given:
+    if own:
         raise UserError(
-            "no data to evaluate on; pass --data DIR (or neither --data, --weights nor --model for the embedded demo)"
+            "no data to evaluate on; pass --data DIR, or --export or --save to write the INT8 network alone "
+            "(or neither --data, --weights nor --model for the embedded demo)"
         )
     with distributed.first_before_others():
         demo = open_demo()
@@ -298,11 +338,22 @@ def prepare(args: argparse.Namespace) -> torch.device:
     """Check what can fail early, seed, set the allocator; returns the device."""
     device = open_device(args.device)
     check_writable(args.results)
+    if args.export or args.engine == "onnxruntime":
+        check_packages(f"--{'export' if args.export else 'engine onnxruntime'}", "onnx", "onnxruntime")
+    for flag in ("export", "save"):
+        if getattr(args, flag):
+            check_target(getattr(args, flag), f"--{flag}")
     if args.report:
         make_folder(args.report)
     torch.manual_seed(args.seed)
     tune_allocator()
     return device
+
+
+def check_packages(flag: str, *names: str) -> None:
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{flag} needs the package {missing[0]}; pip install {' '.join(missing)}")
 
 
 def open_device(name: str) -> torch.device:
@@ -339,10 +390,10 @@ def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | No
     return shlex.join([*start, program, *words])
 
 
-def headline(args: argparse.Namespace, weights: str, samples: int, recipe: str) -> str:
+def headline(args: argparse.Namespace, network: Loaded, samples: int, recipe: str) -> str:
     """What is about to be evaluated, in a line."""
     subset = ", evenly spread," if args.limit else ""
-    return f"{args.model}, weights {_short(weights)}; {samples:,} images{subset} of {_short(args.data)}; {recipe}"
+    return f"{network.name}, weights {_short(network.weights)}; {samples:,} images{subset} of {_short(args.data)}; {recipe}"
 
 
 def _short(path: str) -> str:

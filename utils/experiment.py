@@ -4,22 +4,26 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import Dataset, default_collate
 
-from utils import cli, distributed, results
-from utils.data import Batches
+from utils import artifact, cli, distributed, results
+from utils.data import BadSample, Batches
 from utils.distill import statistics_fit
 from utils.engine import evaluate
 from utils.errors import UserError
+from utils.graph import trace
 from utils.inputs import InputSpec
 from utils.journal import Journal
 from utils.metrics import Metric
 from utils.observe import Fidelity
+from utils.parity import AGREEMENT, Agreement, Compared, Remembered
+from utils.quantizer import QParams
 from utils.report import distilled_pictures
 
 ROOM = 2 * 2**30  # bytes of decoded images that the rows of a table share
@@ -31,12 +35,13 @@ class Data:
 
     samples: images and their targets. metric: a new accumulator, given that of the network as loaded or None.
     draw: folder, networks and their metrics by caption, device -> the files it wrote to show what they say.
-    collate: a list of samples -> (images, targets).
+    names: of the classes, by the network's output. collate: a list of samples -> (images, targets).
     """
 
     samples: Dataset
     metric: Callable[[Metric | None], Metric]
     draw: Callable[[Path, Mapping[str, nn.Module], Mapping[str, Metric], torch.device], list[Path]]
+    names: Mapping[int, str]
     collate: Callable = default_collate
 
 
@@ -52,6 +57,10 @@ class Recipe(Protocol):
 class Quantized(Protocol):
     """What the passes made."""
 
+    float: fx.GraphModule
+    simulated: fx.GraphModule | None
+    weight_grids: Mapping[str, QParams]
+    bias_grids: Mapping[str, QParams]
     journal: Journal
     fidelity: Fidelity | None
 
@@ -64,7 +73,8 @@ ToEvaluate = Callable[[nn.Module, Quantized, Recipe], dict[str, nn.Module]]
 class Experiment:
     """What the rows of a run have in common.
 
-    program: the script. argv: its arguments. known: metric and seconds of every float network so far, by label.
+    program: the script. argv: its arguments. data: None where the network is only to be written. extras: what the task
+    needs besides to evaluate a saved network. known: metric and seconds of every float network so far, by label.
     """
 
     task: str
@@ -73,11 +83,14 @@ class Experiment:
     args: argparse.Namespace
     network: results.Loaded
     spec: InputSpec
-    data: Data
+    data: Data | None
     device: torch.device
+    extras: Mapping[str, Any] = field(default_factory=dict)
     known: dict[str, tuple[Metric, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.data is None:
+            return
         args, count = self.args, len(self.data.samples)
         if distributed.processes() > count:
             raise UserError(f"{distributed.processes()} processes for {count} images; start at most {count}")
@@ -98,6 +111,9 @@ class Experiment:
         for done, i in enumerate(missing, start=1):
             recipe = recipes[i]
             quantized = quantize(self.network.model, self.spec, recipe, images)
+            self._write(recipe, quantized)
+            if self.data is None:
+                return
             networks = to_evaluate(self.network.model, quantized, recipe)
             lines[i] |= self._row(recipe, quantized, networks, images)
             if distributed.is_first():
@@ -115,22 +131,27 @@ class Experiment:
         return results.settings(self.task, args, command, self.network, str(recipe))
 
     def _row(
-        self, recipe: Recipe, quantized: Quantized, networks: Mapping[str, nn.Module], distilled: Tensor | None
+        self, recipe: Recipe, quantized: Quantized, networks: dict[str, nn.Module], distilled: Tensor | None
     ) -> dict[str, Any]:
         """Evaluate a recipe's networks, print their scores and draw what was asked for; returns what to record.
 
         networks: by the names of recipe.labels, the one as loaded first. distilled: the images behind the fidelity.
         """
-        args, data, labels = self.args, self.data, recipe.labels
-        print(cli.headline(args, self.network.weights, len(data.samples), str(recipe)))
+        args, data, labels = self.args, self.data, dict(recipe.labels)
+        print(cli.headline(args, self.network, len(data.samples), str(recipe)))
         if args.verbose or not args.table:
             print(quantized.journal.report(args.verbose))
         if quantized.fidelity:
             print(quantized.fidelity.report(len(distilled), args.verbose))
 
+        if args.engine == "onnxruntime":
+            name = labels["quantized"]
+            labels |= {"simulated": f"{name}, simulated", "quantized": f"{name}, ONNX Runtime"}
+            networks |= self._in_engine(recipe, quantized, networks.pop("quantized"))
+
         metrics, seconds = self._evaluate({labels[name]: model for name, model in networks.items()})
         metrics, seconds = ({name: found[labels[name]] for name in networks} for found in (metrics, seconds))
-        self.known |= {labels[name]: (metrics[name], seconds[name]) for name in networks if name != "quantized"}
+        self.known |= {labels[name]: (metrics[name], seconds[name]) for name in networks if name.startswith("fp32")}
 
         scores = results.scores(metrics, seconds, labels)
         results.print_table(scores, metrics)
@@ -139,9 +160,77 @@ class Experiment:
         line = results.outcome(metrics, scores)
         if quantized.fidelity:
             line["fidelity"] = {"images": len(distilled)} | asdict(quantized.fidelity)
+        if args.engine == "onnxruntime":
+            line["agreement"] = self._agreement(networks["quantized"])
         if args.report and distributed.is_first():
-            self._draw(recipe, networks, metrics, distilled)
+            self._draw(labels, networks, metrics, distilled)
         return line
+
+    def _write(self, recipe: Recipe, quantized: Quantized) -> None:
+        """The files that --save and --export ask for."""
+        args = self.args
+        if not distributed.is_first() or not (args.save or args.export):
+            return
+        if args.save:
+            parts = quantized.float, quantized.simulated, quantized.weight_grids, quantized.bias_grids
+            model, name, weights = trace(self.network.model, self.spec), self.network.name, self.network.weights
+            extras = {**self.extras, "names": dict(self._names())}
+            artifact.save(
+                args.save,
+                artifact.Saved(model, *parts, dict(recipe.settings), self.spec, name, weights, extras),
+            )
+            print(f"saved {args.save}: {args.save.stat().st_size / 1e6:.2f} MB")
+        if args.export:
+            from utils.export import export  # onnx and onnxruntime are slow to import, and needed here alone
+
+            print(export(quantized, self.spec, args.export, self._metadata(recipe), self._probes()))
+
+    def _in_engine(self, recipe: Recipe, quantized: Quantized, simulated: nn.Module) -> dict[str, nn.Module]:
+        """The simulation, and ONNX Runtime in its place, once layer by layer they do the same on a few images."""
+        from utils.export import build, check_parity, describe_kernels
+        from utils.onnx_engine import OnnxNetwork
+
+        model = build(quantized, self.spec, self._metadata(recipe))
+        print(describe_kernels(model, quantized))
+        print(f"  {check_parity(model, quantized.simulated, self._probes())}")
+        simulation = Remembered(simulated)
+        return {"simulated": simulation, "quantized": Compared(OnnxNetwork(model.SerializeToString()), simulation)}
+
+    def _agreement(self, compared: Compared) -> float:
+        """Percent of predictions on all images that are the same in engine and simulation; too few are a UserError."""
+        total = Agreement()
+        for own in distributed.gather(compared.agreement):
+            total.same, total.predictions = total.same + own.same, total.predictions + own.predictions
+        print(f"\nengine and simulation predict the same for {100 * total.share:.2f} % of {total.predictions:,}")
+        if total.share < AGREEMENT:
+            raise UserError(
+                f"the engine agrees with the simulation on {100 * total.share:.2f} % of predictions, where {AGREEMENT:.0%} are "
+                "asked for; nothing was recorded"
+            )
+        return 100 * total.share
+
+    def _probes(self, count: int = 8) -> Tensor:
+        """A few images of the evaluation, or random ones."""
+        if self.data is None:
+            return self.spec.probe(count)
+        samples = (self.data.samples[i] for i in range(len(self.data.samples)))
+        good = list(islice((sample for sample in samples if not isinstance(sample, BadSample)), count))
+        return self.data.collate(good)[0]
+
+    def _names(self) -> Mapping[int, str]:
+        return self.data.names if self.data else self.network.extras.get("names", {})
+
+    def _metadata(self, recipe: Recipe) -> dict[str, Any]:
+        return {
+            "recipe": str(recipe),
+            "settings": dict(recipe.settings),
+            "model": self.network.name,
+            "weights": self.network.weights,
+            "input": asdict(self.spec),
+            "classes": {str(output): name for output, name in self._names().items()},
+            "versions": results.versions(),
+            "commit": results.commit(),
+        }
 
     def _evaluate(self, networks: Mapping[str, nn.Module]) -> tuple[dict[str, Metric], dict[str, float]]:
         """Metrics and seconds of networks by label; those that an earlier row has evaluated are not run again."""
@@ -157,14 +246,14 @@ class Experiment:
 
     def _draw(
         self,
-        recipe: Recipe,
+        labels: Mapping[str, str],
         networks: Mapping[str, nn.Module],
         metrics: Mapping[str, Metric],
         distilled: Tensor | None,
     ) -> None:
         folder = self.args.report
-        captioned = {recipe.labels[name]: model for name, model in networks.items()}
-        by_caption = {recipe.labels[name]: metric for name, metric in metrics.items()}
+        captioned = {labels[name]: model for name, model in networks.items()}
+        by_caption = {labels[name]: metric for name, metric in metrics.items()}
         files = self.data.draw(folder, captioned, by_caption, self.device)
         if distilled is not None:
             files += distilled_pictures(

@@ -41,14 +41,10 @@ class Exported:
     kernels: Kernels
 
     def __str__(self) -> str:
-        layers = len(self.kernels.integer) + len(self.kernels.floating)
-        lines = [
-            f"exported {self.file}: {self.size / 1e6:.2f} MB, {self.size / self.float_size:.2f} of its float32 weights; "
-            f"ONNX Runtime runs {len(self.kernels.integer)} of {layers} layers on integers",
-            *(f"  not {name}: {reason}" for name, reason in self.kernels.floating.items()),
-            f"  {self.parity}",
-        ]
-        return "\n".join(lines)
+        size = (
+            f"exported {self.file}: {self.size / 1e6:.2f} MB, {self.size / self.float_size:.2f} of its float32 weights"
+        )
+        return f"{size}\n{self.kernels}\n  {self.parity}"
 
 
 def build(quantized: Quantized, spec: InputSpec, metadata: Mapping[str, Any]) -> onnx.ModelProto:
@@ -56,6 +52,10 @@ def build(quantized: Quantized, spec: InputSpec, metadata: Mapping[str, Any]) ->
     model = onnx_model(quantized.simulated, quantized.weight_grids, quantized.bias_grids, spec, metadata)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def describe_kernels(model: onnx.ModelProto, quantized: Quantized) -> Kernels:
+    return find_kernels(model, quantized.simulated, quantized.weight_grids, quantized.bias_grids)
 
 
 def check_parity(model: onnx.ModelProto, simulated: fx.GraphModule, images: Tensor) -> Parity:
@@ -85,7 +85,7 @@ def export(
     images = spec.probe(PROBES) if images is None else images
     model = build(quantized, spec, metadata)
     parity = check_parity(model, quantized.simulated, images)
-    kernels = find_kernels(model, quantized.simulated, quantized.weight_grids, quantized.bias_grids)
+    kernels = describe_kernels(model, quantized)
     with whole(file) as beside:
         onnx.save(model, beside)
         onnx.checker.check_model(str(beside), full_check=True)

@@ -109,7 +109,7 @@ def trace(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
         raise UserError(f"torch.fx cannot trace the network: {_first_line(error)} (at {_place(error)})") from error
     traced = fx.GraphModule(model, graph)
     _give_calls_their_own_modules(traced)
-    _propagate_shapes(traced, spec)
+    propagate_shapes(traced, spec)
     for node in list(traced.graph.nodes):
         _canonicalise(traced, node)
     traced.graph.eliminate_dead_code()
@@ -118,7 +118,7 @@ def trace(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
         if isinstance(module, WEIGHTED):
             module.weight.data = module.weight.data.contiguous()
             ensure_bias(module)
-    _propagate_shapes(traced, spec)
+    propagate_shapes(traced, spec)
     return traced
 
 
@@ -207,7 +207,8 @@ def _free_name(model: nn.Module, name: str) -> str:
     return candidate
 
 
-def _propagate_shapes(model: fx.GraphModule, spec: InputSpec) -> None:
+def propagate_shapes(model: fx.GraphModule, spec: InputSpec) -> fx.GraphModule:
+    """Note at every node the shape of its output for one image."""
     try:
         with torch.no_grad():
             ShapeProp(model).propagate(spec.probe(batch=1))
@@ -216,6 +217,7 @@ def _propagate_shapes(model: fx.GraphModule, spec: InputSpec) -> None:
         raise UserError(
             f"the network fails on an input of shape {spec.shape()}: {reason}; check --image_size"
         ) from error
+    return model
 
 
 def _canonicalise(model: fx.GraphModule, node: fx.Node) -> None:

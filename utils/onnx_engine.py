@@ -58,6 +58,11 @@ class Kernels:
     floating: dict[str, str]
     operators: dict[str, int]
 
+    def __str__(self) -> str:
+        layers = len(self.integer) + len(self.floating)
+        lines = [f"  ONNX Runtime runs {len(self.integer)} of {layers} layers on integers"]
+        return "\n".join(lines + [f"  in float {name}: {reason}" for name, reason in self.floating.items()])
+
 
 def find_kernels(
     model: onnx.ModelProto,

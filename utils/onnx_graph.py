@@ -139,7 +139,9 @@ class _Writer:
             return self.constant(name, values)
         along = [1] * values.dim()
         along[axis] = -1
-        scale, zero = (part.reshape(along if grid.per_channel else []).double() for part in (grid.scale, grid.zero_point))
+        scale, zero = (
+            part.reshape(along if grid.per_channel else []).double() for part in (grid.scale, grid.zero_point)
+        )
         shift = 128 if grid.lowest == 0 else 0  # an unsigned grid as int8
         steps = (values.double() / scale).round() + zero - shift
         integers = self.constant(f"{name}_{str(kind).removeprefix('torch.')}", steps.to(kind))
@@ -222,7 +224,11 @@ def _convolution(w: _Writer, node: fx.Node, layer: nn.Module) -> str:
     padding = module_of(w.model, source)
     if isinstance(padding, nn.ZeroPad2d) and not transposed:
         left, right, top, bottom = padding.padding
-        before, after, source = [before[0] + top, before[1] + left], [after[0] + bottom, after[1] + right], source.args[0]
+        before, after, source = (
+            [before[0] + top, before[1] + left],
+            [after[0] + bottom, after[1] + right],
+            source.args[0],
+        )
     attributes = {
         "kernel_shape": layer.kernel_size,
         "strides": layer.stride,
@@ -318,7 +324,9 @@ def _binary(kind: str) -> Callable:
     def rule(w: _Writer, node: fx.Node, _: None) -> str:
         if len(node.args) != 2 or node.kwargs:
             _refuse(w, node, None)
-        return w.add(kind, [w.operand(node, argument, f"operand_{i}") for i, argument in enumerate(node.args)], node.name)
+        return w.add(
+            kind, [w.operand(node, argument, f"operand_{i}") for i, argument in enumerate(node.args)], node.name
+        )
 
     return rule
 

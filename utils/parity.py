@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from utils.errors import UserError
 from utils.graph import module_of
@@ -95,6 +95,31 @@ class Agreement:
     @property
     def share(self) -> float:
         return self.same / max(self.predictions, 1)
+
+
+class Remembered(nn.Module):
+    """A network that keeps what it last said."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.last = network, None
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        self.last = self.network(images)
+        return self.last
+
+
+class Compared(nn.Module):
+    """An engine whose predictions are held against those of a simulation that has just seen the same images."""
+
+    def __init__(self, engine: nn.Module, simulation: Remembered):
+        super().__init__()
+        self.engine, self.simulation, self.agreement = engine, simulation, Agreement()
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = self.engine(images)
+        self.agreement.update(results(found)[0], results(self.simulation.last)[0])
+        return found
 
 
 def compare(

@@ -25,15 +25,17 @@ from utils.errors import UserError
 from utils.metrics import Metric, interval
 from utils.published import Published, published
 
-_PACKAGES = ("torch", "torchvision", "numpy", "timm")
+_PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnx", "onnxruntime")
 _FOLDER = Path(__file__).resolve().parent.parent
 
 
 class Loaded(Protocol):
-    """A network with where its weights are from."""
+    """A network with its name and where its weights are from; extras: what a saved one holds besides."""
 
     model: nn.Module
+    name: str
     weights: str
+    extras: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,20 @@ def print_classes(scores: Sequence[Score], metrics: Mapping[str, Metric]) -> Non
 FORMAT = 2  # of a line; raised when what it holds changes its meaning
 
 # Flags that change neither what is scored nor on what.
-_NEUTRAL = {"workers", "batch_size", "device", "results", "report", "verbose", "table", "rows", "distill_cache", "demo"}
+_NEUTRAL = {
+    "workers",
+    "batch_size",
+    "device",
+    "results",
+    "report",
+    "verbose",
+    "table",
+    "rows",
+    "distill_cache",
+    "demo",
+    "export",
+    "save",
+}
 
 
 def settings(task: str, args: argparse.Namespace, command: str, network: Loaded, recipe: str) -> dict[str, Any]:
@@ -124,18 +139,18 @@ def settings(task: str, args: argparse.Namespace, command: str, network: Loaded,
     return {
         "format": FORMAT,
         "task": task,
-        "model": args.model,
+        "model": network.name,
         "weights": "demo" if args.demo else network.weights,
         "weights_sha256": weights_hash(network.model),
         "data": "demo" if args.demo else args.data,
         "subset": "evenly spread" if args.limit else None,
         "recipe": recipe,
         "bits": bits if args.quantize else None,
-        "engine": "simulate",
+        "engine": args.engine,
         "command": command,
         "flags": flags,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
     }
 
 
@@ -196,6 +211,10 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def versions() -> dict[str, str | None]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -203,7 +222,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The project's commit, with '+' where the code has changed since."""
     try:
         described = subprocess.run(
