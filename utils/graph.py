@@ -72,7 +72,7 @@ _AS_MODULE = {
 
 _ADDS = {operator.iadd, torch.add, "add", "add_"}
 _MULTIPLIES = {operator.imul, torch.mul, "mul", "mul_"}
-_CONCATS = {getattr(torch, name) for name in ("concat", "concatenate")}
+_CONCATS = {getattr(torch, name) for name in ("cat", "concat", "concatenate")}
 # Functions and methods that only move values about, or add zeros.
 REARRANGING = {
     *(operator.getitem, torch.chunk, torch.split, torch.transpose, torch.permute, torch.reshape, torch.flatten),
@@ -247,6 +247,8 @@ def _canonicalise_function(model: fx.GraphModule, node: fx.Node) -> None:
         node.op, node.target = "call_function", operator.add if node.target in _ADDS else operator.mul
     elif node.target in _CONCATS:
         node.target = torch.cat
+        if isinstance(node.args[0], fx.Node):
+            node.update_arg(0, _members(model, node, node.args[0]))
     elif len(tensors) == 1 and node.args[0] is tensors[0] and node.target in _AS_MODULE:
         rest = [*node.args[1:], *node.kwargs.values()]
         if any(isinstance(value, fx.Node) for value in rest):
@@ -259,6 +261,16 @@ def _canonicalise_function(model: fx.GraphModule, node: fx.Node) -> None:
             _replace(model, node, list(replacement) if isinstance(replacement, nn.Sequential) else [replacement])
     elif node.target in ("view", "reshape", torch.reshape) and tensors and _flattens(shape(tensors[0]), shape(node)):
         _replace(model, node, [nn.Flatten()])
+
+
+def _members(model: fx.GraphModule, reader: fx.Node, sequence: fx.Node) -> list[fx.Node]:
+    """The tensors of a node that is a sequence of them, such as chunks, each a node of its own."""
+    members = []
+    with model.graph.inserting_before(reader):
+        for index, tensor_meta in enumerate(sequence.meta["tensor_meta"]):
+            members.append(model.graph.call_function(operator.getitem, (sequence, index)))
+            members[-1].meta["tensor_meta"] = tensor_meta
+    return members
 
 
 def _flattens(before: torch.Size, after: torch.Size) -> bool:

@@ -1,0 +1,65 @@
+"""A quantized network as a file of plain data."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from networks import SPEC, Branches, Residual, chain, randomise, settle
+from torch import nn
+
+from dfq import Recipe, fold_scales, outputs_of, quantize_data_free
+from utils import artifact
+from utils.errors import UserError
+from utils.graph import trace
+
+RECIPE = Recipe(quantize=True, equalize=True, correction=True)
+
+
+def saved(network, file, recipe=RECIPE):
+    result = quantize_data_free(network, SPEC, recipe)
+    parts = result.float, result.simulated, result.weight_grids, result.bias_grids
+    artifact.save(file, artifact.Saved(trace(network, SPEC), *parts, asdict(recipe), SPEC, "net", "here"))
+    return result
+
+
+@pytest.mark.parametrize("flags", [{}, {"per_channel": True}, {"relu": True}])
+@pytest.mark.parametrize("network", [chain, Residual, Branches])
+def test_what_is_loaded_computes_bit_for_bit_the_same(network, flags, tmp_path):
+    model = settle(randomise(network()))
+    result = saved(model, tmp_path / "net.dfq", Recipe(quantize=True, equalize=True, **flags))
+    again = artifact.load(tmp_path / "net.dfq")
+    images = SPEC.probe(4)
+    pairs = [(model, again.model), (result.float, again.float), (result.simulated, again.simulated)]
+    pairs.append(tuple(fold_scales(pair) for pair in pairs[-1]))
+    for expected, found in pairs:
+        assert torch.equal(outputs_of(expected, images)[0], outputs_of(found, images)[0])
+    assert Recipe(**again.recipe) == Recipe(quantize=True, equalize=True, **flags) and again.spec == SPEC
+    for name, grid in result.weight_grids.items():
+        assert torch.equal(again.weight_grids[name].scale, grid.scale)
+
+
+def test_a_file_holds_no_code(tmp_path):
+    saved(settle(randomise(chain())), tmp_path / "net.dfq")
+    content = torch.load(tmp_path / "net.dfq", weights_only=True)
+    content["graphs"]["simulated"]["nodes"].insert(
+        1, ("call_function", "x", "os.system", [False, "true"], {"mapping": {}})
+    )
+    torch.save(content, tmp_path / "evil.dfq")
+    with pytest.raises(UserError, match="no function of torch"):
+        artifact.load(tmp_path / "evil.dfq")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"hello", lambda b: b""])
+def test_a_damaged_file_is_one_line(damage, tmp_path):
+    saved(settle(randomise(chain())), tmp_path / "net.dfq")
+    (tmp_path / "bad.dfq").write_bytes(damage((tmp_path / "net.dfq").read_bytes()))
+    with pytest.raises(UserError, match="pass --load with a file that --save wrote"):
+        artifact.load(tmp_path / "bad.dfq")
+
+
+def test_a_checkpoint_is_no_saved_network(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "net.pth")
+    with pytest.raises(UserError, match="is no saved network"):
+        artifact.load(tmp_path / "net.pth")
+    with pytest.raises(UserError, match="there is no file"):
+        artifact.load(tmp_path / "none.dfq")
