@@ -266,7 +266,7 @@ TASKS = {
     "classification": Task(
         "classification",
         RESIZED,
-        Recipe(scenes=12_000, epochs=36, batch=64, optimizer="adam", rate=2e-3, decay=4e-4),
+        Recipe(scenes=12_000, epochs=36, batch=64, optimizer="adam", rate=2e-3, decay=1e-4),
         classifier,
         classification_batch,
         nn.functional.cross_entropy,
