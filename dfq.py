@@ -229,18 +229,20 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     if not recipe.equalize:
         return quantize(network, spec, statistics, recipe, images, journal)
 
-    ways = {"as statistics promise": (promised_extremes(statistics), 0.0)}
-    if recipe.distill_equalize:
-        seen = channel_extremes(network, images)
-        ways |= {"none": None} | {f"as seen, exponent {exponent:g}": (seen, exponent) for exponent in EXPONENTS}
-    candidates = {}
-    for name, way in ways.items():
+    def attempt(extremes: Extremes, exponent: float = 0.0, without: frozenset[str] = frozenset()) -> Quantized:
         equalized, known, log = copy.deepcopy((network, statistics, journal))
-        if way is not None:
-            equalize(equalized, known, way[0], log, way[1])
-            check_unchanged("equalization", expected, equalized, probe, model, log)
-        candidates[name] = quantize(equalized, spec, known, recipe, images, log)
-    return nearest(candidates)
+        equalize(equalized, known, extremes, log, exponent, without)
+        check_unchanged("equalization", expected, equalized, probe, model, log)
+        return quantize(equalized, spec, known, recipe, images, log)
+
+    if not recipe.distill_equalize:
+        return attempt(promised_extremes(statistics))
+    alone = quantize(*copy.deepcopy((network, spec, statistics, recipe)), images, copy.deepcopy(journal))
+    ways = {"as statistics promise": partial(attempt, promised_extremes(statistics))}
+    seen = channel_extremes(network, images)
+    ways |= {f"as seen, exponent {exponent:g}": partial(attempt, seen, exponent) for exponent in EXPONENTS}
+    readers = {port.name for link in find_links(network)[0] for port in link.readers}
+    return nearest(alone, ways, readers)
 
 
 def quantize(
@@ -493,7 +495,7 @@ def _clear(
 # ------------------------------------------------------------------------------------- equalize
 
 
-EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --distill_equalize tries, besides none at all and the paper's way
+EXPONENTS = (0.0, 0.25, 0.5)  # that --distill_equalize tries, besides none at all and the paper's way
 
 Extremes = dict[
     str, tuple[Tensor, Tensor]
@@ -516,6 +518,7 @@ def equalize(
     extremes: Extremes,
     journal: Journal,
     exponent: float = 0.0,
+    without: frozenset[str] = frozenset(),
     limit: float = 1e4,
     sweeps: int = 100,
 ) -> None:
@@ -528,12 +531,17 @@ def equalize(
     either way. Works on the kernels' maxima; weights are touched once.
 
     extremes: of layers' outputs, those of promised_extremes() or of utils.observe.channel_extremes().
+    without: layers whose input is left as it is.
     exponent: a producer's channel counts with its weights' range^(1 - exponent) times its activation's
     range^exponent, so that above 0 the activation's channels are evened out too.
     """
     links, refused = find_links(model)
     for name, reason in refused.items():
         journal.left("equalized", name, reason)
+    harmful = [link for link in links if any(port.name in without for port in link.readers)]
+    for link in harmful:
+        journal.left("equalized", link.producer, "a reader loses by it on distilled images")
+    links = [link for link in links if link not in harmful]
     layers = {
         name: model.get_submodule(name) for link in links for name in (link.producer, *(p.name for p in link.readers))
     }
@@ -589,15 +597,30 @@ def activation_reach(model: fx.GraphModule, link: Link, extremes: Extremes) -> T
     return largest
 
 
-def nearest(candidates: dict[str, Quantized]) -> Quantized:
-    """Of networks equalized in several ways, the one whose output on the images is nearest to the float one's."""
-    if len(candidates) == 1:
-        return next(iter(candidates.values()))
-    decibels = {way: candidate.fidelity.output for way, candidate in candidates.items()}
-    best = max(decibels, key=decibels.get)
-    tried = ", ".join(f"{way} {value:.2f} dB" for way, value in decibels.items())
-    candidates[best].journal.note(f"equalization {best}, the nearest on distilled images ({tried})")
-    return candidates[best]
+def nearest(
+    alone: Quantized, ways: dict[str, Callable[..., Quantized]], readers: set[str], rounds: int = 6
+) -> Quantized:
+    """The equalization whose quantized output on the images is nearest to the float one's.
+
+    alone: without any. ways: by description, what quantizes after an equalization, given the layers to leave out. The
+    best of them is tried again without the layer that it harms most, as long as that helps: one reader of
+    unlike branches, given the mean of their extremes, can lose what all other layers win.
+    """
+    tried = {"none": alone} | {name: way() for name, way in ways.items()}
+    best = max(ways, key=lambda name: tried[name].fidelity.output)
+    before, current, without = alone.fidelity.layers, tried[best].fidelity, frozenset()
+    for _ in range(min(rounds, len(readers))):
+        harmed = min(readers - without, key=lambda name: current.layers[name] - before[name])
+        without |= {harmed}
+        name = f"{best}, without {', '.join(sorted(without))}"
+        tried[name] = ways[best](without=without)
+        if tried[name].fidelity.output <= current.output:
+            break
+        current = tried[name].fidelity
+    chosen = max(tried, key=lambda name: tried[name].fidelity.output)
+    shown = ", ".join(f"{name} {candidate.fidelity.output:.2f} dB" for name, candidate in tried.items())
+    tried[chosen].journal.note(f"equalization: {chosen}, the nearest on distilled images ({shown})")
+    return tried[chosen]
 
 
 def apply_scale(model: fx.GraphModule, link: Link, scale: Tensor, statistics: Statistics) -> None:
