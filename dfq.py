@@ -217,6 +217,7 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     for node in weighted_nodes(network):
         journal.did("found layers", node.target, str(module_of(network, node)))
     check_unchanged("BatchNorm folding", expected, network, probe, model, journal)
+    journal.weights["BatchNorm folded"] = weight_ranges(network)
     if not statistics:
         refuse_without_statistics(recipe)
 
@@ -226,6 +227,7 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     if recipe.clear_dead or recipe.equalize:
         clear_dead_channels(network, spec, statistics, journal)
         check_unchanged("clearing dead channels", expected, network, probe, model, journal)
+        journal.weights["dead channels cleared"] = weight_ranges(network)
     if not recipe.equalize:
         return quantize(network, spec, statistics, recipe, images, journal)
 
@@ -233,6 +235,7 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
         equalized, known, log = copy.deepcopy((network, statistics, journal))
         equalize(equalized, known, extremes, log, exponent, without)
         check_unchanged("equalization", expected, equalized, probe, model, log)
+        log.weights["equalized"] = weight_ranges(equalized)
         return quantize(equalized, spec, known, recipe, images, log)
 
     if not recipe.distill_equalize:
@@ -273,6 +276,7 @@ def quantize(
     if recipe.clip_weight:
         clip_weights(simulated, recipe.clip_weight, journal)
     weight_grids = quantize_weights(simulated, quantizable, recipe, journal)
+    journal.weights["quantized"] = weight_ranges(simulated)
     if recipe.correction and not recipe.distill_correction:
         correct_biases(simulated, quantizable, exact, moments, journal)
     insert_quantizers(simulated, range_of, recipe.bits_activation, journal)
@@ -716,6 +720,12 @@ def choose_layers(model: fx.GraphModule, range_of: RangeOf, journal: Journal) ->
     if not chosen:
         raise UserError("no layer of the network can be quantized: see the reasons above with --verbose")
     return chosen
+
+
+def weight_ranges(model: fx.GraphModule) -> dict[str, Tensor]:
+    """The lowest and highest weight [C_out, 2] of every channel, by layer."""
+    views = {node.target: taps(module_of(model, node)) for node in weighted_nodes(model)}
+    return {name: torch.stack([view.amin((2, 3)), view.amax((2, 3))], -1).flatten(0, 1) for name, view in views.items()}
 
 
 def clip_weights(model: fx.GraphModule, limit: float, journal: Journal) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import Dataset, default_collate
 
-from utils import artifact, cli, distributed, results
+from utils import artifact, cli, distributed, page, results
 from utils.data import BadSample, Batches
 from utils.distill import statistics_fit
 from utils.engine import evaluate
@@ -21,10 +21,11 @@ from utils.graph import trace
 from utils.inputs import InputSpec
 from utils.journal import Journal
 from utils.metrics import Metric
-from utils.observe import Fidelity
+from utils.observe import Fidelity, fidelity
+from utils.page import Picture, Section
 from utils.parity import AGREEMENT, Agreement, Compared, Remembered
 from utils.quantizer import QParams
-from utils.report import distilled_pictures
+from utils.report import distilled_pictures, make_folder, network_pictures
 
 ROOM = 2 * 2**30  # bytes of decoded images that the rows of a table share
 
@@ -123,7 +124,12 @@ class Experiment:
                 left = seconds / done * (len(missing) - done)
                 print(f"\nrow {done} of {len(missing)} after {_minutes(seconds)}; about {_minutes(left)} left\n")
         if self.args.table:
-            results.print_rows([there.get(results.identity(line), line) for line in lines])
+            rows = [there.get(results.identity(line), line) for line in lines]
+            results.print_rows(rows)
+            if self.args.report and distributed.is_first():
+                links = [f"{_file_name(row)}/report.html" for row in rows]
+                title, lead = f"{self.network.name}: {len(rows)} rows", f"weights {self.network.weights}"
+                page.write_index(self.args.report / "index.html", title, lead, results.row_cells(rows), links)
 
     def _settings(self, recipe: Recipe) -> dict[str, Any]:
         args = argparse.Namespace(**vars(self.args) | recipe.settings)
@@ -163,7 +169,8 @@ class Experiment:
         if args.engine == "onnxruntime":
             line["agreement"] = self._agreement(networks["quantized"])
         if args.report and distributed.is_first():
-            self._draw(labels, networks, metrics, distilled)
+            known = self._settings(recipe) | line
+            self._report(recipe, quantized, labels, networks, metrics, scores, distilled, known)
         return line
 
     def _write(self, recipe: Recipe, quantized: Quantized) -> None:
@@ -244,22 +251,55 @@ class Experiment:
         run = {label: networks[label] for label in fresh}
         return metrics, seconds | evaluate(run, self.batches, fresh, self.device, self.args.skip_bad_images)
 
-    def _draw(
+    def _report(
         self,
+        recipe: Recipe,
+        quantized: Quantized,
         labels: Mapping[str, str],
         networks: Mapping[str, nn.Module],
         metrics: Mapping[str, Metric],
+        scores: Sequence[results.Score],
         distilled: Tensor | None,
+        line: Mapping[str, Any],
     ) -> None:
-        folder = self.args.report
-        captioned = {labels[name]: model for name, model in networks.items()}
-        by_caption = {labels[name]: metric for name, metric in metrics.items()}
-        files = self.data.draw(folder, captioned, by_caption, self.device)
-        if distilled is not None:
-            files += distilled_pictures(
-                folder, distilled, statistics_fit(self.network.model, self.spec, distilled), self.spec
+        """The row's pictures, and the page that shows them."""
+        folder = make_folder(self.args.report / _file_name(line)) if self.args.table else self.args.report
+        near, seen_on = quantized.fidelity, "distilled images"
+        if quantized.simulated and near is None:
+            near, seen_on = (
+                fidelity(quantized.float.cpu(), quantized.simulated, self._probes()),
+                "images of the evaluation",
             )
-        print(f"\n{len(files)} files in {folder}")
+        sections = (
+            network_pictures(folder, quantized.journal.weights, quantized.simulated, near)
+            if quantized.journal.weights
+            else []
+        )
+        captioned = {labels[name]: model for name, model in networks.items()}
+        files = self.data.draw(
+            folder, captioned, {labels[name]: metric for name, metric in metrics.items()}, self.device
+        )
+        shown = [Picture(file, file.stem.replace("_", " ")) for file in files if file.suffix == ".png"]
+        sections.append(Section("Samples", "What the networks say.", shown))
+        if distilled is not None:
+            fit = statistics_fit(self.network.model, self.spec, distilled)
+            sheet, plot = distilled_pictures(folder, distilled, fit, self.spec)
+            pictures = [Picture(sheet, "Some of them."), Picture(plot, "How near each layer's statistics on them are.")]
+            text = f"{len(distilled)} images, made from BatchNorm statistics alone."
+            sections.append(Section("Distilled images", text, pictures))
+        title = f"{self.network.name} {recipe}"
+        lead = (
+            cli.headline(self.args, self.network, len(self.data.samples), str(recipe))
+            + f". Noise is seen on {seen_on}."
+        )
+        page.write(folder / "report.html", title, lead, results.cells(scores), quantized.journal, sections, line)
+        print(f"\n{folder / 'report.html'} shows it, with the files beside it")
+
+
+def _file_name(line: Mapping[str, Any]) -> str:
+    """A folder's name for a row: Original, ReLU_LE_BC, LE_BC_per_channel."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in results.name_of(line))
+    return "_".join(part for part in name.split("_") if part)
 
 
 def _minutes(seconds: float) -> str:

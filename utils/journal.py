@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -18,6 +20,7 @@ class Journal:
 
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by pass and layer: [C, 2], see weight_ranges
 
     def did(self, action: str, where: str, detail: str = "") -> None:
         self.entries.append(Entry(action, where, detail))
@@ -43,12 +46,15 @@ class Journal:
         lines = []
         for action, count in self.counts().items():
             line = f"  {action:<28} {count['done']:>5}"
-            reasons = Counter(entry.detail for entry in self.entries if entry.left_out and entry.action == action)
-            if reasons:
-                shown = [f"{number} {reason}" for reason, number in _merged(reasons).most_common(3)]
-                line += f"   left out {count['left_out']}: {'; '.join(shown)}"
+            if count["left_out"]:
+                line += f"   left out {count['left_out']}: {'; '.join(self.reasons(action))}"
             lines.append(line)
         return "\n".join([*lines, *(f"  note: {text}" for text in self.notes)])
+
+    def reasons(self, action: str) -> list[str]:
+        """The commonest reasons for which layers were left out, each with its number."""
+        reasons = Counter(entry.detail for entry in self.entries if entry.left_out and entry.action == action)
+        return [f"{number} {reason}" for reason, number in _merged(reasons).most_common(3)]
 
     def report(self, verbose: bool) -> str:
         return f"{self.listing()}\n{self.summary()}" if verbose else self.summary()

@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import Dataset, Subset
 
+from utils import charts
 from utils.boxes import BoxCoder
 from utils.data import BadSample
 from utils.distill import Fit
 from utils.errors import UserError
 from utils.inputs import InputSpec
 from utils.metrics import ConfusionMatrix, MeanAveragePrecision, TopK
+from utils.observe import Fidelity
+from utils.page import Picture, Section
+from utils.quantizer import Quantizer
 
 _CAPTION = 16  # height in pixels of the line above a panel
 _GAP = 4  # between two panels
@@ -148,23 +152,50 @@ def detection_pictures(
 
 def distilled_pictures(folder: Path, images: Tensor, fit: Mapping[str, Fit], spec: InputSpec) -> list[Path]:
     """Draw a contact sheet of distilled images [N, 3, H, W], and how well each layer's statistics are met; returns the PNG files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sheet, plot = folder / "distilled.png", folder / "distilled_fit.png"
+    sheet = folder / "distilled.png"
     grid([denormalise(image, spec) for image in images[:16]], columns=4).save(sheet)
-    figure, axes = pyplot.subplots(figsize=(max(6, len(fit) / 6), 4), layout="constrained")
-    for label, errors in (("mean", [f.mean for f in fit.values()]), ("deviation", [f.deviation for f in fit.values()])):
-        axes.plot(range(len(fit)), errors, marker="o", markersize=3, label=label)
-    axes.set(ylabel="error, in the layer's deviations", title=f"Statistics met by {len(images)} distilled images")
-    axes.set_xticks(range(len(fit)), fit, rotation=90, fontsize=6)
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(plot, dpi=110)
-    pyplot.close(figure)
-    return [sheet, plot]
+    return [sheet, charts.statistics_fit(folder / "distilled_fit.png", fit)]
+
+
+def network_pictures(
+    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], simulated: fx.GraphModule | None, near: Fidelity | None
+) -> list[Section]:
+    """Draw what the passes did to the weights, the activations' ranges and the layers' noise; returns the report's sections.
+
+    weights: of Journal. near: of the quantized network, None where there is none.
+    """
+    layer = charts.most_uneven(next(iter(weights.values())))
+    sections = [
+        Section(
+            "Weights",
+            "One grid per tensor serves its widest channel: what lies far below that is rounded away.",
+            [
+                Picture(
+                    charts.weight_spread(folder / "weights.png", weights),
+                    "Largest |weight| of each layer's channels after each pass: box from quartile to quartile, whiskers to the extremes.",
+                ),
+                Picture(
+                    charts.channels(folder / "channels.png", weights, layer),
+                    f"From lowest to highest weight, the channels of {layer}, which has the widest spread as loaded.",
+                ),
+            ],
+        )
+    ]
+    if simulated is None:
+        return sections
+    quantizers = {name: module for name, module in simulated.named_modules() if isinstance(module, Quantizer)}
+    ranges = {
+        name: (module.scale * module.lowest, module.scale * module.highest) for name, module in quantizers.items()
+    }
+    picture = Picture(charts.activation_ranges(folder / "activations.png", ranges), "Range of every quantizer.")
+    sections.append(Section("Activations", f"{len(ranges)} tensors are quantized.", [picture]))
+    worst = sorted(near.layers, key=near.layers.get)[:5]
+    text = f"Output {near.output:.1f} dB over its quantization noise, {near.agreement:.1f} % of answers as the float network's. "
+    text += "Noisiest layers: " + ", ".join(f"{name} {near.layers[name]:.1f} dB" for name in worst) + "."
+    picture = Picture(
+        charts.noise(folder / "noise.png", near.layers, worst), "Signal over quantization noise, layer by layer."
+    )
+    return [*sections, Section("Noise", text, [picture])]
 
 
 def draw_boxes(picture: Image.Image, boxes: Tensor, labels: Tensor, captions: Sequence[str]) -> Image.Image:

@@ -93,6 +93,24 @@ def print_table(scores: Sequence[Score], metrics: Mapping[str, Metric]) -> None:
             print(f"\n{score.label} {remark}")
 
 
+def cells(scores: Sequence[Score]) -> list[list[str]]:
+    """The same as text, a list for each row, the heading first."""
+    names = list(scores[0].metrics)
+    rows = [
+        [
+            score.label,
+            *(f"{score.metrics[name]:.2f}" for name in names),
+            *(
+                ["", ""]
+                if score is scores[0]
+                else [f"{score.change:+.2f}", "{:+.2f} to {:+.2f}".format(*score.change_interval)]
+            ),
+        ]
+        for score in scores
+    ]
+    return [["", *names, "change", "95 % of it"], *rows]
+
+
 def print_classes(scores: Sequence[Score], metrics: Mapping[str, Metric]) -> None:
     """The main metric per class, for metrics that have it."""
     shown = [score for score in scores if hasattr(metrics[score.network], "per_class")]
@@ -321,7 +339,7 @@ def _row(line: Mapping[str, Any], common: Sequence[str], source: Published | Non
     grid = f"{bits['weight']}/{bits['activation']}/{bits['bias']}" if bits else "-"
     theirs = source and source.quantized.get(line["recipe"]) if not flags["per_channel"] else None
     cells = [
-        _name(line),
+        name_of(line),
         grid,
         *([_figure(theirs), _change(theirs, source.fp32)] if source else []),
         _figure(line["fp32"]),
@@ -341,17 +359,32 @@ def _change(value: float | None, reference: float) -> str:
     return "-" if value is None else f"{value - reference:+.2f}"
 
 
+def row_cells(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The rows of a table as text, a list for each, the heading first."""
+    rows = [
+        [
+            name_of(line),
+            f"{line['fp32']:.2f}",
+            f"{line['quantized']:.2f}",
+            _change(line["quantized"], line["fp32_original"]),
+            "{:+.2f} to {:+.2f}".format(*line["change_interval"]),
+        ]
+        for line in lines
+    ]
+    return [["", "FP32", "quantized", "change", "95 % of it"], *rows]
+
+
 def print_rows(lines: Sequence[Mapping[str, Any]]) -> None:
     """The rows of a table, a line each."""
-    width = max(len(_name(line)) for line in lines)
-    print(f"\n{'':<{width}}{'FP32':>9}{'quantized':>11}{'change':>9}{'95 % of it':>18}")
-    for line in lines:
-        sure = "{:+.2f} to {:+.2f}".format(*line["change_interval"])
-        change = _change(line["quantized"], line["fp32_original"])
-        print(f"{_name(line):<{width}}{line['fp32']:>9.2f}{line['quantized']:>11.2f}{change:>9}{sure:>18}")
+    rows = row_cells(lines)
+    width = max(len(row[0]) for row in rows)
+    print()
+    for name, fp32, quantized, change, sure in rows:
+        print(f"{name:<{width}}{fp32:>9}{quantized:>11}{change:>9}{sure:>18}")
 
 
-def _name(line: Mapping[str, Any]) -> str:
+def name_of(line: Mapping[str, Any]) -> str:
+    """The row's name in a table."""
     return line["recipe"] + (" per channel" if line["flags"]["per_channel"] else "")
 
 
