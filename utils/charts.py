@@ -30,6 +30,7 @@ def weight_spread(file: Path, stages: Mapping[str, Mapping[str, Tensor]]) -> Pat
             capprops={"color": _ACCENT, "linewidth": 0.8},
         )
         axes.set(yscale="log", ylabel="largest |w|")
+        axes.set_ylim(bottom=max(1e-4, axes.get_ylim()[0]))  # cleared channels are at 0
         axes.set_title(stage, loc="left")
         axes.set_xticks([])
     _name_ticks(rows[-1], list(next(iter(stages.values()))), first=1)

@@ -15,6 +15,7 @@ from utils.boxes import BoxCoder
 from utils.data import BadSample
 from utils.distill import Fit
 from utils.errors import UserError
+from utils.graph import module_of
 from utils.inputs import InputSpec
 from utils.metrics import ConfusionMatrix, MeanAveragePrecision, TopK
 from utils.observe import Fidelity
@@ -183,7 +184,8 @@ def network_pictures(
     ]
     if simulated is None:
         return sections
-    quantizers = {name: module for name, module in simulated.named_modules() if isinstance(module, Quantizer)}
+    quantizers = {node.name: module_of(simulated, node) for node in simulated.graph.nodes}
+    quantizers = {name: module for name, module in quantizers.items() if isinstance(module, Quantizer)}
     ranges = {
         name: (module.scale * module.lowest, module.scale * module.highest) for name, module in quantizers.items()
     }
