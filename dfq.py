@@ -11,12 +11,13 @@ Notation: a layer computes y = W x + b; r(W)_i is the largest |W| of a channel i
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -231,9 +232,9 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     if not recipe.equalize:
         return quantize(network, spec, statistics, recipe, images, journal)
 
-    def attempt(extremes: Extremes, exponent: float = 0.0, without: frozenset[str] = frozenset()) -> Quantized:
+    def attempt(extremes: Extremes, **options: Any) -> Quantized:
         equalized, known, log = copy.deepcopy((network, statistics, journal))
-        equalize(equalized, known, extremes, log, exponent, without)
+        equalize(equalized, known, extremes, log, **options)
         check_unchanged("equalization", expected, equalized, probe, model, log)
         log.weights["equalized"] = weight_ranges(equalized)
         return quantize(equalized, spec, known, recipe, images, log)
@@ -243,7 +244,9 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     alone = quantize(*copy.deepcopy((network, spec, statistics, recipe)), images, copy.deepcopy(journal))
     ways = {"as statistics promise": partial(attempt, promised_extremes(statistics))}
     seen = channel_extremes(network, images)
-    ways |= {f"as seen, exponent {exponent:g}": partial(attempt, seen, exponent) for exponent in EXPONENTS}
+    for exponent, through_sums in itertools.product(EXPONENTS, (False, True)):
+        name = f"as seen, exponent {exponent:g}{', through sums' if through_sums else ''}"
+        ways[name] = partial(attempt, seen, exponent=exponent, through_sums=through_sums)
     readers = {port.name for link in find_links(network)[0] for port in link.readers}
     return nearest(alone, ways, readers)
 
@@ -499,7 +502,7 @@ def _clear(
 # ------------------------------------------------------------------------------------- equalize
 
 
-EXPONENTS = (0.0, 0.25, 0.5)  # that --distill_equalize tries, besides none at all and the paper's way
+EXPONENTS = (0.0, 0.25)  # that --distill_equalize tries, besides none at all and the paper's way
 
 Extremes = dict[
     str, tuple[Tensor, Tensor]
@@ -522,52 +525,54 @@ def equalize(
     extremes: Extremes,
     journal: Journal,
     exponent: float = 0.0,
+    through_sums: bool = False,
     without: frozenset[str] = frozenset(),
     limit: float = 1e4,
     sweeps: int = 100,
 ) -> None:
     """Rescale channels between every layer and its readers until their ranges agree; section 4.1.
 
-    Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6 becomes a
-    CappedReLU. Sweeps over the network until no factor moves by more than 0.1 %. No factor may stretch
+    Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6 becomes a CappedReLU. Sweeps over the network until no factor moves by more than 0.1 %. No factor may stretch
     the range that all channels of an activation share: one of tiny weights and a common bias would, scaled
     up for its weights' sake, leave the others a few steps of the grid. Nor may one go beyond limit,
     either way. Works on the kernels' maxima; weights are touched once.
 
     extremes: of layers' outputs, those of promised_extremes() or of utils.observe.channel_extremes().
-    without: layers whose input is left as it is.
+    through_sums: scale the layers of a residual stream too, all of them by one factor for each channel; the paper leaves
+    them as they are. without: layers whose input is left as it is.
     exponent: a producer's channel counts with its weights' range^(1 - exponent) times its activation's
     range^exponent, so that above 0 the activation's channels are evened out too.
     """
-    links, refused = find_links(model)
+    links, refused = find_links(model, through_sums)
     for name, reason in refused.items():
         journal.left("equalized", name, reason)
     harmful = [link for link in links if any(port.name in without for port in link.readers)]
-    for link in harmful:
-        journal.left("equalized", link.producer, "a reader loses by it on distilled images")
+    for name in (name for link in harmful for name in link.producers):
+        journal.left("equalized", name, "a reader loses by it on distilled images")
     links = [link for link in links if link not in harmful]
     layers = {
-        name: model.get_submodule(name) for link in links for name in (link.producer, *(p.name for p in link.readers))
+        name: model.get_submodule(name) for link in links for name in (*link.producers, *(p.name for p in link.readers))
     }
     maxima = {name: taps(layer).abs().amax(3) for name, layer in layers.items()}  # [groups, out, in]
     totals = [torch.ones(link.channels) for link in links]
-    reaches = [activation_reach(model, link, extremes) for link in links]
+    reaches = [activation_reaches(model, link, extremes) for link in links]
     for _ in range(sweeps):
         moved = 0.0
         for link, total, reach in zip(links, totals, reaches, strict=True):
-            first = maxima[link.producer]
-            r1, floor = first.amax(2).reshape(-1), torch.zeros(link.channels)
+            firsts = [maxima[name] for name in link.producers]
+            r1, floor = torch.stack([first.amax(2).reshape(-1) for first in firsts]).amax(0), torch.zeros(link.channels)
             if reach is not None:
-                present = reach / total
+                present = reach.amax(0) / total
                 # As a share of the largest, but no channel so small that its weights would stop counting.
                 in_weights = r1.max() * (present / present.max().clamp_min(1e-30)).clamp_min(0.01)
                 r1 = r1 ** (1 - exponent) * in_weights**exponent
-                floor = reach / reach.max().clamp_min(1e-30)
+                floor = (reach / reach.amax(1, keepdim=True).clamp_min(1e-30)).amax(0)
             r2 = torch.stack([_input_range(maxima[port.name], port, link.channels) for port in link.readers]).amax(0)
             scale = (total * equalization_scale(r1, r2)).clamp(1 / limit, limit)
             scale = torch.maximum(scale, floor) / total
             total *= scale
-            first /= scale.view(first.shape[0], -1, 1)
+            for first in firsts:
+                first /= scale.view(first.shape[0], -1, 1)
             for port in link.readers:
                 _scale_columns(maxima[port.name], port, scale)
             moved = max(moved, float(scale.log().abs().max()))
@@ -578,9 +583,9 @@ def equalize(
     for link, total in zip(links, totals, strict=True):
         apply_scale(model, link, total, statistics)
         names = ", ".join(port.name for port in link.readers)
-        journal.did(
-            "equalized", f"{link.producer} -> {names}", f"factors {float(total.min()):.3g} to {float(total.max()):.3g}"
-        )
+        factors = f"factors {float(total.min()):.3g} to {float(total.max()):.3g}"
+        for name in link.producers:
+            journal.did("equalized", f"{name} -> {names}", factors + (", tied by sums" if link.tied else ""))
     tidy(model)
 
 
@@ -590,15 +595,21 @@ def promised_extremes(statistics: Statistics) -> Extremes:
     return {name: (known.mean - reach[name], known.mean + reach[name]) for name, known in statistics.items()}
 
 
-def activation_reach(model: fx.GraphModule, link: Link, extremes: Extremes) -> Tensor | None:
-    """The largest absolute value [C] of each of a producer's channels behind its activation, where it is known."""
-    if link.producer not in extremes:
+def activation_reaches(model: fx.GraphModule, link: Link, extremes: Extremes) -> Tensor | None:
+    """The largest absolute value [tensors, C] of each channel of a link's activations, where it is known: behind
+    each producer's activation, and of their sum where adds tie several."""
+    if any(name not in extremes for name in link.producers):
         return None
-    low, high = extremes[link.producer]
-    largest = high.clamp_min(0) if link.rectified else torch.maximum(low.abs(), high.abs())
+    reaches = []
+    for name in link.producers:
+        low, high = extremes[name]
+        reaches.append(high.clamp_min(0) if link.rectified else torch.maximum(low.abs(), high.abs()))
+    together = torch.stack(reaches)
+    if link.tied:  # as of independent terms
+        together = torch.cat([together, together.square().sum(0, keepdim=True).sqrt()])
     for port in link.clips:
-        largest = torch.minimum(largest, _caps(model.get_submodule(port.name), port, link.channels))
-    return largest
+        together = torch.minimum(together, _caps(model.get_submodule(port.name), port, link.channels))
+    return together
 
 
 def nearest(
@@ -629,10 +640,11 @@ def nearest(
 
 def apply_scale(model: fx.GraphModule, link: Link, scale: Tensor, statistics: Statistics) -> None:
     """Divide the producer's channels by scale [C], multiply the readers' columns, scale what lies between."""
-    scale_outputs(model.get_submodule(link.producer), 1 / scale)
-    known = statistics.get(link.producer)
-    if known is not None:
-        statistics[link.producer] = Gaussian(known.mean / scale, known.variance / scale**2)
+    for name in link.producers:
+        scale_outputs(model.get_submodule(name), 1 / scale)
+        known = statistics.get(name)
+        if known is not None:
+            statistics[name] = Gaussian(known.mean / scale, known.variance / scale**2)
     for port in link.readers:
         layer = model.get_submodule(port.name)
         scale_inputs(layer, port.across(channels_in(layer), scale, elsewhere=1))

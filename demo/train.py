@@ -275,7 +275,7 @@ TASKS = {
     "residual": Task(
         "classification",
         RESIZED,
-        Recipe(scenes=12_000, epochs=10, batch=64, optimizer="sgd", rate=0.05, decay=1e-4),
+        Recipe(scenes=12_000, epochs=3, batch=64, optimizer="sgd", rate=0.05, decay=1e-4),
         residual_classifier,
         classification_batch,
         nn.functional.cross_entropy,

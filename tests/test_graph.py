@@ -178,3 +178,11 @@ def test_timm_layers_become_plain_ones():
     traced = folded(model, spec)
     assert not {"Conv2dSame", "BatchNormAct2d", "BatchNorm2d"} & set(kinds(traced))
     torch.testing.assert_close(traced(spec.probe()), model(spec.probe()), rtol=1e-4, atol=1e-5)
+
+
+def test_links_through_the_sums_of_a_residual_block():
+    links, refused = find_links(folded(Residual()), through_sums=True)
+    (tied,) = [link for link in links if link.tied]
+    assert tied.producers == ("stem.0", "outer.0")
+    assert {port.name for port in tied.readers} == {"inner.0", "head.linear"}
+    assert list(refused) == ["head.linear"]

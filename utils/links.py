@@ -1,5 +1,6 @@
 """From producers to readers: whose channels can be rescaled, and where they arrive."""
 
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +46,7 @@ class Link:
 
     clips: the ReLU6 and CappedReLU on the way, whose caps scale with the channels.
     rectified: whether every way leads through a ReLU or one of these.
+    tied: further layers whose channels are added to the producer's, so that they have one scale.
     """
 
     producer: str
@@ -52,6 +54,11 @@ class Link:
     readers: tuple[Port, ...]
     clips: tuple[Port, ...]
     rectified: bool
+    tied: tuple[str, ...] = ()
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        return (self.producer, *self.tied)
 
 
 @dataclass(frozen=True)
@@ -82,29 +89,72 @@ class _Refused(Exception):
     """Why a producer's channels cannot be scaled."""
 
 
-def find_links(model: fx.GraphModule) -> tuple[list[Link], dict[str, str]]:
+def find_links(model: fx.GraphModule, through_sums: bool = False) -> tuple[list[Link], dict[str, str]]:
     """Every layer whose output channels can be rescaled, with its readers; and why the others cannot.
 
-    The second is the reason by the layer's name, such as "read by add `add_3`".
+    The second is the reason by the layer's name, such as "read by add `add_3`". through_sums: layers whose outputs
+    are added are scaled together, by one link.
     """
-    links, refused = [], {}
+    links, refused, done = [], {}, set()
     for node in weighted_nodes(model):
+        if node.target in done:
+            continue
         producer = module_of(model, node)
         if isinstance(producer, nn.Linear) and len(shape(node)) != 2:
             refused[node.target] = "its channels are not the second axis"
             continue
-        readers, clips = [], []
+        producers = [node]
         try:
-            rectified = _walk(model, node, _Way(Port(""), False), readers, clips)
+            link = _follow(model, producers, through_sums)
         except _Refused as reason:
-            refused[node.target] = str(reason)
-            continue
-        links.append(Link(node.target, channels_out(producer), tuple(readers), tuple(clips), rectified))
+            refused |= {tied.target: str(reason) for tied in producers}
+        else:
+            links.append(link)
+        done |= {tied.target for tied in producers}
     return links, refused
 
 
-def _walk(model: fx.GraphModule, node: fx.Node, way: _Way, readers: list[Port], clips: list[Port]) -> bool:
-    """Follow the channels to their readers; whether every way was rectified."""
+def _follow(model: fx.GraphModule, producers: list[fx.Node], through_sums: bool) -> Link:
+    """The link of a producer; whatever sums tie to it joins the list."""
+    channels = channels_out(module_of(model, producers[0]))
+    readers, clips, adds, rectified = {}, {}, {}, True
+    for producer in producers:  # grows
+        met: list[fx.Node] | None = [] if through_sums else None
+        rectified &= _walk(model, producer, _Way(Port(""), False), readers, clips, met)
+        for add in met or ():
+            if add in adds:
+                continue
+            adds[add] = None
+            for origin in _origins(model, add):
+                if origin not in producers:
+                    producers.append(origin)
+    first, *tied = (producer.target for producer in producers)
+    return Link(first, channels, tuple(readers), tuple(clips), rectified and not tied, tuple(tied))
+
+
+def _origins(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The layers whose channels a sum holds, all of them at its own channels."""
+    module = module_of(model, node)
+    if isinstance(module, WEIGHTED):
+        return [node]
+    if node.target is operator.add:
+        if any(not isinstance(part, fx.Node) or shape(part) != shape(node) for part in node.args):
+            raise _Refused(f"read by {describe(module, node)}, whose terms differ in shape")
+        return [origin for part in node.args for origin in _origins(model, part)]
+    if isinstance(module, (*_HOMOGENEOUS, nn.ReLU6, CappedReLU)):
+        return _origins(model, node.args[0])
+    raise _Refused(f"added to {describe(module, node)}")
+
+
+def _walk(
+    model: fx.GraphModule,
+    node: fx.Node,
+    way: _Way,
+    readers: dict[Port, None],
+    clips: dict[Port, None],
+    adds: list[fx.Node] | None,
+) -> bool:
+    """Follow the channels to their readers, through adds if there is a list for them; whether every way was rectified."""
     rectified = True
     for user in node.users:
         if user.target in ASKS_SHAPE:
@@ -114,18 +164,21 @@ def _walk(model: fx.GraphModule, node: fx.Node, way: _Way, readers: list[Port], 
             if isinstance(module, nn.Linear) and len(shape(node)) != 2:
                 raise _Refused(f"read by linear layer {user.target!r} along another axis")
             constant = way.port.keeps_constants and not sees_padding(module)
-            readers.append(replace(way.port, name=user.target, keeps_constants=constant))
+            readers[replace(way.port, name=user.target, keeps_constants=constant)] = None
             rectified &= way.rectified
+        elif adds is not None and user.target is operator.add and (way.port.offset, way.port.repeat) == (0, 1):
+            adds.append(user)
+            rectified &= _walk(model, user, _Way(Port(""), False), readers, clips, adds)
         else:
-            rectified &= _walk(model, user, _step(module, user, node, way, clips), readers, clips)
+            rectified &= _walk(model, user, _step(module, user, node, way, clips), readers, clips, adds)
     return rectified
 
 
-def _step(module: nn.Module | None, user: fx.Node, node: fx.Node, way: _Way, clips: list[Port]) -> _Way:
+def _step(module: nn.Module | None, user: fx.Node, node: fx.Node, way: _Way, clips: dict[Port, None]) -> _Way:
     """The way after one operation that reads the node."""
     port = way.port
     if isinstance(module, nn.ReLU6 | CappedReLU):
-        clips.append(replace(port, name=user.target))
+        clips[replace(port, name=user.target)] = None
         return replace(way, rectified=True)
     if isinstance(module, nn.PReLU) and module.num_parameters > 1 and port.offset:
         raise _Refused(f"read by {user.target!r} after a concat")
