@@ -1,7 +1,7 @@
 """How well fidelity on distilled images foretells what quantization costs: python -m benchmarks.fidelity FILE ...
 
-Over the rows of each network in recorded result files: Spearman's rank correlation between the change that
-was measured with labels, and what the distilled images said without.
+Over the rows of each network in recorded result files, those that leave the float network as it is: Spearman's
+rank correlation between the change that was measured with labels, and what distilled images said without.
 """
 
 import argparse
@@ -29,13 +29,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     groups: dict[tuple, list] = {}
     for line in (line for file in args.files for line in read_lines(file)):
-        if "fidelity" in line:
+        if "fidelity" in line and line["fp32"] == line["fp32_original"]:  # fidelity is to the row's own float network
             groups.setdefault((line["model"], line["weights"], line["data"], line["fp32_original"]), []).append(line)
     print(f"{'rank correlation of the change with':<60}{'rows':>6}{'output dB':>12}{'same answers':>14}")
     for (model, weights, data, _), lines in groups.items():
         if len(lines) < 4:
             continue
-        change = torch.tensor([line["quantized"] - line["fp32"] for line in lines])
+        change = torch.tensor([line["quantized"] for line in lines])
         figures = [torch.tensor([line["fidelity"][name] for line in lines]) for name in ("output", "agreement")]
         shown = "".join(
             f"{spearman(change, figure):>{width}.2f}" for figure, width in zip(figures, (12, 14), strict=True)

@@ -1,6 +1,6 @@
 """How long the passes take, and what simulating INT8 costs over running in float.
 
-    python -m benchmarks.simulation [--model NAME --weights FILE] [--side 224] [--rounds 9]
+    python -m benchmarks.simulation [--task TASK --model NAME --weights FILE] [--side 224] [--rounds 9]
 
 Ratios are medians over rounds in which every variant ran once, one after the other. "Plain" is the
 network as loaded under torch's own defaults (no channels_last, the system's allocator settings), in a
@@ -28,7 +28,8 @@ RECIPES |= {"+LE+BC": Recipe(equalize=True, quantize=True, correction=True)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mobilenet_v2", help="as for main_cls.py")
+    parser.add_argument("--task", default="classification", help="classification (default), segmentation or detection")
+    parser.add_argument("--model", default="mobilenet_v2", help="as for the task's script")
     parser.add_argument("--weights", help="checkpoint (default: random weights for mobilenet_v2, which are as fast)")
     parser.add_argument("--side", type=int, default=224, help="side of the input in pixels")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -79,7 +80,7 @@ def load(args: argparse.Namespace) -> nn.Module:
     if args.weights is None and args.model == "mobilenet_v2":
         torch.manual_seed(0)
         return mobilenet_v2().eval()
-    return build_model(args.model, args.weights).model
+    return build_model(args.model, args.weights, args.task).model
 
 
 def answer_rounds(model: nn.Module, images: torch.Tensor) -> None:

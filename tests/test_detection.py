@@ -642,7 +642,10 @@ def test_the_helmet_network_scores_as_with_the_code_that_trained_it(shared):
     samples, labels = voc_detection(open_voc(str(shared / "data/helmet-voc"), "Main", "test"), network.spec, CLASSES)
     metric = MeanAveragePrecision(labels, box_coder(network.model, network.spec), "voc07")
     # This network multiplies rounding by 100,000 in two layers, and kernels round by batch size and threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     evaluate({"fp32": network.model}, Batches(samples, 8, 0, 0, stack), {"fp32": metric}, CPU)
+    torch.set_num_threads(threads)
     scores = metric.compute()
     assert (scores["map_voc07"], scores["map_voc12"]) == pytest.approx((14.5, 14.8), abs=1.0)
     assert tuple(metric.per_class().values()) == pytest.approx((16.7, 12.3), abs=1.5)
