@@ -335,9 +335,9 @@ def _common(commands: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _row(line: Mapping[str, Any], common: Sequence[str], source: Published | None) -> str:
-    quantized, bits, flags = line["quantized"], line["bits"], line["flags"]
+    quantized, bits = line["quantized"], line["bits"]
     grid = f"{bits['weight']}/{bits['activation']}/{bits['bias']}" if bits else "-"
-    theirs = source and source.quantized.get(line["recipe"]) if not flags["per_channel"] else None
+    theirs = source and source.quantized.get(name_of(line))
     cells = [
         name_of(line),
         grid,
@@ -385,7 +385,8 @@ def print_rows(lines: Sequence[Mapping[str, Any]]) -> None:
 
 def name_of(line: Mapping[str, Any]) -> str:
     """The row's name in a table."""
-    return line["recipe"] + (" per channel" if line["flags"]["per_channel"] else "")
+    grid = " per channel" if line["flags"]["per_channel"] else ""
+    return line["recipe"] + grid + (" in ONNX Runtime" if line["engine"] == "onnxruntime" else "")
 
 
 def update(readme: Path, tables: str) -> str:
