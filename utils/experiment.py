@@ -101,7 +101,8 @@ class Experiment:
     def run(self, recipes: Sequence[Recipe], quantize: Quantize, to_evaluate: ToEvaluate) -> None:
         """A row for every recipe; of a table, for every one that the results file does not hold yet."""
         lines = [self._settings(recipe) for recipe in recipes]
-        there = results.recorded(self.args.results) if self.args.table else {}
+        own = results.recorded(self.args.results) if self.args.table and distributed.is_first() else {}
+        there = distributed.gather(own)[0]  # other machines may not see the file
         missing = [i for i, line in enumerate(lines) if results.identity(line) not in there]
         if self.args.table:
             print(f"{len(recipes)} rows, {len(recipes) - len(missing)} of them in {self.args.results} already")
