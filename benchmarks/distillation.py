@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--plot", type=Path, help="PNG to draw the curves in")
     args = parser.parse_args(arguments)
-    args.resize = args.mean = args.std = None
+    args.resize = args.mean = args.std = args.load = None
     engine.tune_allocator()
     curve = {f"{n} images, {steps} steps": Distillation(images=n, steps=steps) for n in IMAGES for steps in STEPS}
     figures = measure(args, curve)
