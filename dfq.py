@@ -162,6 +162,7 @@ TABLE = {
         _row("equalize", "correction", "distill_correction"),
         _row("equalize", "correction", "distill_correction", "distill_range"),
         _row("equalize", "correction", "distill_equalize", "distill_range"),
+        _row("equalize", "correction", "distill_equalize", "distill_correction", "distill_range"),
         _row("equalize", "absorption", "correction"),
         _row("per_channel"),
         _row("per_channel", "equalize", "correction"),
