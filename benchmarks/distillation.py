@@ -25,7 +25,7 @@ from utils.metrics import TopK
 from utils.observe import fidelity, histograms
 
 CPU = torch.device("cpu")
-IMAGES, STEPS = (1, 4, 16, 64), (5, 10, 20, 40, 80)
+IMAGES, STEPS = (1, 4, 16, 64), (5, 20, 40)
 RECIPE = Recipe(quantize=True, equalize=True, correction=True, distill_range=True)
 RECIPES = {"+LE+BC +DR": RECIPE, "+LE+DBC +DR": replace(RECIPE, distill_correction=True)}
 DEFAULT = Distillation(images=16)
@@ -34,8 +34,6 @@ CHOICES = {
     "white noise at first": replace(DEFAULT, start="white"),
     "plain squared error": replace(DEFAULT, robust=False),
     "shifts and mirroring": replace(DEFAULT, jitter=True),
-    "rate 0.03": replace(DEFAULT, rate=0.03),
-    "rate 0.3": replace(DEFAULT, rate=0.3),
     "batches of 4": replace(DEFAULT, batch=4),
 }
 
