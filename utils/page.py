@@ -13,7 +13,7 @@ _STYLE = """
 @page { size: A4; margin: 18mm 16mm }
 body { max-width: 62rem; margin: 3rem auto; padding: 0 1.5rem; color: #26323c; background: #fff;
   font: 16px/1.5 "Source Serif 4", Charter, Georgia, serif }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; break-after: avoid } h2 + p { break-after: avoid }
 .lead { color: #5a6873; margin: 0 0 2rem } figure { margin: 1.2rem 0; break-inside: avoid }
 figure img { max-width: 100%; height: auto; display: block } figcaption { color: #5a6873; font-size: .87rem; margin-top: .4rem }
 table { border-collapse: collapse; font: 14px/1.45 "Source Sans 3", "Helvetica Neue", Arial, sans-serif;
