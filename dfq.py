@@ -14,7 +14,7 @@ import copy
 import itertools
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from typing import Any, Protocol
@@ -989,16 +989,22 @@ def to_evaluate(loaded: nn.Module, quantized: Quantized, recipe: Recipe) -> dict
     if recipe.changes_float or quantized.simulated is None:
         networks["fp32"] = quantized.float
     if quantized.simulated is not None:
-        networks["quantized"] = fold_scales(quantized.simulated)
+        networks["quantized"] = fold_scales(quantized.simulated, quantized.weight_grids, quantized.bias_grids)
     return networks
 
 
-def fold_scales(model: fx.GraphModule) -> fx.GraphModule:
+def fold_scales(
+    model: fx.GraphModule,
+    weight_grids: Mapping[str, QParams] | None = None,
+    bias_grids: Mapping[str, QParams] | None = None,
+) -> fx.GraphModule:
     """A copy of a simulated network that computes the same with fewer passes over its activations.
 
     A quantizer behind a layer divides by its scale, rounds, and multiplies. Where a layer alone feeds a
     quantizer, the division moves into its weights and bias; where layers alone read a quantizer,
     the multiplication moves into their weights, and what flows between is the integers themselves.
+    With the grids, a layer between two such quantizers computes on the integers that an engine has, and its
+    quantizer multiplies by what the engine does: then both round the same number.
     """
     model = copy.deepcopy(model)
     for node in model.graph.nodes:
@@ -1015,7 +1021,22 @@ def fold_scales(model: fx.GraphModule) -> fx.GraphModule:
                 layer = module_of(model, reader)
                 scale_inputs(layer, torch.full((channels_in(layer),), quantizer.after))
             quantizer.after = 1.0
+    for node in weighted_nodes(model):
+        before, after = quantizer_before(model, node.args[0]), module_of(model, next(iter(node.users)))
+        known = node.target in (weight_grids or {}) and node.target in (bias_grids or {})
+        if known and before.after == 1 and isinstance(after, Quantizer) and after.before == 1 and len(node.users) == 1:
+            multiplier = weight_grids[node.target].scale.float() * before.scale / after.scale
+            _to_integers(module_of(model, node), multiplier)
+            after.before = float(multiplier) if multiplier.dim() == 0 else per_channel(multiplier, len(shape(node)))
     return run_in_place(model)
+
+
+def _to_integers(layer: nn.Module, multiplier: Tensor) -> None:
+    """Weights and bias as the integers of which they are multiples. multiplier: [] or [C_out]."""
+    factors = multiplier.double().expand(channels_out(layer))
+    view = taps(layer)
+    view.copy_((view.double() / factors.view(view.shape[0], -1, 1, 1)).round())
+    layer.bias.data.copy_((layer.bias.double() / factors).round())
 
 
 def _layers_reading(model: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:

@@ -48,7 +48,10 @@ def main() -> None:
 
     cpu = torch.device("cpu")
     folded = deploy(next(iter(results.values())).float, cpu)
-    simulated = {name: deploy(fold_scales(result.simulated), cpu) for name, result in results.items()}
+    simulated = {
+        name: deploy(fold_scales(result.simulated, result.weight_grids, result.bias_grids), cpu)
+        for name, result in results.items()
+    }
     floats = {f"float {name}": deploy(result.float, cpu) for name, result in results.items()}
     fast_images = images.to(memory_format=torch.channels_last)
     runs = {name: lambda net=net: net(fast_images) for name, net in (floats | simulated).items()}

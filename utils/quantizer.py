@@ -110,7 +110,7 @@ class Quantizer(nn.Module):
     0 this is also the ReLU, the ReLU6 or the CappedReLU before it.
     inplace: overwrite the input, where the caller knows that nobody else reads it.
     before, after: what the steps are multiplied by before and after rounding: 1 / scale and scale,
-    unless the layers around have taken them over.
+    unless the layers around have taken them over; before may be [C, 1, ...].
     """
 
     def __init__(self, grid: QParams, cap: Tensor | None = None, inplace: bool = False):
@@ -133,8 +133,9 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Equal to torch.fake_quantize_per_tensor_affine, which writes a mask besides, in fewer passes over
         # memory. Rounding is to even, before the clamp, as in that kernel.
-        steps = x if self.inplace else x.clone() if self.before == 1 else x * self.before
-        if self.inplace and self.before != 1:
+        plain = not isinstance(self.before, Tensor) and self.before == 1
+        steps = x if self.inplace else x.clone() if plain else x * self.before
+        if self.inplace and not plain:
             steps.mul_(self.before)
         steps.round_()
         if self.cap is None:
