@@ -14,7 +14,7 @@ from torch import nn
 
 import main_cls
 import main_seg
-from dfq import Recipe, outputs_of, quantize_data_free
+from dfq import Recipe, fold_scales, outputs_of, quantize_data_free
 from utils import cli
 from utils.errors import UserError
 from utils.export import build, check_parity, export
@@ -190,3 +190,18 @@ def test_saved_loaded_and_exported_it_is_the_same_network(script, tmp_path, monk
     graphs = [onnx.load(file).graph.SerializeToString() for file in (first, second)]
     assert graphs[0] == graphs[1]
     assert "53 of 53 layers" in capsys.readouterr().out or script is main_seg
+
+
+@pytest.mark.parametrize("flags", [{}, {"per_channel": True}, {"asymmetric": True}])
+def test_the_simulation_that_is_scored_computes_on_the_engines_integers(flags):
+    result = quantized(chain(), replace(FULL, **flags))
+    scored = fold_scales(result.simulated, result.weight_grids, result.bias_grids)
+    for name in ("0.0", "1.0", "2.0"):
+        layer = scored.get_submodule(name)
+        assert torch.equal(layer.weight, layer.weight.round()) and 50 < layer.weight.abs().max() <= 255
+        assert torch.equal(layer.bias, layer.bias.round())
+    images = SPEC.probe(64, seed=9)
+    engine = OnnxNetwork(build(result, SPEC, {}).SerializeToString())(images)
+    far = {kind: (net(images) - engine).abs() > 1e-4 for kind, net in (("scored", scored), ("plain", result.simulated))}
+    assert far["scored"].float().mean() <= far["plain"].float().mean() <= 0.2
+    assert far["scored"].float().mean() < 0.05
