@@ -310,11 +310,11 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def _group(task: str, model: str, weights: str, data: str, samples: int, metric: str, rows: Sequence[Mapping]) -> str:
     low, high = rows[0]["intervals"]["fp32_original"]
-    source = published(task, model, data)
+    source = published(task, model, data) if data != "demo" else None
     columns = ["row", "W/A/bias", "FP32", "quantized", "change", "95 %", "flags"]
     if source:
         columns[2:2] = [f"published {source.fp32:.2f} →", "change"]
-    common = _common([shlex.split(row["command"]) for row in rows])
+    common = _common([_words(row) for row in rows])
     return "\n".join(
         [
             f"**{model}**, weights {weights}, {samples:,} images of {data}; {metric} in percent, "
@@ -329,9 +329,18 @@ def _group(task: str, model: str, weights: str, data: str, samples: int, metric:
     )
 
 
+def _words(line: Mapping[str, Any]) -> list[str]:
+    """The command line, without what changes no figure."""
+    words = shlex.split(line["command"])
+    for flag in ("--results", "--workers"):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    return words
+
+
 def _common(commands: Sequence[Sequence[str]]) -> list[str]:
-    """What all commands begin with, but for flags of their own."""
-    return [word for word in commands[0] if all(word in command for command in commands)]
+    """The words of all commands, but for the passes, which are each row's own."""
+    return [word for word in commands[0] if word != "--quantize" and all(word in command for command in commands)]
 
 
 def _row(line: Mapping[str, Any], common: Sequence[str], source: Published | None) -> str:
@@ -346,7 +355,7 @@ def _row(line: Mapping[str, Any], common: Sequence[str], source: Published | Non
         _figure(quantized),
         _change(quantized, line["fp32_original"]),
         "{:+.2f} to {:+.2f}".format(*line["change_interval"]) if quantized is not None else "-",
-        f"`{shlex.join(word for word in shlex.split(line['command']) if word not in common)}`",
+        f"`{shlex.join(word for word in _words(line) if word not in common)}`",
     ]
     return f"| {' | '.join(cells)} |"
 
