@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -133,14 +134,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", help="as for main_cls.py")
     parser.add_argument("--image_size", type=int, nargs="+", help="side, or height and width")
     parser.add_argument("--calibrate", metavar="DIR", help="folder of images for quantize_static (default: the demo's)")
+    parser.add_argument("--relu", action="store_true", help="replace ReLU6 by ReLU: no caps per channel to keep")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args(arguments)
     args.resize = args.mean = args.std = args.load = None
     tune_allocator()
     network = build_model(args.model, args.weights)
     spec = cli.input_spec(args, network.spec)
-    quantized = quantize_data_free(network.model, spec, RECIPE)
-    print(f"{args.model} {spec.size[0]}x{spec.size[1]}, {RECIPE}")
+    recipe = replace(RECIPE, relu=args.relu)
+    quantized = quantize_data_free(network.model, spec, recipe)
+    print(f"{args.model} {spec.size[0]}x{spec.size[1]}, {recipe}")
     with tempfile.TemporaryDirectory() as folder:
         images = calibration(args.calibrate, spec, 32)
         made = files(quantized, spec, images, Path(folder))
