@@ -77,7 +77,10 @@ def test_detection_compares_with_the_float_network_that_ran_once(table, tmp_path
     flags = second["command"].split()[2:]
     flags[flags.index("--results") + 1] = str(tmp_path / "alone.jsonl")
     main_det.main(flags)
-    assert comparable(read_lines(tmp_path / "alone.jsonl")[-1]) == comparable(second)
+    alone = read_lines(tmp_path / "alone.jsonl")[-1]
+    # Shifts are means over floats that kernels may round otherwise from run to run.
+    assert alone["metrics"]["quantized"] == pytest.approx(second["metrics"]["quantized"], rel=1e-3)
+    assert alone["metrics"]["fp32_original"] == second["metrics"]["fp32_original"]
     assert second["metrics"]["quantized"]["score_shift_mean"] > 0
 
 
