@@ -185,7 +185,7 @@ class Experiment:
             extras = {**self.extras, "names": dict(self._names())}
             artifact.save(
                 args.save,
-                artifact.Saved(model, *parts, dict(recipe.settings), self.spec, name, weights, extras),
+                artifact.Saved(model, *parts, dict(recipe.settings), self.spec, self.task, name, weights, extras),
             )
             print(f"saved {args.save}: {args.save.stat().st_size / 1e6:.2f} MB")
         if args.export:
