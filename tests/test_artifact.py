@@ -63,6 +63,24 @@ def test_a_file_holds_no_code(name, tmp_path):
         artifact.load(tmp_path / "evil.dfq", TASK)
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention = chain()[0], nn.MultiheadAttention(24, 2)
+
+    def forward(self, x):
+        x = self.first(x).mean(3)
+        return self.attention(x, x, x)[0]
+
+
+def test_a_layer_of_layers_is_refused_before_the_file_is_there(tmp_path):
+    network = trace(Attention().eval(), SPEC)
+    parts = network, network, network, {}, {}, {}
+    with pytest.raises(UserError, match="'attention' is a MultiheadAttention, made of further layers"):
+        artifact.save(tmp_path / "net.dfq", artifact.Saved(*parts, SPEC, TASK, "net", "here"))
+    assert not (tmp_path / "net.dfq").exists()
+
+
 def test_a_file_of_another_task_and_one_without_its_parts_are_named(tmp_path):
     saved(settle(randomise(chain())), tmp_path / "net.dfq")
     with pytest.raises(UserError, match="holds a network for classification, not detection"):

@@ -229,6 +229,8 @@ def _encode_module(module: nn.Module, place: str) -> dict[str, Any]:
     kind = type(module).__name__
     if _OWN.get(kind, getattr(nn, kind, None)) is not type(module):
         raise UserError(f"layer {place!r} is a {kind}, which is none of torch.nn, so that --save cannot name it")
+    if any(True for _ in module.children()):
+        raise UserError(f"layer {place!r} is a {kind}, made of further layers, which --save cannot write")
     attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
     grid = attributes.pop("grid", None)
     return {
