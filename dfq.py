@@ -301,13 +301,13 @@ class Network(Protocol):
 
 
 def prepared(
-    args: Namespace, build: Callable[[], Network]
+    args: Namespace, task: str, build: Callable[[], Network]
 ) -> tuple[Network, list[Recipe], Callable[[nn.Module, InputSpec, Recipe, Tensor | None], Quantized]]:
     """The network, its recipes and what quantizes it: as the flags say, or out of a file that --save wrote."""
     if not args.load:
         recipes = recipes_of(args)
         return build(), recipes, quantize_data_free
-    saved = artifact.load(args.load)
+    saved = artifact.load(args.load, task)
     quantized = Quantized(saved.float, saved.simulated, saved.weight_grids, saved.bias_grids, Journal())
     quantized.journal.note(f"loaded from {args.load}")
     return saved, [Recipe(**saved.recipe)], lambda *_: quantized

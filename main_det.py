@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None) -> None:
     args = cli.with_demo(parse_args(argv), lambda: demo.open(TASK))
     device = cli.prepare(args)
 
-    network, recipes, quantize = dfq.prepared(args, partial(build_model, args.model, args.weights, TASK))
+    network, recipes, quantize = dfq.prepared(args, TASK, partial(build_model, args.model, args.weights, TASK))
     spec = cli.input_spec(args, network.spec)
     coder = BoxCoder(**network.extras["coder"]) if args.load else box_coder(network.model, spec)
     data = open_data(args, spec, coder, classes_of(trace(network.model, spec))) if args.data else None

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None) -> None:
     args = cli.with_demo(parse_args(argv), lambda: demo.open(TASK))
     device = cli.prepare(args)
 
-    network, recipes, quantize = dfq.prepared(args, partial(build_model, args.model, args.weights, TASK))
+    network, recipes, quantize = dfq.prepared(args, TASK, partial(build_model, args.model, args.weights, TASK))
     spec = cli.input_spec(args, network.spec)
     data = open_data(args, spec, classes_of(trace(network.model, spec))) if args.data else None
 

@@ -13,9 +13,10 @@ from networks import SPEC, Branches, Residual, chain, conv_bn, randomise, settle
 from torch import nn
 
 import main_cls
+import main_det
 import main_seg
 from dfq import Recipe, fold_scales, outputs_of, quantize_data_free
-from utils import cli
+from utils import cli, experiment
 from utils.errors import UserError
 from utils.export import build, check_parity, export
 from utils.onnx_engine import OnnxNetwork, find_kernels
@@ -175,7 +176,7 @@ def test_a_folder_that_is_not_there_is_refused_before_the_work(tmp_path):
         main_cls.main(["--quantize", "--export", str(tmp_path / "no" / "net.onnx")])
 
 
-@pytest.mark.parametrize("script", [main_cls, main_seg])
+@pytest.mark.parametrize("script", [main_cls, main_seg, main_det])
 def test_saved_loaded_and_exported_it_is_the_same_network(script, tmp_path, monkeypatch, capsys):
     """The demo, quantized once and scored three ways: in simulation, in the engine, and loaded from a file."""
     few = ["--limit", "12", "--workers", "0", "--results", str(tmp_path / "runs.jsonl")]
@@ -189,7 +190,15 @@ def test_saved_loaded_and_exported_it_is_the_same_network(script, tmp_path, monk
     assert engine["engine"] == "onnxruntime" and engine["agreement"] > 99
     graphs = [onnx.load(file).graph.SerializeToString() for file in (first, second)]
     assert graphs[0] == graphs[1]
-    assert "53 of 53 layers" in capsys.readouterr().out or script is main_seg
+    assert "53 of 53 layers" in capsys.readouterr().out or script is not main_cls
+
+
+def test_an_engine_that_agrees_too_seldom_fails_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "AGREEMENT", 1.01)
+    flags = ["--quantize", "--equalize", "--engine", "onnxruntime", "--limit", "4", "--workers", "0"]
+    with pytest.raises(UserError, match=r"where 101% are asked for; they first part at \S+, and nothing was recorded"):
+        main_cls.main([*flags, "--results", str(tmp_path / "runs.jsonl")])
+    assert not (tmp_path / "runs.jsonl").exists() or not (tmp_path / "runs.jsonl").read_text()
 
 
 @pytest.mark.parametrize("flags", [{}, {"per_channel": True}, {"asymmetric": True}])

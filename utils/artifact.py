@@ -1,11 +1,12 @@
 """A quantized network as one file: its graphs as plain data and tensors, with its grids and its recipe.
 
 A file holds no code. Modules are named layers of torch.nn and of this project, functions are named
-functions of torch and operator; each is looked up here, and whatever else a file names is refused. So a
+functions of tensors and arithmetic; each is looked up here, and whatever else a file names is refused. So a
 network is loaded without the code that built it, and computes bit for bit what was saved.
 """
 
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.overrides import get_overridable_functions
 
 from utils.errors import UserError
 from utils.files import whole
@@ -26,6 +28,13 @@ FORMAT = "dfq network 1"
 _NAMESPACES = {"torch": torch, "operator": operator, "functional": F, "torch.nn.functional": F, "torch._C._nn": F}
 _OWN = {kind.__name__: kind for kind in (CappedReLU, Quantizer)}
 _PLAIN = (int, float, str, bool, type(None))
+# The functions that a graph may call: those of tensors, as torch lists them (torch.load is none), and arithmetic.
+_CALLABLE = {
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.neg),
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.pow, operator.matmul),
+    *(getattr, operator.getitem, *(function for some in get_overridable_functions().values() for function in some)),
+}
+_ASKED = ("shape", "ndim", "dtype", "device")  # of a tensor, by getattr
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,8 @@ class Saved:
     """What a file holds.
 
     model: the network before any pass; float: after the exact ones; simulated: quantized. weight_grids, bias_grids:
-    by layer. recipe: its fields. name, weights: of the network. extras: what else the task needs to evaluate it.
+    by layer. recipe: its fields. task: of the script that saved it. name, weights: of the network. extras: what else
+    the task needs to evaluate it.
     """
 
     model: fx.GraphModule
@@ -43,6 +53,7 @@ class Saved:
     bias_grids: dict[str, QParams]
     recipe: dict[str, Any]
     spec: InputSpec
+    task: str
     name: str
     weights: str
     extras: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +68,7 @@ def save(file: Path, saved: Saved) -> None:
         "bias_grids": {name: asdict(grid) for name, grid in saved.bias_grids.items()},
         "recipe": saved.recipe,
         "spec": asdict(saved.spec),
+        "task": saved.task,
         "name": saved.name,
         "weights": saved.weights,
         "extras": saved.extras,
@@ -65,8 +77,8 @@ def save(file: Path, saved: Saved) -> None:
         torch.save(content, beside)
 
 
-def load(file: Path) -> Saved:
-    """Read a file that save() wrote; anything else is a UserError."""
+def load(file: Path, task: str) -> Saved:
+    """Read a file that save() wrote for that task; anything else is a UserError."""
     remedy = "pass --load with a file that --save wrote"
     if not file.is_file():
         raise UserError(f"there is no file {str(file)!r}; {remedy}")
@@ -85,10 +97,15 @@ def load(file: Path) -> Saved:
             kind: {name: QParams(**grid) for name, grid in content[kind].items()}
             for kind in ("weight_grids", "bias_grids")
         }
-        rest = {name: content[name] for name in ("recipe", "name", "weights", "extras")}
-        return Saved(**graphs, **grids, spec=spec, **rest)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        rest = {name: content[name] for name in ("recipe", "task", "name", "weights", "extras")}
+        saved = Saved(**graphs, **grids, spec=spec, **rest)
+    except UserError:
+        raise
+    except Exception as error:  # whatever data of another shape leads to
         raise UserError(f"{str(file)!r} is damaged ({type(error).__name__}: {error}); {remedy}") from None
+    if saved.task != task:
+        raise UserError(f"{str(file)!r} holds a network for {saved.task}, not {task}; load it with that task's script")
+    return saved
 
 
 # ----------------------------------------------------------------------------------------- graphs
@@ -97,6 +114,7 @@ def load(file: Path) -> Saved:
 def _encode_graph(model: fx.GraphModule) -> dict[str, Any]:
     nodes, modules, tensors = [], {}, {}
     for node in model.graph.nodes:
+        _check(node)
         target = node.target if isinstance(node.target, str) else _name_of(node.target)
         nodes.append((node.op, node.name, target, _encode(node.args), _encode(node.kwargs)))
         if node.op == "call_module":
@@ -116,8 +134,25 @@ def _decode_graph(content: Mapping[str, Any], spec: InputSpec) -> fx.GraphModule
     for op, name, target, args, kwargs in content["nodes"]:
         called = _function(target) if op == "call_function" else target
         args, kwargs = _decode(args, made), _decode(kwargs, made)
-        made[name] = graph.create_node(op, called, args, kwargs, name)
+        made[name] = _check(graph.create_node(op, called, args, kwargs, name))
     return propagate_shapes(tidy(fx.GraphModule(root, graph).eval()), spec)
+
+
+def _check(node: fx.Node) -> fx.Node:
+    """Refuse a node that does more than compute with tensors. fx writes names into the Python that it runs."""
+    if node.op == "call_function":
+        known = node.target in _CALLABLE and (node.target is not getattr or node.args[1] in _ASKED)
+    elif node.op == "call_method":
+        known = not node.target.startswith("_") and node.target in dir(Tensor)
+    else:
+        known = True
+    names = [name for name in (node.target, *node.kwargs) if isinstance(name, str)]
+    if known and all(re.fullmatch(r"[\w.-]+", name) for name in names):
+        return node
+    called = getattr(node.target, "__name__", node.target)
+    raise UserError(
+        f"{called!r}, at node {node.name!r}, is no function of torch's tensors; a saved network has no others"
+    )
 
 
 def _parent(root: nn.Module, place: str) -> nn.Module:
@@ -142,7 +177,7 @@ def _function(name: str) -> Any:
     space, _, function = name.rpartition(".")
     if name == "getattr":
         return getattr
-    if space not in _NAMESPACES or function.startswith("_"):
+    if space not in _NAMESPACES:
         raise UserError(f"the file calls {name!r}, which is no function of torch; it is not loaded")
     return getattr(_NAMESPACES[space], function)
 
@@ -178,7 +213,7 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if kind == "slice":
         return slice(*(_decode(end, nodes) for end in content))
     if kind == "dtype":
-        return getattr(torch, content)
+        return torch.empty(0, dtype=getattr(torch, content)).dtype  # a TypeError for what is none
     if kind == "ellipsis":
         return Ellipsis
     return {key: _decode(entry, nodes) for key, entry in content.items()}
@@ -194,6 +229,8 @@ def _encode_module(module: nn.Module, place: str) -> dict[str, Any]:
     kind = type(module).__name__
     if _OWN.get(kind, getattr(nn, kind, None)) is not type(module):
         raise UserError(f"layer {place!r} is a {kind}, which is none of torch.nn, so that --save cannot name it")
+    if any(True for _ in module.children()):
+        raise UserError(f"layer {place!r} is a {kind}, made of further layers, which --save cannot write")
     attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
     grid = attributes.pop("grid", None)
     return {

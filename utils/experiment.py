@@ -185,7 +185,7 @@ class Experiment:
             extras = {**self.extras, "names": dict(self._names())}
             artifact.save(
                 args.save,
-                artifact.Saved(model, *parts, dict(recipe.settings), self.spec, name, weights, extras),
+                artifact.Saved(model, *parts, dict(recipe.settings), self.spec, self.task, name, weights, extras),
             )
             print(f"saved {args.save}: {args.save.stat().st_size / 1e6:.2f} MB")
         if args.export:
@@ -200,9 +200,11 @@ class Experiment:
 
         model = build(quantized, self.spec, self._metadata(recipe))
         print(describe_kernels(model, quantized))
-        print(f"  {check_parity(model, quantized.simulated, self._probes())}")
+        parity = check_parity(model, quantized.simulated, self._probes())
+        print(f"  {parity}")
         simulation = Remembered(simulated)
-        return {"simulated": simulation, "quantized": Compared(OnnxNetwork(model.SerializeToString()), simulation)}
+        engine = Compared(OnnxNetwork(model.SerializeToString()), simulation, parity.first_parting)
+        return {"simulated": simulation, "quantized": engine}
 
     def _agreement(self, compared: Compared) -> float:
         """Percent of predictions on all images that are the same in engine and simulation; too few are a UserError."""
@@ -211,9 +213,10 @@ class Experiment:
             total.same, total.predictions = total.same + own.same, total.predictions + own.predictions
         print(f"\nengine and simulation predict the same for {100 * total.share:.2f} % of {total.predictions:,}")
         if total.share < AGREEMENT:
+            first = compared.first_parting.name if compared.first_parting else "none of the layers of a few images"
             raise UserError(
                 f"the engine agrees with the simulation on {100 * total.share:.2f} % of predictions, where {AGREEMENT:.0%} are "
-                "asked for; nothing was recorded"
+                f"asked for; they first part at {first}, and nothing was recorded"
             )
         return 100 * total.share
 

@@ -110,11 +110,15 @@ class Remembered(nn.Module):
 
 
 class Compared(nn.Module):
-    """An engine whose predictions are held against those of a simulation that has just seen the same images."""
+    """An engine whose predictions are held against those of a simulation that has just seen the same images.
 
-    def __init__(self, engine: nn.Module, simulation: Remembered):
+    first_parting: the layer at which the two are known to part, if any.
+    """
+
+    def __init__(self, engine: nn.Module, simulation: Remembered, first_parting: LayerParity | None):
         super().__init__()
         self.engine, self.simulation, self.agreement = engine, simulation, Agreement()
+        self.first_parting = first_parting
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         found = self.engine(images)
