@@ -308,6 +308,11 @@ def prepared(
         recipes = recipes_of(args)
         return build(), recipes, quantize_data_free
     saved = artifact.load(args.load, task)
+    strange = saved.recipe.keys() ^ {field.name for field in fields(Recipe)}
+    if strange:
+        raise UserError(
+            f"{str(args.load)!r} is of another version (its recipe differs by {min(strange)!r}); save it again"
+        )
     quantized = Quantized(saved.float, saved.simulated, saved.weight_grids, saved.bias_grids, Journal())
     quantized.journal.note(f"loaded from {args.load}")
     return saved, [Recipe(**saved.recipe)], lambda *_: quantized

@@ -214,3 +214,15 @@ def test_the_simulation_that_is_scored_computes_on_the_engines_integers(flags):
     far = {kind: (net(images) - engine).abs() > 1e-4 for kind, net in (("scored", scored), ("plain", result.simulated))}
     assert far["scored"].float().mean() <= far["plain"].float().mean() <= 0.2
     assert far["scored"].float().mean() < 0.05
+
+
+def test_a_saved_network_of_another_version_is_refused(tmp_path, monkeypatch):
+    kept = tmp_path / "net.dfq"
+    main_cls.main(
+        ["--limit", "2", "--workers", "0", "--results", str(tmp_path / "r.jsonl"), "--quantize", "--save", str(kept)]
+    )
+    content = torch.load(kept, weights_only=True)
+    content["recipe"]["telepathy"] = True
+    torch.save(content, kept)
+    with pytest.raises(UserError, match="of another version .*'telepathy'"):
+        main_cls.main(["--load", str(kept), "--export", str(tmp_path / "net.onnx")])
