@@ -224,5 +224,5 @@ def test_a_saved_network_of_another_version_is_refused(tmp_path, monkeypatch):
     content = torch.load(kept, weights_only=True)
     content["recipe"]["telepathy"] = True
     torch.save(content, kept)
-    with pytest.raises(UserError, match="of another version .*'telepathy'"):
+    with pytest.raises(UserError, match=r"of another version .*'telepathy'"):
         main_cls.main(["--load", str(kept), "--export", str(tmp_path / "net.onnx")])
