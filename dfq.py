@@ -14,7 +14,7 @@ import copy
 import itertools
 import math
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from typing import Any, Protocol
@@ -29,7 +29,6 @@ from utils import artifact
 from utils.distill import describe_fit, statistics_fit
 from utils.errors import UserError
 from utils.graph import (
-    REARRANGING,
     describe,
     insert_module,
     is_tensor,
@@ -41,12 +40,12 @@ from utils.graph import (
     weighted_nodes,
 )
 from utils.inputs import InputSpec
+from utils.integers import fold_scales, grid_sources, keeps_grid, quantizer_before
 from utils.journal import Journal
 from utils.layers import (
     WEIGHTED,
     CappedReLU,
     channels_in,
-    channels_out,
     input_sums,
     per_channel,
     scale_inputs,
@@ -845,16 +844,6 @@ def quantize_biases(
 
 # ----------------------------------------------------------------------------------- activations
 
-# Operations whose output lies on the grid of their input: an integer engine needs no quantizer behind them.
-_KEEPS_GRID = (
-    nn.MaxPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Flatten,
-    nn.ZeroPad2d,
-    nn.UpsamplingNearest2d,
-    nn.PixelShuffle,
-    nn.ChannelShuffle,
-)
 _CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)
 
 
@@ -925,7 +914,7 @@ def insert_quantizers(model: fx.GraphModule, range_of: RangeOf, bits: int, journ
             ranges[node] = known
     for node in model.graph.nodes:
         if node.target is torch.cat and not isinstance(together := range_of(node), Unknown):
-            sources = {source for part in node.args[0] for source in _grid_sources(model, part)}
+            sources = {source for part in node.args[0] for source in grid_sources(model, part)}
             if all(source in ranges and _feeds_only(model, source, node) for source in sources):
                 ranges.update(dict.fromkeys(sources, together))
             else:
@@ -943,17 +932,12 @@ def insert_quantizers(model: fx.GraphModule, range_of: RangeOf, bits: int, journ
     tidy(model)
 
 
-def _keeps_grid(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's output lies on the grid of its input."""
-    return isinstance(module_of(model, node), _KEEPS_GRID) or node.target in REARRANGING
-
-
 def _writes_tensor(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether an integer engine writes this node's output on a grid of its own."""
     module = module_of(model, node)
     if node.op in ("output", "get_attr") or not is_tensor(node) or not shape(node) or not node.users:
         return False
-    if _keeps_grid(model, node) or node.target is torch.cat:
+    if keeps_grid(model, node) or node.target is torch.cat:
         return False
     readers = [module_of(model, user) for user in node.users]
     if len(readers) == 1 and isinstance(readers[0], _CLIPS):
@@ -965,24 +949,9 @@ def _writes_tensor(model: fx.GraphModule, node: fx.Node) -> bool:
     return not (interpolates and only_output)  # nothing computes with it any more
 
 
-def _grid_sources(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The nodes whose grid a value lies on, past whatever only moves values."""
-    if node.target is torch.cat:
-        return [source for part in node.args[0] for source in _grid_sources(model, part)]
-    if _keeps_grid(model, node):
-        return _grid_sources(model, node.args[0])
-    return [node]
-
-
 def _feeds_only(model: fx.GraphModule, node: fx.Node, concat: fx.Node) -> bool:
     """Whether every reader of a value, past whatever only moves it, is this concat."""
-    return all(user is concat or (_keeps_grid(model, user) and _feeds_only(model, user, concat)) for user in node.users)
-
-
-def quantizer_before(model: fx.GraphModule, node: fx.Node) -> Quantizer | None:
-    """The quantizer on whose grid the node's output lies."""
-    sources = [module_of(model, source) for source in _grid_sources(model, node)]
-    return sources[0] if sources and all(isinstance(source, Quantizer) for source in sources) else None
+    return all(user is concat or (keeps_grid(model, user) and _feeds_only(model, user, concat)) for user in node.users)
 
 
 # ------------------------------------------------------------------------------------ simulation
@@ -996,70 +965,3 @@ def to_evaluate(loaded: nn.Module, quantized: Quantized, recipe: Recipe) -> dict
     if quantized.simulated is not None:
         networks["quantized"] = fold_scales(quantized.simulated, quantized.weight_grids, quantized.bias_grids)
     return networks
-
-
-def fold_scales(
-    model: fx.GraphModule,
-    weight_grids: Mapping[str, QParams] | None = None,
-    bias_grids: Mapping[str, QParams] | None = None,
-) -> fx.GraphModule:
-    """A copy of a simulated network that computes the same with fewer passes over its activations.
-
-    A quantizer behind a layer divides by its scale, rounds, and multiplies. Where a layer alone feeds a
-    quantizer, the division moves into its weights and bias; where layers alone read a quantizer,
-    the multiplication moves into their weights, and what flows between is the integers themselves.
-    With the grids, a layer between two such quantizers computes on the integers that an engine has, and its
-    quantizer multiplies by what the engine does: then both round the same number.
-    """
-    model = copy.deepcopy(model)
-    for node in model.graph.nodes:
-        quantizer = module_of(model, node)
-        if not isinstance(quantizer, Quantizer):
-            continue
-        source = module_of(model, node.args[0])
-        if isinstance(source, WEIGHTED) and len(node.args[0].users) == 1:
-            scale_outputs(source, torch.full((channels_out(source),), quantizer.before))
-            quantizer.before = 1.0
-        readers = _layers_reading(model, node)
-        if readers and all(_sources_are(model, reader, node) for reader in readers):
-            for reader in readers:
-                layer = module_of(model, reader)
-                scale_inputs(layer, torch.full((channels_in(layer),), quantizer.after))
-            quantizer.after = 1.0
-    for node in weighted_nodes(model):
-        before, after = quantizer_before(model, node.args[0]), module_of(model, next(iter(node.users)))
-        known = node.target in (weight_grids or {}) and node.target in (bias_grids or {})
-        if known and before.after == 1 and isinstance(after, Quantizer) and after.before == 1 and len(node.users) == 1:
-            multiplier = weight_grids[node.target].scale.float() * before.scale / after.scale
-            _to_integers(module_of(model, node), multiplier)
-            after.before = float(multiplier) if multiplier.dim() == 0 else per_channel(multiplier, len(shape(node)))
-    return run_in_place(model)
-
-
-def _to_integers(layer: nn.Module, multiplier: Tensor) -> None:
-    """Weights and bias as the integers of which they are multiples. multiplier: [] or [C_out]."""
-    factors = multiplier.double().expand(channels_out(layer))
-    view = taps(layer)
-    view.copy_((view.double() / factors.view(view.shape[0], -1, 1, 1)).round())
-    layer.bias.data.copy_((layer.bias.double() / factors).round())
-
-
-def _layers_reading(model: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
-    """The layers that read a value, past whatever only moves it; None if anything else reads it."""
-    layers = []
-    for user in node.users:
-        module = module_of(model, user)
-        if isinstance(module, WEIGHTED):
-            layers.append(user)
-        elif isinstance(module, _KEEPS_GRID):
-            further = _layers_reading(model, user)
-            if further is None:
-                return None
-            layers += further
-        else:
-            return None
-    return layers
-
-
-def _sources_are(model: fx.GraphModule, layer: fx.Node, quantizer: fx.Node) -> bool:
-    return _grid_sources(model, layer.args[0]) == [quantizer]

@@ -31,7 +31,7 @@ def test_what_is_loaded_computes_bit_for_bit_the_same(network, flags, tmp_path):
     again = artifact.load(tmp_path / "net.dfq", TASK)
     images = SPEC.probe(4)
     pairs = [(model, again.model), (result.float, again.float), (result.simulated, again.simulated)]
-    pairs.append(tuple(fold_scales(pair) for pair in pairs[-1]))
+    pairs.append(tuple(fold_scales(made.simulated, made.weight_grids, made.bias_grids) for made in (result, again)))
     for expected, found in pairs:
         assert torch.equal(outputs_of(expected, images)[0], outputs_of(found, images)[0])
     assert Recipe(**again.recipe) == Recipe(quantize=True, equalize=True, **flags) and again.spec == SPEC

@@ -260,7 +260,7 @@ def test_biases_lie_on_the_grid_of_the_accumulator():
 def test_folding_scales_changes_no_layer_by_more_than_a_rounding_tie(name):
     """Fed the same input, every layer and its quantizer give the same steps but for ties."""
     result = quantize_data_free(settle(NETWORKS[name]()), SPEC, Recipe(equalize=True, quantize=True, correction=True))
-    fast, images = dfq.fold_scales(result.simulated), SPEC.probe(32, seed=5)
+    fast, images = dfq.fold_scales(result.simulated, result.weight_grids, result.bias_grids), SPEC.probe(32, seed=5)
     plain_out, fast_out = result.simulated(images), fast(images)
     step = max(module.scale for module in quantizers(result).values())
     assert ((plain_out - fast_out).abs() > 1e-5).float().mean() < 0.05

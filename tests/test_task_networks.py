@@ -57,7 +57,9 @@ def test_every_layer_is_quantized_and_stays_close(name):
     )
     images = SPEC.probe(4, seed=7)
     for exact, rounded in zip(
-        outputs_of(model, images), outputs_of(fold_scales(result.simulated), images), strict=True
+        outputs_of(model, images),
+        outputs_of(fold_scales(result.simulated, result.weight_grids, result.bias_grids), images),
+        strict=True,
     ):
         assert sqnr(exact, rounded) > 4  # random networks amplify noise; a broken one is at 0 or below
 

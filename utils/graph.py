@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.errors import UserError
 from utils.inputs import InputSpec
-from utils.layers import WEIGHTED, CappedReLU, ensure_bias
+from utils.layers import WEIGHTED, CappedReLU, IntegerSum, ensure_bias
 
 _CAPS = {(0.0, 6.0): nn.ReLU6, (0.0, math.inf): nn.ReLU}
 
@@ -176,7 +176,7 @@ def run_in_place(model: fx.GraphModule) -> fx.GraphModule:
             source = node.all_input_nodes[0]
             writer = module_of(model, source)
             fresh = source.target in (operator.add, operator.mul, torch.cat) or isinstance(
-                writer, (*WEIGHTED, _BatchNorm)
+                writer, (*WEIGHTED, _BatchNorm, IntegerSum)
             )
             module.inplace = (fresh or hasattr(writer, "inplace")) and len(source.users) == 1
     return model

@@ -24,6 +24,35 @@ class CappedReLU(nn.Module):
         return f"channels={len(self.cap)}, lowest={self.cap.min():.3g}, highest={self.cap.max():.3g}"
 
 
+class IntegerSum(nn.Module):
+    """The sum of two tensors of steps, in steps of a third grid, as ONNX Runtime's QLinearAdd rounds it.
+
+    first, second, total: scale and zero point of each uint8 grid; steps are counted from the zero point. That
+    kernel multiplies and adds in float32, fused: fixed + ratio * unsigned second + ratio * unsigned first.
+    """
+
+    def __init__(self, first: tuple[float, int], second: tuple[float, int], total: tuple[float, int]):
+        super().__init__()
+        scales = torch.tensor([first[0], second[0], total[0]])
+        self.ratios = (scales[:2] / scales[2]).tolist()
+        self.zero_points = first[1], second[1], total[1]
+        offset = torch.tensor(self.ratios[1]) * self.zero_points[1]
+        offset = (self.ratios[0] * self.zero_points[0] + offset.double()).float()  # one rounding: fused
+        self.register_buffer("fixed", self.zero_points[2] - offset, persistent=False)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        sum_ = torch.add(self.fixed, second + self.zero_points[1], alpha=self.ratios[1])
+        sum_.add_(first + self.zero_points[0], alpha=self.ratios[0])
+        return sum_.round_().sub_(self.zero_points[2])
+
+
+class PositionSum(nn.Module):
+    """[N, C, H, W] -> [N, C, 1, 1], the sum of each channel's values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum((2, 3), keepdim=True)
+
+
 def per_channel(values: Tensor, dims: int) -> Tensor:
     """[C] as [C, 1, ...], to broadcast over an activation [N, C, ...] of that many dimensions."""
     return values.reshape(-1, *[1] * (dims - 2))

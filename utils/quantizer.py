@@ -109,8 +109,9 @@ class Quantizer(nn.Module):
     cap: [C], or None: a channel's own upper bound, rounded to the grid. With a grid that starts at
     0 this is also the ReLU, the ReLU6 or the CappedReLU before it.
     inplace: overwrite the input, where the caller knows that nobody else reads it.
-    before, after: what the steps are multiplied by before and after rounding: 1 / scale and scale,
-    unless the layers around have taken them over; before may be [C, 1, ...].
+    before, after: what values are multiplied by before and after rounding: 1 / scale and scale,
+    unless what stands around has taken them over; before may be [C, 1, ...].
+    divisor: the scale, to be divided by instead, as an engine's QuantizeLinear does.
     """
 
     def __init__(self, grid: QParams, cap: Tensor | None = None, inplace: bool = False):
@@ -118,6 +119,7 @@ class Quantizer(nn.Module):
         self.grid, self.inplace = grid, inplace
         self.scale, self.zero_point = float(grid.scale), int(grid.zero_point)
         self.before, self.after = 1 / self.scale, self.scale
+        self.divisor: float | None = None
         self.register_buffer("cap", None if cap is None else (cap / self.scale).round().clamp(max=float(self.highest)))
         self.register_buffer("floor", torch.tensor(float(self.lowest)), persistent=False)
 
@@ -133,10 +135,12 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Equal to torch.fake_quantize_per_tensor_affine, which writes a mask besides, in fewer passes over
         # memory. Rounding is to even, before the clamp, as in that kernel.
-        plain = not isinstance(self.before, Tensor) and self.before == 1
-        steps = x if self.inplace else x.clone() if plain else x * self.before
-        if self.inplace and not plain:
-            steps.mul_(self.before)
+        if self.divisor is not None:
+            steps = x.div_(self.divisor) if self.inplace else x / self.divisor
+        elif not isinstance(self.before, Tensor) and self.before == 1:
+            steps = x if self.inplace else x.clone()
+        else:
+            steps = x.mul_(self.before) if self.inplace else x * self.before
         steps.round_()
         if self.cap is None:
             steps.clamp_(self.lowest, self.highest)
