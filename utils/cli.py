@@ -111,6 +111,12 @@ def shared_flags() -> argparse.ArgumentParser:
         help="correct biases by what distilled images show instead of by statistics; needs --correction",
     )
     group.add_argument(
+        "--distill_rounding",
+        action="store_true",
+        help="round a layer's weights so that their errors on distilled images make up for each other, as GPTQ does; "
+        "needs --distill_correction",
+    )
+    group.add_argument(
         "--distill_range", action="store_true", help="activation ranges from distilled images; needs --quantize"
     )
     group.add_argument(
@@ -232,6 +238,7 @@ PASSES = (
     "correction",
     "distill_equalize",
     "distill_correction",
+    "distill_rounding",
     "distill_range",
 )
 
@@ -267,6 +274,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         "asymmetric": "quantize",
         "distill_equalize": "equalize",
         "distill_correction": "correction",
+        "distill_rounding": "distill_correction",
         "distill_range": "quantize",
         "fidelity": "quantize",
     }

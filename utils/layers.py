@@ -108,6 +108,16 @@ def sees_padding(layer: nn.Module) -> bool:
     return layer.padding == "same" or any(pad != 0 for pad in layer.padding)
 
 
+def padding(layer: nn.Module) -> tuple[list[int], list[int]]:
+    """Zeros before and after each spatial axis of a convolution's input."""
+    if layer.padding == "valid":
+        return [0] * len(layer.kernel_size), [0] * len(layer.kernel_size)
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [total // 2 for total in totals], [total - total // 2 for total in totals]
+    return list(layer.padding), list(layer.padding)
+
+
 def ensure_bias(layer: nn.Module) -> None:
     """Give a layer without bias one of zeros, so that passes can write to it."""
     if layer.bias is None:

@@ -15,13 +15,23 @@ METHODS = ("minmax", "percentile", "mse")
 
 
 class Watched(fx.Interpreter):
-    """Runs a network and shows every node's output to `see` before anything can overwrite it."""
+    """Runs a network and shows every node's output to `see` before anything can overwrite it.
 
-    def __init__(self, model: fx.GraphModule, see: Callable[[fx.Node, Tensor], Tensor | None]):
+    see: may return what to go on with instead. before: is shown what a layer with weights is about to read.
+    """
+
+    def __init__(
+        self,
+        model: fx.GraphModule,
+        see: Callable[[fx.Node, Tensor], Tensor | None],
+        before: Callable[[fx.Node, Tensor], None] | None = None,
+    ):
         super().__init__(model)
-        self.see = see
+        self.see, self.before = see, before
 
     def run_node(self, node: fx.Node) -> object:
+        if self.before and isinstance(module_of(self.module, node), WEIGHTED):
+            self.before(node, self.env[node.args[0]])
         result = super().run_node(node)
         if not isinstance(result, Tensor) or not result.is_floating_point() or node.op == "output":
             return result

@@ -25,7 +25,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from utils.errors import UserError
 from utils.graph import describe, module_of, shape
 from utils.inputs import InputSpec
-from utils.layers import CappedReLU, per_channel
+from utils.layers import CappedReLU, padding, per_channel
 from utils.quantizer import QParams, Quantizer
 
 OPSET, IR_VERSION = 20, 9  # of October 2023
@@ -219,11 +219,11 @@ def _convolution(w: _Writer, node: fx.Node, layer: nn.Module) -> str:
     grid = w.weight_grids.get(node.target)
     if transposed and layer.groups > 1 and grid is not None and grid.per_channel:
         _refuse(w, node, layer)  # stored as [in, out / groups, ...]: no axis holds all output channels
-    before, after = _padding(layer)
+    before, after = padding(layer)
     source = node.args[0]
-    padding = module_of(w.model, source)
-    if isinstance(padding, nn.ZeroPad2d) and not transposed:
-        left, right, top, bottom = padding.padding
+    pad = module_of(w.model, source)
+    if isinstance(pad, nn.ZeroPad2d) and not transposed:
+        left, right, top, bottom = pad.padding
         before, after, source = (
             [before[0] + top, before[1] + left],
             [after[0] + bottom, after[1] + right],
@@ -240,16 +240,6 @@ def _convolution(w: _Writer, node: fx.Node, layer: nn.Module) -> str:
         attributes["output_padding"] = layer.output_padding
     inputs = [w.values[source].name, *_parameters(w, node, layer, axis=1 if transposed else 0)]
     return w.add("ConvTranspose" if transposed else "Conv", inputs, node.name, **attributes)
-
-
-def _padding(layer: nn.Module) -> tuple[list[int], list[int]]:
-    """Zeros before and after each spatial axis."""
-    if layer.padding == "valid":
-        return [0] * len(layer.kernel_size), [0] * len(layer.kernel_size)
-    if layer.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return [total // 2 for total in totals], [total - total // 2 for total in totals]
-    return list(layer.padding), list(layer.padding)
 
 
 def _zero_pad(w: _Writer, node: fx.Node, module: nn.ZeroPad2d) -> str | _Value:
