@@ -11,13 +11,12 @@ Notation: a layer computes y = W x + b; r(W)_i is the largest |W| of a channel i
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +42,7 @@ from utils.inputs import InputSpec
 from utils.integers import fold_scales, grid_sources, keeps_grid, quantizer_before
 from utils.journal import Journal
 from utils.layers import (
+    CLIPS,
     WEIGHTED,
     CappedReLU,
     channels_in,
@@ -52,9 +52,18 @@ from utils.layers import (
     scale_outputs,
     taps,
 )
-from utils.links import Link, Port, find_links
+from utils.links import Link, Port, find_links, stored_nodes
 from utils.moments import SIGMAS, Gaussian, Moments, Statistics, Unknown, batchnorm_output, propagate
-from utils.observe import Fidelity, Watched, channel_extremes, channel_mean, fidelity, histograms, layer_means
+from utils.observe import (
+    Fidelity,
+    Watched,
+    channel_extremes,
+    channel_mean,
+    fidelity,
+    histograms,
+    input_means,
+    layer_means,
+)
 from utils.quantizer import (
     QParams,
     Quantizer,
@@ -65,8 +74,10 @@ from utils.quantizer import (
     quantize_weight,
     weight_grid,
 )
-from utils.rounding import compensated, covariance
+from utils.rounding import compensated, second_moment
+from utils.sensitivity import Tensors, quietest_scales, sensitivity
 
+LISTENERS = 16  # images on which the output's sensitivity is measured
 TOLERANCE = 1e-3  # by how much of its largest value an exact pass may move an output; float32 alone moves some by 1e-4
 
 
@@ -237,23 +248,25 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     if not recipe.equalize:
         return quantize(network, spec, statistics, recipe, images, journal)
 
-    def attempt(extremes: Extremes | None, recipe: Recipe, **options: Any) -> Quantized:
+    def attempt(scales_of: ScalesOf | None, through_sums: bool = False) -> Quantized:
         equalized, known, log = copy.deepcopy((network, statistics, journal))
-        if extremes is not None:
-            equalize(equalized, known, extremes, log, **options)
+        if scales_of:
+            equalize(equalized, known, scales_of, log, through_sums)
             check_unchanged("equalization", expected, equalized, probe, model, log)
             log.weights["equalized"] = weight_ranges(equalized)
         return quantize(equalized, spec, known, recipe, images, log)
 
+    even = partial(even_ranges, extremes=promised_extremes(statistics, SIGMAS))
     if not recipe.distill_equalize:
-        return attempt(promised_extremes(statistics), recipe)
-    seen = channel_extremes(network, images)
-    ways = {"none": partial(attempt, None), "as statistics promise": partial(attempt, promised_extremes(statistics))}
-    for exponent, through_sums in itertools.product(EXPONENTS, (False, True)):
-        name = f"as seen, exponent {exponent:g}{', through sums' if through_sums else ''}"
-        ways[name] = partial(attempt, seen, exponent=exponent, through_sums=through_sums)
-    readers = {port.name for link in find_links(network)[0] for port in link.readers}
-    return nearest(ways, readers, recipe)
+        return attempt(even)
+    quiet = partial(least_noise, statistics=statistics, images=images, recipe=recipe)
+    ways = {
+        "none": (None,),
+        "even ranges": (even,),
+        "least noise": (quiet,),
+        "least noise, through sums": (quiet, True),
+    }
+    return nearest({name: attempt(*way) for name, way in ways.items()})
 
 
 def quantize(
@@ -514,11 +527,33 @@ def _clear(
 # ------------------------------------------------------------------------------------- equalize
 
 
-EXPONENTS = (0.0, 0.25)  # that --distill_equalize tries, besides none at all and the paper's way
-
 Extremes = dict[
     str, tuple[Tensor, Tensor]
 ]  # the lowest and highest value [C] that a layer's channels are taken to reach
+ScalesOf = Callable[
+    [fx.GraphModule, list[Link], Journal], list[Tensor]
+]  # for every link, what its channels [C] are divided by
+
+
+def equalize(
+    model: fx.GraphModule, statistics: Statistics, scales_of: ScalesOf, journal: Journal, through_sums: bool = False
+) -> None:
+    """Rescale channels between every layer and its readers; section 4.1.
+
+    Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6 becomes a CappedReLU.
+    through_sums: scale the layers of a residual stream too, all of them by one factor for each channel; the paper leaves
+    them as they are.
+    """
+    links, refused = find_links(model, through_sums)
+    for name, reason in refused.items():
+        journal.left("equalized", name, reason)
+    for link, scale in zip(links, scales_of(model, links, journal), strict=True):
+        apply_scale(model, link, scale, statistics)
+        names = ", ".join(port.name for port in link.readers)
+        factors = f"factors {float(scale.min()):.3g} to {float(scale.max()):.3g}"
+        for name in link.producers:
+            journal.did("equalized", f"{name} -> {names}", factors + (", tied by sums" if link.tied else ""))
+    tidy(model)
 
 
 def equalization_scale(r1: Tensor, r2: Tensor) -> Tensor:
@@ -531,54 +566,32 @@ def equalization_scale(r1: Tensor, r2: Tensor) -> Tensor:
     return torch.where(live, (r1 / torch.where(live, r2, torch.ones_like(r2))).sqrt(), torch.ones_like(r1))
 
 
-def equalize(
+def even_ranges(
     model: fx.GraphModule,
-    statistics: Statistics,
-    extremes: Extremes,
+    links: list[Link],
     journal: Journal,
-    exponent: float = 0.0,
-    through_sums: bool = False,
-    without: frozenset[str] = frozenset(),
+    extremes: Extremes,
     limit: float = 1e4,
     sweeps: int = 100,
-) -> None:
-    """Rescale channels between every layer and its readers until their ranges agree; section 4.1.
+) -> list[Tensor]:
+    """Scales under which a layer's channels have the range of those that read them; the paper, section 4.1.
 
-    Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6 becomes a CappedReLU. Sweeps over the network until no factor moves by more than 0.1 %. No factor may stretch
+    Sweeps over the network until no factor moves by more than 0.1 %. No factor may stretch
     the range that all channels of an activation share: one of tiny weights and a common bias would, scaled
     up for its weights' sake, leave the others a few steps of the grid. Nor may one go beyond limit,
-    either way. Works on the kernels' maxima; weights are touched once.
-
-    extremes: of layers' outputs, those of promised_extremes() or of utils.observe.channel_extremes().
-    through_sums: scale the layers of a residual stream too, all of them by one factor for each channel; the paper leaves
-    them as they are. without: layers whose input is left as it is.
-    exponent: a producer's channel counts with its weights' range^(1 - exponent) times its activation's
-    range^exponent, so that above 0 the activation's channels are evened out too.
+    either way. Works on the kernels' maxima; weights are not touched.
     """
-    links, refused = find_links(model, through_sums)
-    for name, reason in refused.items():
-        journal.left("equalized", name, reason)
-    harmful = [link for link in links if any(port.name in without for port in link.readers)]
-    for name in (name for link in harmful for name in link.producers):
-        journal.left("equalized", name, "a reader loses by it on distilled images")
-    links = [link for link in links if link not in harmful]
     layers = {
         name: model.get_submodule(name) for link in links for name in (*link.producers, *(p.name for p in link.readers))
     }
     maxima = {name: taps(layer).abs().amax(3) for name, layer in layers.items()}  # [groups, out, in]
     totals = [torch.ones(link.channels) for link in links]
-    reaches = [activation_reaches(model, link, extremes) for link in links]
+    floors = [_floor(model, link, extremes) for link in links]
     for _ in range(sweeps):
         moved = 0.0
-        for link, total, reach in zip(links, totals, reaches, strict=True):
+        for link, total, floor in zip(links, totals, floors, strict=True):
             firsts = [maxima[name] for name in link.producers]
-            r1, floor = torch.stack([first.amax(2).reshape(-1) for first in firsts]).amax(0), torch.zeros(link.channels)
-            if reach is not None:
-                present = reach.amax(0) / total
-                # As a share of the largest, but no channel so small that its weights would stop counting.
-                in_weights = r1.max() * (present / present.max().clamp_min(1e-30)).clamp_min(0.01)
-                r1 = r1 ** (1 - exponent) * in_weights**exponent
-                floor = (reach / reach.amax(1, keepdim=True).clamp_min(1e-30)).amax(0)
+            r1 = torch.stack([first.amax(2).reshape(-1) for first in firsts]).amax(0)
             r2 = torch.stack([_input_range(maxima[port.name], port, link.channels) for port in link.readers]).amax(0)
             scale = (total * equalization_scale(r1, r2)).clamp(1 / limit, limit)
             scale = torch.maximum(scale, floor) / total
@@ -592,18 +605,46 @@ def equalize(
             break
     else:
         journal.note(f"after {sweeps} sweeps of equalization a factor still moved by {moved:.1%}")
-    for link, total in zip(links, totals, strict=True):
-        apply_scale(model, link, total, statistics)
-        names = ", ".join(port.name for port in link.readers)
-        factors = f"factors {float(total.min()):.3g} to {float(total.max()):.3g}"
-        for name in link.producers:
-            journal.did("equalized", f"{name} -> {names}", factors + (", tied by sums" if link.tied else ""))
-    tidy(model)
+    return totals
 
 
-def promised_extremes(statistics: Statistics) -> Extremes:
-    """What BatchNorm statistics promise of the outputs of their layers."""
-    reach = {name: SIGMAS * known.variance.sqrt() for name, known in statistics.items()}
+def _floor(model: fx.GraphModule, link: Link, extremes: Extremes) -> Tensor:
+    """The least scales [C] that leave a link's activations within their present range, 0 where it is not known."""
+    reach = activation_reaches(model, link, extremes)
+    if reach is None:
+        return torch.zeros(link.channels)
+    return (reach / reach.amax(1, keepdim=True).clamp_min(1e-30)).amax(0)
+
+
+def least_noise(
+    model: fx.GraphModule, links: list[Link], journal: Journal, statistics: Statistics, images: Tensor, recipe: Recipe
+) -> list[Tensor]:
+    """Scales under which rounding weights and activations adds least to the output; see utils.sensitivity.
+
+    Channels reach as far as they do on images, or as BatchNorm statistics promise of nearly all values: one
+    that no image wakes must not be stretched.
+    """
+    heard = sensitivity(model, images[:LISTENERS], input_means(model, images))
+    seen, promised = channel_extremes(model, images), promised_extremes(statistics, SIGMAS)
+    reaches = {}
+    for link in links:
+        known = activation_reaches(model, link, promised)
+        for name, producer in stored_nodes(model, link).items():
+            low, high = (side.clamp_min(0) for side in (-seen[name][0], seen[name][1]))
+            if producer and known is not None:
+                reach = known[link.producers.index(producer)]
+                low, high = low if link.rectified else torch.maximum(low, reach), torch.maximum(high, reach)
+            reaches[name] = low, high
+    largest = {node.target: taps(module_of(model, node)).abs().amax(3) for node in weighted_nodes(model)}
+    bits = recipe.bits_weight, recipe.bits_activation
+    scales, (before, after) = quietest_scales(model, links, Tensors(largest, reaches), heard, bits, recipe.per_channel)
+    journal.note(f"equalization for least noise: foretold at the output {after - before:+.1f} dB")
+    return scales
+
+
+def promised_extremes(statistics: Statistics, sigmas: float) -> Extremes:
+    """What BatchNorm statistics promise of the outputs of their layers, to so many deviations."""
+    reach = {name: sigmas * known.variance.sqrt() for name, known in statistics.items()}
     return {name: (known.mean - reach[name], known.mean + reach[name]) for name, known in statistics.items()}
 
 
@@ -624,33 +665,13 @@ def activation_reaches(model: fx.GraphModule, link: Link, extremes: Extremes) ->
     return together
 
 
-def nearest(ways: dict[str, Callable[..., Quantized]], readers: set[str], recipe: Recipe, rounds: int = 6) -> Quantized:
-    """The equalization whose quantized output on the images is nearest to the float one's.
-
-    ways: by description, what quantizes after an equalization, the first without any; given the recipe, and the
-    layers to leave out. The best of them is tried again without the layer that it harms most, as long as that
-    helps: one reader of unlike branches, given the mean of their extremes, can lose what all other layers
-    win. Tried with the nearest rounding; the one chosen is then rounded as the recipe says.
-    """
-    quick = replace(recipe, distill_rounding=False)
-    none, *others = ways
-    tried = {name: way(quick) for name, way in ways.items()}
-    best = max(others, key=lambda name: tried[name].fidelity.output)
-    before, current, without = tried[none].fidelity.layers, tried[best].fidelity, frozenset()
-    for _ in range(min(rounds, len(readers))):
-        harmed = min(readers - without, key=lambda name: current.layers[name] - before[name])
-        without |= {harmed}
-        name = f"{best}, without {', '.join(sorted(without))}"
-        ways = ways | {name: partial(ways[best], without=without)}
-        tried[name] = ways[name](quick)
-        if tried[name].fidelity.output <= current.output:
-            break
-        current = tried[name].fidelity
-    chosen = max(tried, key=lambda name: tried[name].fidelity.output)
-    shown = ", ".join(f"{name} {candidate.fidelity.output:.2f} dB" for name, candidate in tried.items())
-    result = tried[chosen] if recipe == quick else ways[chosen](recipe)
-    result.journal.note(f"equalization: {chosen}, the nearest on distilled images ({shown})")
-    return result
+def nearest(tried: dict[str, Quantized]) -> Quantized:
+    """Of what came of several equalizations, the one whose output on distilled images is nearest to the float one's."""
+    best = max(tried.values(), key=lambda quantized: quantized.fidelity.output)
+    shown = ", ".join(f"{name} {quantized.fidelity.output:.2f} dB" for name, quantized in tried.items())
+    chosen = next(name for name, quantized in tried.items() if quantized is best)
+    best.journal.note(f"equalization: {chosen}, the nearest on distilled images ({shown})")
+    return best
 
 
 def apply_scale(model: fx.GraphModule, link: Link, scale: Tensor, statistics: Statistics) -> None:
@@ -849,7 +870,7 @@ def round_on_images(
         journal.left("rounded together", node.target, f"no way for {type(layer).__name__}" if grid else "no grid")
         return
     before, wanted = taps(layer), taps(layer, exact[node.target]).double()
-    spread = covariance(layer, reads)
+    spread = second_moment(layer, reads)
     rounded = compensated(wanted, spread, grid).view(before.shape)
     errors = [
         ((weights - wanted).flatten(2) @ spread * (weights - wanted).flatten(2)).sum() for weights in (before, rounded)
@@ -887,9 +908,6 @@ def quantize_biases(
 
 
 # ----------------------------------------------------------------------------------- activations
-
-_CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)
-
 
 RangeOf = Callable[[fx.Node], tuple[float, float] | Unknown]  # what a node's output is taken to lie in
 
@@ -966,7 +984,7 @@ def insert_quantizers(model: fx.GraphModule, range_of: RangeOf, bits: int, journ
     for node, (low, high) in ranges.items():
         quantizer = Quantizer(affine_grid(torch.tensor(low), torch.tensor(high), bits))
         activation = module_of(model, node)
-        if isinstance(activation, _CLIPS) and quantizer.lowest == 0:
+        if isinstance(activation, CLIPS) and quantizer.lowest == 0:
             cap = getattr(activation, "cap", None)
             quantizer = Quantizer(quantizer.grid, None if cap is None or bool((cap >= high).all()) else cap)
             model.set_submodule(node.target, quantizer)
@@ -984,7 +1002,7 @@ def _writes_tensor(model: fx.GraphModule, node: fx.Node) -> bool:
     if keeps_grid(model, node) or node.target is torch.cat:
         return False
     readers = [module_of(model, user) for user in node.users]
-    if len(readers) == 1 and isinstance(readers[0], _CLIPS):
+    if len(readers) == 1 and isinstance(readers[0], CLIPS):
         return False  # one kernel with its activation
     only_output = all(user.op == "output" for user in node.users)
     if only_output and isinstance(module, nn.Linear):

@@ -1,6 +1,7 @@
 """The passes: exact ones leave the output alone and change the weights; the others do what they say."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from utils.journal import Journal
 from utils.layers import CappedReLU, taps
 from utils.links import find_links
 from utils.metrics import sqnr
+from utils.moments import SIGMAS
 from utils.quantizer import Quantizer
 
 NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Residual, "branches": Branches}
@@ -23,6 +25,13 @@ NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Re
 def folded(model):
     traced = trace(model, SPEC)
     return traced, dfq.fold_batchnorm(traced, Journal())
+
+
+def equalize(model, statistics, journal):
+    """As the paper has it."""
+    dfq.equalize(
+        model, statistics, partial(dfq.even_ranges, extremes=dfq.promised_extremes(statistics, SIGMAS)), journal
+    )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -34,7 +43,7 @@ def test_equalization_keeps_the_output_and_evens_the_ranges(name):
     traced, statistics = folded(model)
     before = traced(SPEC.probe())
     weights = {key: value.clone() for key, value in traced.state_dict().items()}
-    dfq.equalize(traced, statistics, dfq.promised_extremes(statistics), Journal())
+    equalize(traced, statistics, Journal())
     torch.testing.assert_close(traced(SPEC.probe()), before, rtol=1e-4, atol=1e-5)
     assert any(
         (traced.state_dict()[key] != value).any() for key, value in weights.items() if key in traced.state_dict()
@@ -44,7 +53,7 @@ def test_equalization_keeps_the_output_and_evens_the_ranges(name):
 def test_equalized_pairs_have_equal_ranges():
     traced, statistics = folded(randomise(chain(nn.ReLU)))
     statistics.clear()  # nothing then limits a factor
-    dfq.equalize(traced, statistics, dfq.promised_extremes(statistics), Journal())
+    equalize(traced, statistics, Journal())
     for link in find_links(traced)[0]:
         first, second = traced.get_submodule(link.producer), traced.get_submodule(link.readers[0].name)
         r1 = taps(first).abs().amax((2, 3)).reshape(-1)
@@ -59,7 +68,7 @@ def test_equalization_scale_by_hand():
 
 def test_relu6_gets_a_cap_per_channel():
     traced, statistics = folded(randomise(chain()))
-    dfq.equalize(traced, statistics, dfq.promised_extremes(statistics), Journal())
+    equalize(traced, statistics, Journal())
     caps = [module.cap for module in traced.modules() if isinstance(module, CappedReLU)]
     assert len(caps) == 3
     assert all(cap.unique().numel() > 1 for cap in caps)
@@ -68,7 +77,7 @@ def test_relu6_gets_a_cap_per_channel():
 def test_statistics_scale_with_the_weights():
     model = settle(chain(nn.ReLU))
     traced, statistics = folded(model)
-    dfq.equalize(traced, statistics, dfq.promised_extremes(statistics), Journal())
+    equalize(traced, statistics, Journal())
     outputs = {}
     layer = traced.get_submodule("1.0")
     layer.register_forward_hook(lambda module, args, out: outputs.update(out=out))
@@ -83,7 +92,7 @@ def test_equalization_never_stretches_an_activation():
     model[0][0].weight[0] = 1e-6  # a channel of tiny weights and a common bias
     traced, statistics = folded(model)
     reach = statistics["0.0"].mean + 6 * statistics["0.0"].variance.sqrt()
-    dfq.equalize(traced, statistics, dfq.promised_extremes(statistics), Journal())
+    equalize(traced, statistics, Journal())
     after = statistics["0.0"].mean + 6 * statistics["0.0"].variance.sqrt()
     assert after.max() <= reach.max() * 1.001
 

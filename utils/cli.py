@@ -103,7 +103,7 @@ def shared_flags() -> argparse.ArgumentParser:
     group.add_argument(
         "--distill_equalize",
         action="store_true",
-        help="choose the equalization's exponent by the output on distilled images; needs --equalize --quantize",
+        help="scale channels so that rounding adds least to the output on distilled images, as far as that is nearer to float; needs --equalize --quantize",
     )
     group.add_argument(
         "--distill_correction",

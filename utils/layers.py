@@ -24,6 +24,9 @@ class CappedReLU(nn.Module):
         return f"channels={len(self.cap)}, lowest={self.cap.min():.3g}, highest={self.cap.max():.3g}"
 
 
+CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)  # one kernel with the layer before them
+
+
 class IntegerSum(nn.Module):
     """The sum of two tensors of steps, in steps of a third grid, as ONNX Runtime's QLinearAdd rounds it.
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from utils.graph import ASKS_SHAPE, describe, module_of, shape, weighted_nodes
-from utils.layers import WEIGHTED, CappedReLU, channels_out, sees_padding
+from utils.layers import CLIPS, WEIGHTED, CappedReLU, channels_out, sees_padding
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,21 @@ def find_links(model: fx.GraphModule, through_sums: bool = False) -> tuple[list[
             links.append(link)
         done |= {tied.target for tied in producers}
     return links, refused
+
+
+def stored_nodes(model: fx.GraphModule, link: Link) -> dict[str, str | None]:
+    """The nodes whose values an engine stores with the link's channels, by name: behind a producer's activation, with
+    that producer's name, and sums, with None."""
+    targets = {node.target: node for node in model.graph.nodes}
+    todo, stored = [(targets[name], name) for name in link.producers], {}
+    for node, producer in todo:  # grows
+        users = list(node.users)
+        if len(users) == 1 and isinstance(module_of(model, users[0]), CLIPS):
+            todo.append((users[0], producer))
+        elif node.name not in stored:
+            stored[node.name] = producer
+            todo += [(u, None) for u in users if u.target is operator.add or isinstance(module_of(model, u), CLIPS)]
+    return stored
 
 
 def _follow(model: fx.GraphModule, producers: list[fx.Node], through_sums: bool) -> Link:

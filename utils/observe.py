@@ -115,15 +115,14 @@ def histograms(model: fx.GraphModule, images: Tensor) -> dict[str, Histogram]:
 
 
 def channel_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Lowest and highest value [C] of every layer's output on the images, by the layer's name."""
+    """Lowest and highest value [C] of the channels of every node's output [N, C, ...] on the images, by the node's name."""
     extremes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
-        layer = module_of(model, node)
-        if isinstance(layer, WEIGHTED):
-            low, high = _channels_last(layer, value).flatten(0, -2).aminmax(dim=0)
-            known = extremes.get(node.target, (low, high))
-            extremes[node.target] = torch.minimum(low, known[0]), torch.maximum(high, known[1])
+        if value.dim() > 1:
+            low, high = value.transpose(0, 1).flatten(1).aminmax(dim=1)
+            known = extremes.get(node.name, (low, high))
+            extremes[node.name] = torch.minimum(low, known[0]), torch.maximum(high, known[1])
 
     watch(model, images, see)
     return {name: (low.clone(), high.clone()) for name, (low, high) in extremes.items()}
@@ -152,6 +151,20 @@ def layer_means(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
 
     watch(model, images, see)
     return {name: (total / len(images)).float() for name, total in sums.items()}
+
+
+def input_means(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
+    """Mean [C_in] of what every layer reads on the images, by the layer's name."""
+    sums: dict[str, Tensor] = {}
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        for user in node.users:
+            layer = module_of(model, user)
+            if isinstance(layer, WEIGHTED):
+                sums[user.target] = sums.get(user.target, 0) + len(value) * channel_mean(layer, value)
+
+    watch(model, images, see)
+    return {name: (total / len(images)).clone() for name, total in sums.items()}
 
 
 # -------------------------------------------------------------------------------------- fidelity

@@ -13,28 +13,25 @@ from torch import Tensor, nn
 from utils.layers import padding
 from utils.quantizer import QParams
 
-POSITIONS = 2**15  # of a layer's output that its covariance is taken over, spread at random over the images
-DAMPING = 0.1  # of the mean variance: how far inputs are also taken to vary on their own, since images are few
+POSITIONS = 2**15  # of a layer's output that the moments of its input are taken over, spread at random over the images
+DAMPING = 0.1  # of the mean power: how far inputs are also taken to vary on their own, since images are few
 BLOCK = 128  # inputs that are rounded before the later ones hear of it, which saves passes over memory
 
 
-def covariance(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-    """Of what each output of the layer reads: [groups, D, D] in float64, D = in / groups * kernel positions.
+def second_moment(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+    """E[x x^T] of what each output of the layer reads: [groups, D, D] in float64, D = in / groups * kernel positions.
 
-    x: the layer's input [N, C, H, W] or [N, ..., C]. About the mean: a constant error is the bias's to mend.
+    x: the layer's input [N, C, H, W] or [N, ..., C]. Not about the mean: other data than these have another one.
     """
     generator = torch.Generator().manual_seed(0)
-    products = totals = torch.zeros((), dtype=torch.double)
-    count = 0
+    products, count = torch.zeros((), dtype=torch.double), 0
     for image in x.split(1):
         read = _columns(layer, image)  # [groups, D, positions]
         share = torch.randperm(read.shape[2], generator=generator)[: max(1, POSITIONS // len(x))]
         read = read[:, :, share.to(read.device)]
         products = products.to(read.device) + (read @ read.transpose(1, 2)).double()
-        totals = totals.to(read.device) + read.double().sum(2)
         count += len(share)
-    mean = totals / count
-    return products / count - mean[:, :, None] * mean[:, None, :]
+    return products / count
 
 
 def _columns(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
@@ -48,7 +45,7 @@ def _columns(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
     return read[0].reshape(layer.groups, -1, read.shape[2])
 
 
-def compensated(exact: Tensor, covariance: Tensor, grid: QParams) -> Tensor:
+def compensated(exact: Tensor, moment: Tensor, grid: QParams) -> Tensor:
     """The weights [groups, out, D] on their grid. exact: [groups, out, in, positions] before rounding."""
     groups, out = exact.shape[:2]
     scale, zero = (part.double().expand(groups * out).view(groups, out) for part in (grid.scale, grid.zero_point))
@@ -56,12 +53,10 @@ def compensated(exact: Tensor, covariance: Tensor, grid: QParams) -> Tensor:
     def nearest(weights: Tensor) -> Tensor:
         return (((weights / scale).round() + zero).clamp(grid.lowest, grid.highest) - zero) * scale
 
-    variance = covariance.diagonal(dim1=1, dim2=2)
-    order = variance.argsort(1, descending=True)  # first those whose error would weigh most
+    power = moment.diagonal(dim1=1, dim2=2)
+    order = power.argsort(1, descending=True)  # first those whose error would weigh most
     weights = _take(exact.flatten(2).double(), order, 2)
-    damped = covariance + torch.diag_embed(
-        (DAMPING * variance.mean(1, keepdim=True)).clamp_min(1e-30).expand_as(variance)
-    )
+    damped = moment + torch.diag_embed((DAMPING * power.mean(1, keepdim=True)).clamp_min(1e-30).expand_as(power))
     damped = _take(_take(damped, order, 1), order, 2)
     # Row i of this factor, over its diagonal: how the inputs after i make up for an error at i.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
