@@ -78,6 +78,7 @@ from utils.rounding import compensated, second_moment
 from utils.sensitivity import Tensors, quietest_scales, sensitivity
 
 LISTENERS = 16  # images on which the output's sensitivity is measured
+CONTRADICTED = 3  # times as wide or as narrow as on images: so far off, a range that statistics promise is wrong
 TOLERANCE = 1e-3  # by how much of its largest value an exact pass may move an output; float32 alone moves some by 1e-4
 
 
@@ -621,8 +622,8 @@ def least_noise(
 ) -> list[Tensor]:
     """Scales under which rounding weights and activations adds least to the output; see utils.sensitivity.
 
-    Channels reach as far as they do on images, or as BatchNorm statistics promise of nearly all values: one
-    that no image wakes must not be stretched.
+    Channels reach as far as they do on images, or as BatchNorm statistics promise, if further: one that no image wakes
+    must not be stretched. But not where statistics promise what is nowhere near what images show: they are wrong.
     """
     heard = sensitivity(model, images[:LISTENERS], input_means(model, images))
     seen, promised = channel_extremes(model, images), promised_extremes(statistics, SIGMAS)
@@ -631,8 +632,8 @@ def least_noise(
         known = activation_reaches(model, link, promised)
         for name, producer in stored_nodes(model, link).items():
             low, high = (side.clamp_min(0) for side in (-seen[name][0], seen[name][1]))
-            if producer and known is not None:
-                reach = known[link.producers.index(producer)]
+            reach = None if known is None or not producer else known[link.producers.index(producer)]
+            if reach is not None and reach.max() < CONTRADICTED * torch.maximum(low, high).max():
                 low, high = low if link.rectified else torch.maximum(low, reach), torch.maximum(high, reach)
             reaches[name] = low, high
     largest = {node.target: taps(module_of(model, node)).abs().amax(3) for node in weighted_nodes(model)}
@@ -938,7 +939,7 @@ def distilled_ranges(network: fx.GraphModule, spec: InputSpec, images: Tensor, r
 
 
 def compare_ranges(
-    model: fx.GraphModule, seen: RangeOf, promised: RangeOf, journal: Journal, factor: float = 3
+    model: fx.GraphModule, seen: RangeOf, promised: RangeOf, journal: Journal, factor: float = CONTRADICTED
 ) -> None:
     """Note which tensors do on images something else than BatchNorm statistics say: one of the two is wrong."""
     strange = {}
