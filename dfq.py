@@ -249,10 +249,10 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     if not recipe.equalize:
         return quantize(network, spec, statistics, recipe, images, journal)
 
-    def attempt(scales_of: ScalesOf | None, through_sums: bool = False) -> Quantized:
+    def attempt(scales_of: ScalesOf | None, through_sums: bool = False, without: Names = frozenset()) -> Quantized:
         equalized, known, log = copy.deepcopy((network, statistics, journal))
         if scales_of:
-            equalize(equalized, known, scales_of, log, through_sums)
+            equalize(equalized, known, scales_of, log, through_sums, without)
             check_unchanged("equalization", expected, equalized, probe, model, log)
             log.weights["equalized"] = weight_ranges(equalized)
         return quantize(equalized, spec, known, recipe, images, log)
@@ -262,12 +262,13 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
         return attempt(even)
     quiet = partial(least_noise, statistics=statistics, images=images, recipe=recipe)
     ways = {
-        "none": (None,),
-        "even ranges": (even,),
-        "least noise": (quiet,),
-        "least noise, through sums": (quiet, True),
+        "none": partial(attempt, None),
+        "even ranges": partial(attempt, even),
+        "least noise": partial(attempt, quiet),
+        "least noise, through sums": partial(attempt, quiet, True),
     }
-    return nearest({name: attempt(*way) for name, way in ways.items()})
+    readers = {port.name for link in find_links(network)[0] for port in link.readers}
+    return nearest(ways, readers)
 
 
 def quantize(
@@ -531,23 +532,33 @@ def _clear(
 Extremes = dict[
     str, tuple[Tensor, Tensor]
 ]  # the lowest and highest value [C] that a layer's channels are taken to reach
+Names = frozenset[str]
 ScalesOf = Callable[
     [fx.GraphModule, list[Link], Journal], list[Tensor]
 ]  # for every link, what its channels [C] are divided by
 
 
 def equalize(
-    model: fx.GraphModule, statistics: Statistics, scales_of: ScalesOf, journal: Journal, through_sums: bool = False
+    model: fx.GraphModule,
+    statistics: Statistics,
+    scales_of: ScalesOf,
+    journal: Journal,
+    through_sums: bool = False,
+    without: Names = frozenset(),
 ) -> None:
     """Rescale channels between every layer and its readers; section 4.1.
 
     Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6 becomes a CappedReLU.
     through_sums: scale the layers of a residual stream too, all of them by one factor for each channel; the paper leaves
-    them as they are.
+    them as they are. without: layers whose input is left as it is.
     """
     links, refused = find_links(model, through_sums)
     for name, reason in refused.items():
         journal.left("equalized", name, reason)
+    harmful = [link for link in links if any(port.name in without for port in link.readers)]
+    for name in (name for link in harmful for name in link.producers):
+        journal.left("equalized", name, "a reader loses by it on distilled images")
+    links = [link for link in links if link not in harmful]
     for link, scale in zip(links, scales_of(model, links, journal), strict=True):
         apply_scale(model, link, scale, statistics)
         names = ", ".join(port.name for port in link.readers)
@@ -666,13 +677,29 @@ def activation_reaches(model: fx.GraphModule, link: Link, extremes: Extremes) ->
     return together
 
 
-def nearest(tried: dict[str, Quantized]) -> Quantized:
-    """Of what came of several equalizations, the one whose output on distilled images is nearest to the float one's."""
-    best = max(tried.values(), key=lambda quantized: quantized.fidelity.output)
+def nearest(ways: dict[str, Callable[..., Quantized]], readers: set[str], rounds: int = 6) -> Quantized:
+    """Of several equalizations the one whose quantized output on distilled images is nearest to the float one's.
+
+    ways: by description, what quantizes after one, given the layers to leave out; the first is without any. The
+    best of them is tried again without the layer that it harms most, as long as that helps: one reader of
+    unlike branches can lose what all other layers win.
+    """
+    tried = {name: way() for name, way in ways.items()}
+    none, *others = ways
+    best = max(others, key=lambda name: tried[name].fidelity.output)
+    before, current, without = tried[none].fidelity.layers, tried[best].fidelity, frozenset()
+    for _ in range(min(rounds, len(readers))):
+        harmed = min(readers - without, key=lambda name: current.layers[name] - before[name])
+        without |= {harmed}
+        name = f"{best}, without {', '.join(sorted(without))}"
+        tried[name] = ways[best](without=without)
+        if tried[name].fidelity.output <= current.output:
+            break
+        current = tried[name].fidelity
+    chosen = max(tried, key=lambda name: tried[name].fidelity.output)
     shown = ", ".join(f"{name} {quantized.fidelity.output:.2f} dB" for name, quantized in tried.items())
-    chosen = next(name for name, quantized in tried.items() if quantized is best)
-    best.journal.note(f"equalization: {chosen}, the nearest on distilled images ({shown})")
-    return best
+    tried[chosen].journal.note(f"equalization: {chosen}, the nearest on distilled images ({shown})")
+    return tried[chosen]
 
 
 def apply_scale(model: fx.GraphModule, link: Link, scale: Tensor, statistics: Statistics) -> None:
