@@ -38,7 +38,7 @@ def comparable(line):
 
 
 def test_names_of_the_rows():
-    assert len(dfq.TABLE) == 20
+    assert len(dfq.TABLE) == 22
     assert list(dfq.TABLE)[:8] == [
         "Original",
         "+ReLU",
