@@ -75,7 +75,7 @@ from utils.quantizer import (
     weight_grid,
 )
 from utils.rounding import compensated, second_moment
-from utils.sensitivity import Tensors, quietest_scales, sensitivity
+from utils.sensitivity import Sensitivity, Tensors, quietest_scales, sensitivity
 
 LISTENERS = 16  # images on which the output's sensitivity is measured
 CONTRADICTED = 3  # times as wide or as narrow as on images: so far off, a range that statistics promise is wrong
@@ -260,7 +260,9 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     even = partial(even_ranges, extremes=promised_extremes(statistics, SIGMAS))
     if not recipe.distill_equalize:
         return attempt(even)
-    quiet = partial(least_noise, statistics=statistics, images=images, recipe=recipe)
+    heard = sensitivity(network, images[:LISTENERS], input_means(network, images))
+    seen = channel_extremes(network, images)
+    quiet = partial(least_noise, statistics=statistics, heard=heard, seen=seen, recipe=recipe)
     ways = {
         "none": partial(attempt, None),
         "even ranges": partial(attempt, even),
@@ -629,15 +631,21 @@ def _floor(model: fx.GraphModule, link: Link, extremes: Extremes) -> Tensor:
 
 
 def least_noise(
-    model: fx.GraphModule, links: list[Link], journal: Journal, statistics: Statistics, images: Tensor, recipe: Recipe
+    model: fx.GraphModule,
+    links: list[Link],
+    journal: Journal,
+    statistics: Statistics,
+    heard: Sensitivity,
+    seen: Extremes,
+    recipe: Recipe,
 ) -> list[Tensor]:
     """Scales under which rounding weights and activations adds least to the output; see utils.sensitivity.
 
     Channels reach as far as they do on images, or as BatchNorm statistics promise, if further: one that no image wakes
     must not be stretched. But not where statistics promise what is nowhere near what images show: they are wrong.
+    seen: by node, what its channels reach on images.
     """
-    heard = sensitivity(model, images[:LISTENERS], input_means(model, images))
-    seen, promised = channel_extremes(model, images), promised_extremes(statistics, SIGMAS)
+    promised = promised_extremes(statistics, SIGMAS)
     reaches = {}
     for link in links:
         known = activation_reaches(model, link, promised)

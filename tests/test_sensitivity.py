@@ -15,7 +15,7 @@ from utils.journal import Journal
 from utils.layers import taps
 from utils.links import find_links, stored_nodes
 from utils.moments import SIGMAS
-from utils.observe import Watched, channel_mean, input_means
+from utils.observe import Watched, channel_extremes, channel_mean, input_means
 from utils.sensitivity import sensitivity
 
 IMAGES = as_pixels(natural_noise(SPEC, 16, torch.Generator().manual_seed(0)), SPEC)
@@ -30,6 +30,13 @@ def folded(network, seed: int = 0) -> tuple[fx.GraphModule, dict]:
         norm.weight.mul_(torch.logspace(-1, 1, len(norm.weight)))
     traced = trace(settle(model), SPEC)
     return traced, dfq.fold_batchnorm(traced, Journal())
+
+
+def least_noise(model: fx.GraphModule, statistics: dict, recipe: Recipe) -> dfq.ScalesOf:
+    """As quantize_data_free has it, with what the network does on the images."""
+    heard = sensitivity(model, IMAGES, input_means(model, IMAGES))
+    seen = channel_extremes(model, IMAGES)
+    return partial(dfq.least_noise, statistics=statistics, heard=heard, seen=seen, recipe=recipe)
 
 
 def changed_power(model: fx.GraphModule, change) -> float:
@@ -84,7 +91,7 @@ def test_errors_of_activations_reach_the_output_as_foretold():
 def test_scales_of_least_noise_keep_the_output(network, through_sums):
     model, statistics = folded(network)
     before, weights = outputs_of(model, IMAGES)[0], [layer.weight.clone() for layer in layers_of(model)]
-    scales = partial(dfq.least_noise, statistics=statistics, images=IMAGES, recipe=Recipe(quantize=True))
+    scales = least_noise(model, statistics, Recipe(quantize=True))
     dfq.equalize(model, statistics, scales, journal := Journal(), through_sums)
     torch.testing.assert_close(outputs_of(model, IMAGES)[0], before, rtol=1e-4, atol=1e-5)
     assert any((a != b.weight).any() for a, b in zip(weights, layers_of(model), strict=True))
@@ -110,7 +117,7 @@ def test_they_leave_less_noise_than_even_ranges(per_channel):
         recipe = Recipe(**flags, per_channel=per_channel)
         for name, scales in {
             "even": partial(dfq.even_ranges, extremes=dfq.promised_extremes(statistics, SIGMAS)),
-            "least": partial(dfq.least_noise, statistics=statistics, images=IMAGES, recipe=recipe),
+            "least": least_noise(model, statistics, recipe),
         }.items():
             scaled, known = trace(model, SPEC), dict(statistics)
             dfq.equalize(scaled, known, scales, Journal())
@@ -125,7 +132,7 @@ def test_a_channel_that_no_image_wakes_is_not_stretched():
     taps(layer)[0, 0] *= 1e-3  # tiny weights, asleep on these images; statistics say that it wakes
     layer.bias[0] = -10.0
     (link, *others), _ = find_links(model)
-    scales = dfq.least_noise(model, [link, *others], Journal(), statistics, IMAGES, Recipe(quantize=True))
+    scales = least_noise(model, statistics, Recipe(quantize=True))(model, [link, *others], Journal())
     reach = dfq.activation_reaches(model, link, dfq.promised_extremes(statistics, SIGMAS))[0]
     assert float(reach[0] / scales[0][0]) <= 1.5 * float((reach[1:] / scales[0][1:]).max())
 
