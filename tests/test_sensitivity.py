@@ -14,7 +14,7 @@ from utils.graph import module_of, trace
 from utils.journal import Journal
 from utils.layers import taps
 from utils.links import find_links, stored_nodes
-from utils.moments import SIGMAS
+from utils.moments import SIGMAS, Gaussian
 from utils.observe import Watched, channel_extremes, channel_mean, input_means
 from utils.sensitivity import sensitivity
 
@@ -128,13 +128,37 @@ def test_they_leave_less_noise_than_even_ranges(per_channel):
 
 def test_a_channel_that_no_image_wakes_is_not_stretched():
     model, statistics = folded(partial(chain, nn.ReLU))
-    layer = model.get_submodule("0.0")
-    taps(layer)[0, 0] *= 1e-3  # tiny weights, asleep on these images; statistics say that it wakes
-    layer.bias[0] = -10.0
     (link, *others), _ = find_links(model)
-    scales = least_noise(model, statistics, Recipe(quantize=True))(model, [link, *others], Journal())
     reach = dfq.activation_reaches(model, link, dfq.promised_extremes(statistics, SIGMAS))[0]
-    assert float(reach[0] / scales[0][0]) <= 1.5 * float((reach[1:] / scales[0][1:]).max())
+    asleep = int(reach.argsort()[-2])  # statistics say that it wakes, to nearly as much as any
+    layer = model.get_submodule("0.0")
+    taps(layer)[0, asleep] *= 1e-3
+    layer.bias[asleep] = -10.0
+    scales = least_noise(model, statistics, Recipe(quantize=True))(model, [link, *others], Journal())
+    stretched = reach / scales[0]
+    assert float(stretched[asleep]) <= 1.5 * float(stretched[torch.arange(len(reach)) != asleep].max())
+
+
+def test_promises_that_images_contradict_do_not_count():
+    model, statistics = folded(partial(chain, nn.ReLU))
+    links, _ = find_links(model)
+    known = statistics["0.0"]
+    wrong = statistics | {"0.0": Gaussian(100 * known.mean.abs(), 1e4 * known.variance)}
+    without = {name: each for name, each in statistics.items() if name != "0.0"}
+    found, expected = (
+        least_noise(model, each, Recipe(quantize=True))(model, links, Journal()) for each in (wrong, without)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_layer_that_equalization_harms_can_be_left_out():
+    model, statistics = folded(chain)
+    before = {name: model.get_submodule(name).weight.clone() for name in ("0.0", "1.0", "2.0")}
+    even = partial(dfq.even_ranges, extremes=dfq.promised_extremes(statistics, SIGMAS))
+    dfq.equalize(model, statistics, even, journal := Journal(), without=frozenset({"1.0"}))
+    changed = [name for name, weight in before.items() if (model.get_submodule(name).weight != weight).any()]
+    assert changed == ["1.0", "2.0"]  # "1.0" as a producer alone
+    assert journal.counts()["equalized"]["left_out"] == 2  # "0.0", and the layer that the output reads
 
 
 def test_tensors_that_an_engine_stores():
