@@ -24,10 +24,23 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from utils import artifact
-from utils.distill import describe_fit, statistics_fit
-from utils.errors import UserError
-from utils.graph import (
+from utils.backends.lowering import fold_scales, grid_sources, keeps_grid, quantizer_before
+from utils.calibration.distillation import describe_fit, statistics_fit
+from utils.calibration.moments import SIGMAS, Gaussian, Moments, Statistics, Unknown, batchnorm_output, propagate
+from utils.calibration.observers import (
+    Fidelity,
+    Watched,
+    channel_extremes,
+    channel_mean,
+    fidelity,
+    histograms,
+    input_means,
+    layer_means,
+)
+from utils.calibration.sensitivity import Sensitivity, Tensors, quietest_scales, sensitivity
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+from utils.graph.capture import (
     describe,
     insert_module,
     is_tensor,
@@ -38,10 +51,7 @@ from utils.graph import (
     trace,
     weighted_nodes,
 )
-from utils.inputs import InputSpec
-from utils.integers import fold_scales, grid_sources, keeps_grid, quantizer_before
-from utils.journal import Journal
-from utils.layers import (
+from utils.graph.layers import (
     CLIPS,
     WEIGHTED,
     CappedReLU,
@@ -52,19 +62,11 @@ from utils.layers import (
     scale_outputs,
     taps,
 )
-from utils.links import Link, Port, find_links, stored_nodes
-from utils.moments import SIGMAS, Gaussian, Moments, Statistics, Unknown, batchnorm_output, propagate
-from utils.observe import (
-    Fidelity,
-    Watched,
-    channel_extremes,
-    channel_mean,
-    fidelity,
-    histograms,
-    input_means,
-    layer_means,
-)
-from utils.quantizer import (
+from utils.graph.regions import Link, Port, find_links, stored_nodes
+from utils.passes.gptq import compensated, second_moment
+from utils.passes.log import Journal
+from utils.quantization import serialization as artifact
+from utils.quantization.quantizer import (
     QParams,
     Quantizer,
     affine_grid,
@@ -74,8 +76,6 @@ from utils.quantizer import (
     quantize_weight,
     weight_grid,
 )
-from utils.rounding import compensated, second_moment
-from utils.sensitivity import Sensitivity, Tensors, quietest_scales, sensitivity
 
 LISTENERS = 16  # images on which the output's sensitivity is measured
 CONTRADICTED = 3  # times as wide or as narrow as on images: so far off, a range that statistics promise is wrong
@@ -218,7 +218,7 @@ class Quantized:
 def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images: Tensor | None = None) -> Quantized:
     """Run the recipe's passes on a copy of the network; no data is used.
 
-    images: [N, C, H, W] as utils.distill makes them, which recipe.needs_images asks for.
+    images: [N, C, H, W] as utils.calibration.distillation makes them, which recipe.needs_images asks for.
     A network that cannot be traced, or lacks what a pass needs, is a UserError; so is a pass that
     should be exact and changes the output of a probe batch.
     """
@@ -639,7 +639,7 @@ def least_noise(
     seen: Extremes,
     recipe: Recipe,
 ) -> list[Tensor]:
-    """Scales under which rounding weights and activations adds least to the output; see utils.sensitivity.
+    """Scales under which rounding weights and activations adds least to the output; see utils.calibration.sensitivity.
 
     Channels reach as far as they do on images, or as BatchNorm statistics promise, if further: one that no image wakes
     must not be stretched. But not where statistics promise what is nowhere near what images show: they are wrong.

@@ -7,12 +7,13 @@ from functools import partial
 import demo
 import dfq
 from modeling import build_model
-from utils import cli, report
-from utils.data import evenly, image_folder
-from utils.experiment import Data, Experiment
-from utils.graph import classes_of, trace
-from utils.inputs import InputSpec
-from utils.metrics import TopK
+from utils.core.input_spec import InputSpec
+from utils.experiment import cli
+from utils.experiment import pictures as report
+from utils.experiment.runner import Data, Experiment
+from utils.graph.capture import classes_of, trace
+from utils.tasks.data import evenly, image_folder
+from utils.tasks.metrics import TopK
 
 PROGRAM, TASK = "main_cls.py", "classification"
 

@@ -7,15 +7,16 @@ from functools import partial
 import demo
 import dfq
 from modeling import box_coder, build_model
-from utils import cli, report
-from utils.boxes import BoxCoder
-from utils.data import evenly
-from utils.detection import stack, voc_detection
-from utils.experiment import Data, Experiment
-from utils.graph import classes_of, trace
-from utils.inputs import InputSpec
-from utils.metrics import MeanAveragePrecision
-from utils.voc import open_voc
+from utils.core.input_spec import InputSpec
+from utils.experiment import cli
+from utils.experiment import pictures as report
+from utils.experiment.runner import Data, Experiment
+from utils.graph.capture import classes_of, trace
+from utils.tasks.boxes import BoxCoder
+from utils.tasks.data import evenly
+from utils.tasks.detection import stack, voc_detection
+from utils.tasks.metrics import MeanAveragePrecision
+from utils.tasks.voc import open_voc
 
 PROGRAM, TASK = "main_det.py", "detection"
 

@@ -17,12 +17,13 @@ from torch import Tensor, fx
 
 from dfq import Recipe, quantize_data_free, to_evaluate
 from modeling import build_model
-from utils import cli, engine
-from utils.data import Batches, evenly, image_folder
-from utils.distill import Distillation, distill, statistics_fit
-from utils.graph import classes_of, trace
-from utils.metrics import TopK
-from utils.observe import fidelity, histograms
+from utils.calibration.distillation import Distillation, distill, statistics_fit
+from utils.calibration.observers import fidelity, histograms
+from utils.experiment import cli
+from utils.experiment import evaluation as engine
+from utils.graph.capture import classes_of, trace
+from utils.tasks.data import Batches, evenly, image_folder
+from utils.tasks.metrics import TopK
 
 CPU = torch.device("cpu")
 IMAGES, STEPS = (1, 4, 16, 64), (5, 20, 40)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils import cli
-from utils.results import read_lines
+from utils.experiment import cli
+from utils.experiment.records import read_lines
 
 
 def ranks(values: Tensor) -> Tensor:

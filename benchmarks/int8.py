@@ -26,13 +26,13 @@ from torch import Tensor
 from demo.render import rendered
 from dfq import Quantized, Recipe, quantize_data_free
 from modeling import build_model
-from utils import cli
-from utils.data import classification_transform, load_rgb
-from utils.engine import deploy, tune_allocator
-from utils.export import build
-from utils.inputs import InputSpec
-from utils.onnx_engine import OnnxNetwork
-from utils.onnx_graph import INPUT, onnx_model
+from utils.backends.onnxruntime.export import build
+from utils.backends.onnxruntime.graph import INPUT, onnx_model
+from utils.backends.onnxruntime.session import OnnxNetwork
+from utils.core.input_spec import InputSpec
+from utils.experiment import cli
+from utils.experiment.evaluation import deploy, tune_allocator
+from utils.tasks.data import classification_transform, load_rgb
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(equalize=True, quantize=True, correction=True)

@@ -19,8 +19,8 @@ from torch import nn
 from dfq import Recipe, fold_scales, quantize_data_free
 from modeling import build_model
 from modeling.mobilenet_v2 import mobilenet_v2
-from utils.engine import deploy, tune_allocator
-from utils.inputs import InputSpec
+from utils.core.input_spec import InputSpec
+from utils.experiment.evaluation import deploy, tune_allocator
 
 RECIPES = {"+ReLU+LE+BC": Recipe(relu=True, equalize=True, quantize=True, correction=True)}
 RECIPES |= {"+LE+BC": Recipe(equalize=True, quantize=True, correction=True)}

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from demo.train import detection_loss
 from modeling.checkpoint import read_checkpoint
 from modeling.ssd_lite import SPEC, SSDLite
-from utils import cli
-from utils.boxes import BoxCoder, Objects
-from utils.data import Batches
-from utils.detection import stack, voc_detection
-from utils.voc import open_voc
+from utils.experiment import cli
+from utils.tasks.boxes import BoxCoder, Objects
+from utils.tasks.data import Batches
+from utils.tasks.detection import stack, voc_detection
+from utils.tasks.voc import open_voc
 
 BATCH = 32
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from demo import scenes
 from demo.scenes import CLASSES, VOID, Scene, draw_scene
-from utils.cache import CACHE_VARIABLE, cache_folder
-from utils.errors import UserError
+from utils.core.cache import CACHE_VARIABLE, cache_folder
+from utils.core.errors import UserError
 
 EVALUATION_SEED, TRAINING_SEED = 2024, 1  # no scene of one is among those of the other
 _MANIFEST = "manifest.json"

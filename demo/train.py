@@ -32,16 +32,16 @@ from modeling.deeplab import DeepLab
 from modeling.mobilenet_v2 import mobilenet_v2
 from modeling.ssd_lite import SPEC as SSD_PUBLISHED
 from modeling.ssd_lite import SSDLite
-from utils import engine
-from utils.boxes import BoxCoder, Objects
-from utils.cli import run
-from utils.data import Batches, image_folder
-from utils.detection import stack, voc_detection
-from utils.inputs import InputSpec
-from utils.metrics import ConfusionMatrix, MeanAveragePrecision, TopK
-from utils.segmentation import voc_segmentation
-from utils.vision import torchvision
-from utils.voc import open_voc
+from utils.core.input_spec import InputSpec
+from utils.core.torchvision_compat import torchvision
+from utils.experiment import evaluation as engine
+from utils.experiment.cli import run
+from utils.tasks.boxes import BoxCoder, Objects
+from utils.tasks.data import Batches, image_folder
+from utils.tasks.detection import stack, voc_detection
+from utils.tasks.metrics import ConfusionMatrix, MeanAveragePrecision, TopK
+from utils.tasks.segmentation import voc_segmentation
+from utils.tasks.voc import open_voc
 
 WIDTH = 0.5  # of MobileNetV2, in all three
 MOST_OBJECTS = 5  # in a scene

@@ -10,8 +10,8 @@ from modeling.checkpoint import check_finite
 from modeling.classification import build_classifier
 from modeling.detection import box_coder, build_detector
 from modeling.segmentation import build_segmenter
-from utils import distributed
-from utils.inputs import InputSpec
+from utils.core import distributed
+from utils.core.input_spec import InputSpec
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save
 _UNNEEDED = "num_batches_tracked"  # BatchNorm's counter: absent from old checkpoints

@@ -8,9 +8,9 @@ from modeling.efficientnet_lite import bundled_weights, efficientnet_lite0, to_t
 from modeling.factory import build_from_factory, near_matches
 from modeling.mobilenet_v2 import mobilenet_v2, to_torchvision_layout
 from modeling.torchvision_models import download, official_weights
-from utils.errors import UserError
-from utils.inputs import InputSpec
-from utils.vision import torchvision
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+from utils.core.torchvision_compat import torchvision
 
 NAMES = ("mobilenet_v2", "resnet18", "efficientnet_lite0")
 

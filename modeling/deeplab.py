@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.mobilenet_v2 import to_torchvision_layout, width_of
-from utils.vision import torchvision
+from utils.core.torchvision_compat import torchvision
 
 # expansion, channels, blocks and stride of each stage of MobileNetV2
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

@@ -10,10 +10,10 @@ from modeling.factory import build_from_factory, near_matches
 from modeling.mobilenet_v2 import to_torchvision_layout
 from modeling.ssd_lite import SPEC, WEIGHTS, ssd_coder, ssd_lite
 from modeling.torchvision_models import download, official_weights
-from utils.boxes import BoxCoder, PriorSpec, to_centres
-from utils.errors import UserError
-from utils.inputs import InputSpec
-from utils.vision import torchvision
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+from utils.core.torchvision_compat import torchvision
+from utils.tasks.boxes import BoxCoder, PriorSpec, to_centres
 
 NAMES = ("ssd_lite_mobilenet_v2",)
 TORCHVISION_NAMES = ("ssdlite320_mobilenet_v3_large", "ssd300_vgg16")

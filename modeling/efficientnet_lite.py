@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from utils.inputs import InputSpec
+from utils.core.input_spec import InputSpec
 
 # How the weights were trained: (x - 127) / 128 over pixels of 0..255.
 SPEC = InputSpec(size=(224, 224), resize=256, interpolation="bicubic", mean=(127 / 255,) * 3, std=(128 / 255,) * 3)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from modeling.checkpoint import fit, read_checkpoint
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 
 def build_from_factory(place: str, weights: str | None) -> nn.Module:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from utils.errors import UserError
-from utils.vision import torchvision
+from utils.core.errors import UserError
+from utils.core.torchvision_compat import torchvision
 
 WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25, 1.3, 1.4)  # width multipliers in use, the usual one first
 

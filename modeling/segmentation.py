@@ -9,9 +9,9 @@ from modeling.checkpoint import fit, outputs_of, read_checkpoint
 from modeling.deeplab import deeplab_for, to_deeplab_layout
 from modeling.factory import build_from_factory, near_matches
 from modeling.torchvision_models import download, official_weights
-from utils.errors import UserError
-from utils.inputs import InputSpec
-from utils.vision import torchvision
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+from utils.core.torchvision_compat import torchvision
 
 NAMES = ("deeplabv3plus_mobilenet_v2",)
 

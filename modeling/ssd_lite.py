@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from modeling.mobilenet_v2 import mobilenet_v2, width_of
-from utils.boxes import BoxCoder, PriorSpec, make_priors
-from utils.inputs import InputSpec
-from utils.vision import torchvision
+from utils.core.input_spec import InputSpec
+from utils.core.torchvision_compat import torchvision
+from utils.tasks.boxes import BoxCoder, PriorSpec, make_priors
 
 # How the public checkpoints were trained: (x - 127) / 128 over pixels of 0..255, squeezed to a square.
 SPEC = InputSpec(size=(300, 300), resize=300, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)

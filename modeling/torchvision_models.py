@@ -6,8 +6,8 @@ from urllib.error import URLError
 from torch import Tensor
 
 from modeling.factory import near_matches
-from utils.errors import UserError
-from utils.vision import torchvision
+from utils.core.errors import UserError
+from utils.core.torchvision_compat import torchvision
 
 
 def official_weights(

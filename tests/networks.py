@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.inputs import InputSpec
+from utils.core.input_spec import InputSpec
 
 SPEC = InputSpec(size=(24, 24), resize=24)
 

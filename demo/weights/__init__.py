@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 _FOLDER = Path(__file__).parent
 _HASHES = _FOLDER / "SHA256SUMS"  # in the format of the program sha256sum

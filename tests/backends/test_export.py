@@ -1,0 +1,258 @@
+"""ONNX files, the engine that runs them, and the gate that holds it to the simulation."""
+
+import json
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import SPEC, Branches, Residual, chain, conv_bn, randomise, settle
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import main_cls
+import main_det
+import main_seg
+from dfq import Recipe, fold_scales, outputs_of, quantize_data_free
+from utils.backends.onnxruntime.export import build, check_parity, export
+from utils.backends.onnxruntime.session import OnnxNetwork, find_kernels
+from utils.backends.parity import Agreement
+from utils.core.errors import UserError
+from utils.experiment import cli
+from utils.experiment import runner as experiment
+from utils.experiment.records import read_lines
+from utils.graph.layers import WEIGHTED, IntegerSum
+
+FULL = Recipe(quantize=True, equalize=True, correction=True)
+
+
+class Around(nn.Module):
+    """A convolution, something else, and a convolution that reads the result."""
+
+    def __init__(self, middle: nn.Module | Callable, channels: int = 8):
+        super().__init__()
+        self.first, self.middle, self.last = conv_bn(3, 8, 3, padding=1), middle, conv_bn(channels, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x)))
+
+
+MIDDLES = {
+    "max pooling": (nn.MaxPool2d(3, 2, 1), 8),
+    "average pooling": (nn.AvgPool2d(2), 8),
+    "uneven adaptive pooling": (nn.AdaptiveAvgPool2d(5), 8),
+    "padding": (nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), conv_bn(8, 8, 3)), 8),
+    "dilated depthwise": (conv_bn(8, 8, 3, padding=2, dilation=2, groups=8, activation=nn.ReLU6), 8),
+    "transposed convolution": (nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.BatchNorm2d(8), nn.ReLU()), 8),
+    "nearest": (nn.Upsample(scale_factor=2), 8),
+    "bilinear": (lambda x: F.interpolate(x, size=(31, 17), mode="bilinear", align_corners=True), 8),
+    "hardswish": (nn.Sequential(conv_bn(8, 8, 1, activation=None), nn.Hardswish()), 8),
+    "silu": (nn.Sequential(conv_bn(8, 8, 1, activation=None), nn.SiLU()), 8),
+    "leaky": (nn.Sequential(conv_bn(8, 8, 1, activation=None), nn.LeakyReLU(0.1)), 8),
+    "prelu": (nn.Sequential(conv_bn(8, 8, 1, activation=None), nn.PReLU(8)), 8),
+    "sum and product": (lambda x: x + x * 0.5, 8),
+    "squeeze": (lambda x: x * F.adaptive_avg_pool2d(x, 1), 8),
+    "concat of slices": (lambda x: torch.cat([x[:, 4:], x[:, :4].flip(0) if False else x[:, :2]], 1), 6),
+    "chunks": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), 8),
+    "shuffle": (nn.ChannelShuffle(2), 8),
+    "pixels": (nn.PixelShuffle(2), 2),
+    "functional padding": (lambda x: F.pad(x, (1, 2, 0, 3)), 8),
+    "difference": (lambda x: operator.sub(x, x.mean((2, 3), keepdim=True)), 8),
+}
+
+
+def quantized(model, recipe=FULL):
+    return quantize_data_free(settle(randomise(model)), SPEC, recipe)
+
+
+def parity_of(result):
+    model = build(result, SPEC, {})
+    return model, check_parity(model, result.simulated, SPEC.probe(6))
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_operators_compute_what_the_simulation_does(name):
+    model, parity = parity_of(quantized(Around(*MIDDLES[name])))
+    assert parity.agreement > 0.97 and parity.layers
+    assert all(node.domain == "" for node in model.graph.node)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"per_channel": True}, {"asymmetric": True}, {"relu": True}, {"per_channel": True, "asymmetric": True}],
+)
+@pytest.mark.parametrize("network", [chain, Residual, Branches])
+def test_networks_run_on_integers(network, flags):
+    result = quantized(network(), replace(FULL, **flags))
+    model, parity = parity_of(result)
+    assert parity.agreement > 0.97
+    kernels = find_kernels(model, result.simulated, result.weight_grids, result.bias_grids)
+    assert not kernels.floating and len(kernels.integer) == len(result.weight_grids)
+
+
+def test_weights_are_stored_as_integers_and_the_file_is_a_quarter(tmp_path):
+    result = quantized(nn.Sequential(conv_bn(3, 64), conv_bn(64, 128), conv_bn(128, 128)))
+    told = export(result, SPEC, tmp_path / "net.onnx", {"recipe": "+LE+BC", "classes": {"0": "cat"}})
+    assert 0.24 < told.size / told.float_size < 0.3
+    model = onnx.load(tmp_path / "net.onnx")
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    weights = [kind for name, kind in kinds.items() if name.endswith("_weight_int8")]
+    biases = [kind for name, kind in kinds.items() if name.endswith("_bias_int32")]
+    assert weights == [onnx.TensorProto.INT8] * 3 and biases == [onnx.TensorProto.INT32] * 3
+    said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert said == {"recipe": "+LE+BC", "classes": {"0": "cat"}}
+    assert "3 of 3 layers on integers" in str(told)
+
+
+def test_any_batch_runs(tmp_path):
+    result = quantized(chain())
+    export(result, SPEC, tmp_path / "net.onnx", {})
+    engine, images = OnnxNetwork(tmp_path / "net.onnx"), SPEC.probe(5)
+    apart = torch.cat([engine(images[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(engine(images), apart)
+    torch.testing.assert_close(engine(images), outputs_of(result.simulated, images)[0], atol=0.1, rtol=0.05)
+
+
+def test_an_engine_that_computes_something_else_is_caught_at_its_layer():
+    result = quantized(chain())
+    model = build(result, SPEC, {})
+    for tensor in model.graph.initializer:
+        if tensor.name == "_1_0_weight_scale":
+            changed = onnx.numpy_helper.to_array(tensor) * 1.2
+            tensor.CopyFrom(onnx.numpy_helper.from_array(changed.astype("float32"), tensor.name))
+    with pytest.raises(UserError, match=r"disagree at '1\.\d'"):
+        check_parity(model, result.simulated, SPEC.probe(4))
+
+
+def test_a_bias_too_large_for_the_accumulator_gets_room():
+    model = settle(randomise(chain()))
+    first = model[0][0]
+    first.weight.data[0] *= 1e-9  # a channel of nothing but a bias
+    norm = model[0][1]
+    norm.running_var[0], norm.running_mean[0] = 1e-12, -1.0
+    result = quantize_data_free(model, SPEC, Recipe(quantize=True, per_channel=True))
+    _, parity = parity_of(result)
+    assert parity.agreement > 0.97
+
+
+def test_an_operator_without_a_rule_is_named_with_its_place(tmp_path):
+    result = quantized(Around(lambda x: torch.cumsum(x, 1)))
+    with pytest.raises(UserError, match=r"cumsum .* cannot be exported"):
+        export(result, SPEC, tmp_path / "net.onnx", {})
+    assert not (tmp_path / "net.onnx").exists()
+
+
+def test_predictions_are_counted():
+    counted = Agreement()
+    counted.update(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor([[1.0, 2.0], [1.0, 2.0]]))
+    assert counted.share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--export", "net.onnx"], "--export needs --quantize or --load"),
+        (["--engine", "onnxruntime"], "--engine onnxruntime needs --quantize or --load"),
+        (["--quantize", "--export", "net.onnx", "--bits_weight", "6"], "leave out --bits_weight"),
+        (["--quantize", "--engine", "onnxruntime", "--bits_bias", "16"], "leave out --bits_weight"),
+        (["--load", "net.dfq", "--relu"], "leave out --relu"),
+        (["--table", "--save", "net.dfq"], "leave out --table"),
+    ],
+)
+def test_flags_that_an_engine_cannot_serve(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        main_cls.parse_args(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    with pytest.raises(UserError, match="needs the package onnxruntime; pip install onnxruntime"):
+        main_cls.main(["--quantize", "--engine", "onnxruntime", "--results", str(tmp_path / "r.jsonl")])
+
+
+def test_a_folder_that_is_not_there_is_refused_before_the_work(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        main_cls.main(["--quantize", "--export", str(tmp_path / "no" / "net.onnx")])
+
+
+@pytest.mark.parametrize("script", [main_cls, main_seg, main_det])
+def test_saved_loaded_and_exported_it_is_the_same_network(script, tmp_path, monkeypatch, capsys):
+    """The demo, quantized once and scored three ways: in simulation, in the engine, and loaded from a file."""
+    few = ["--limit", "12", "--workers", "0", "--results", str(tmp_path / "runs.jsonl")]
+    kept, first, second = (str(tmp_path / name) for name in ("net.dfq", "first.onnx", "second.onnx"))
+    script.main([*few, "--quantize", "--equalize", "--correction", "--save", kept, "--export", first])
+    script.main([*few, "--load", kept, "--engine", "onnxruntime"])
+    script.main(["--load", kept, "--export", second])
+    plain, engine = read_lines(tmp_path / "runs.jsonl")
+    assert plain["metrics"]["quantized"] == engine["metrics"]["simulated"]
+    assert plain["metrics"]["fp32_original"] == engine["metrics"]["fp32_original"]
+    assert engine["engine"] == "onnxruntime" and engine["agreement"] > 99
+    graphs = [onnx.load(file).graph.SerializeToString() for file in (first, second)]
+    assert graphs[0] == graphs[1]
+    assert "53 of 53 layers" in capsys.readouterr().out or script is not main_cls
+
+
+def test_an_engine_that_agrees_too_seldom_fails_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "AGREEMENT", 1.01)
+    flags = ["--quantize", "--equalize", "--engine", "onnxruntime", "--limit", "4", "--workers", "0"]
+    with pytest.raises(UserError, match=r"where 101% are asked for; they first part at \S+, and nothing was recorded"):
+        main_cls.main([*flags, "--results", str(tmp_path / "runs.jsonl")])
+    assert not (tmp_path / "runs.jsonl").exists() or not (tmp_path / "runs.jsonl").read_text()
+
+
+@pytest.mark.parametrize("flags", [{}, {"relu": True}, {"per_channel": True}, {"asymmetric": True}])
+@pytest.mark.parametrize("network", [chain, Residual, Branches])
+def test_what_is_scored_computes_on_the_engines_integers(network, flags):
+    result = quantized(network(), replace(FULL, **flags))
+    scored = fold_scales(result.simulated, result.weight_grids, result.bias_grids)
+    images = SPEC.probe(64, seed=9)
+    expected = outputs_of(OnnxNetwork(build(result, SPEC, {}).SerializeToString()), images)[0]
+    torch.testing.assert_close(outputs_of(scored, images)[0], expected, rtol=1e-5, atol=1e-5)
+    between = [layer for layer in scored.modules() if isinstance(layer, WEIGHTED)][:-1]
+    assert all(torch.equal(values, values.round()) for layer in between for values in (layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_sum_of_steps_rounds_as_the_engines_kernel(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scales = (torch.rand(3, generator=generator) + 0.5).mul_(0.02 if seed % 2 else 0.02 / 3).tolist()
+    zeros = torch.randint(0, 256, (3,), generator=generator).tolist()
+    inputs = [part.byte().view(1, 1, 256, 256) for part in torch.meshgrid(*[torch.arange(256)] * 2, indexing="ij")]
+    grids = [
+        (numpy_helper.from_array(np.float32(scales[i]), f"s{i}"), numpy_helper.from_array(np.uint8(zeros[i]), f"z{i}"))
+        for i in range(3)
+    ]
+    nodes = [helper.make_node("DequantizeLinear", [f"x{i}", f"s{i}", f"z{i}"], [f"f{i}"]) for i in range(2)]
+    nodes += [
+        helper.make_node("Add", ["f0", "f1"], ["sum"]),
+        helper.make_node("QuantizeLinear", ["sum", "s2", "z2"], ["y"]),
+    ]
+    ends = [
+        [helper.make_tensor_value_info(name, TensorProto.UINT8, ["N", 1, 256, 256]) for name in names]
+        for names in (["x0", "x1"], ["y"])
+    ]
+    graph = helper.make_graph(nodes, "sum", *ends, [part for grid in grids for part in grid])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected = session.run(None, {f"x{i}": part.numpy() for i, part in enumerate(inputs)})[0]
+    steps = [part.float() - zero for part, zero in zip(inputs, zeros, strict=False)]
+    found = IntegerSum(*((float(np.float32(s)), z) for s, z in zip(scales, zeros, strict=True)))(*steps) + zeros[2]
+    assert torch.equal(found.clamp(0, 255).byte(), torch.from_numpy(expected))
+
+
+def test_a_saved_network_of_another_version_is_refused(tmp_path, monkeypatch):
+    kept = tmp_path / "net.dfq"
+    main_cls.main(
+        ["--limit", "2", "--workers", "0", "--results", str(tmp_path / "r.jsonl"), "--quantize", "--save", str(kept)]
+    )
+    content = torch.load(kept, weights_only=True)
+    content["recipe"]["telepathy"] = True
+    torch.save(content, kept)
+    with pytest.raises(UserError, match=r"of another version .*'telepathy'"):
+        main_cls.main(["--load", str(kept), "--export", str(tmp_path / "net.onnx")])

@@ -1,0 +1,117 @@
+"""Moments against large Gaussian samples, and the interpreter against the network on many images."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import SPEC, Branches, Residual, chain, settle
+from torch import nn
+
+import dfq
+from utils.calibration.moments import Moments, Unknown, batchnorm_output, clipped_gaussian, mapped_gaussian, propagate
+from utils.graph.capture import trace
+from utils.graph.layers import CappedReLU
+from utils.passes.log import Journal
+
+SAMPLES = 400_000
+CASES = [(mean, std) for mean in (-3.0, -0.5, 0.0, 0.7, 5.0, 9.0) for std in (0.01, 0.8, 4.0)]
+
+
+@pytest.mark.parametrize(("mean", "std"), CASES)
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, math.inf), (0.0, 6.0), (-1.0, 1.5), (0.0, 0.05), (-math.inf, math.inf)]
+)
+def test_clipped_gaussian_agrees_with_a_sample(mean, std, low, high):
+    sample = (torch.randn(SAMPLES, dtype=torch.float64) * std + mean).clamp(low, high)
+    got_mean, got_variance = clipped_gaussian(*(torch.tensor([v]) for v in (mean, std**2, low, high)))
+    assert got_mean.item() == pytest.approx(sample.mean().item(), abs=4 * std / SAMPLES**0.5)
+    assert got_variance.item() == pytest.approx(sample.var().item(), rel=0.02, abs=1e-5 * std**2 + 1e-7)
+
+
+def test_clipped_constant_is_the_clipped_constant():
+    mean, variance = clipped_gaussian(
+        torch.tensor([-1.0, 0.5, 9.0]), torch.zeros(3), torch.zeros(3), torch.full((3,), 6.0)
+    )
+    torch.testing.assert_close(mean, torch.tensor([0.0, 0.5, 6.0]))
+    torch.testing.assert_close(variance, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "function", [F.hardswish, F.silu, torch.sigmoid, F.hardsigmoid, lambda x: F.leaky_relu(x, 0.1)]
+)
+@pytest.mark.parametrize(("mean", "std"), [(-2.0, 1.0), (0.3, 0.5), (1.0, 3.0)])
+def test_mapped_gaussian_agrees_with_a_sample(function, mean, std):
+    sample = function(torch.randn(SAMPLES) * std + mean)
+    got_mean, got_variance = mapped_gaussian(torch.tensor([mean]), torch.tensor([std**2]), function)
+    assert got_mean.item() == pytest.approx(sample.mean().item(), abs=0.02 * std)
+    assert got_variance.item() == pytest.approx(sample.var().item(), rel=0.05, abs=1e-3)
+
+
+def test_batchnorm_of_a_constant_channel_has_no_variance():
+    norm = nn.BatchNorm2d(2).eval()
+    norm.running_var.copy_(torch.tensor([0.0, 1.0]))
+    assert batchnorm_output(norm).variance[0] == 0
+    assert batchnorm_output(norm).variance[1] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("build", [chain, Residual, Branches])
+def test_moments_are_those_of_many_images(build):
+    """Means and ranges from statistics alone against what the network does on images like those it was settled on."""
+    model = settle(build())
+    traced = trace(model, SPEC)
+    moments = propagate(traced, SPEC, dfq.fold_batchnorm(traced, Journal()))
+    values = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, node):
+            values[node.name] = result = super().run_node(node)
+            return result
+
+    Recorder(traced).run(SPEC.probe(256, seed=3))
+    for name, known in moments.items():
+        actual = values[name].transpose(0, 1).flatten(1)
+        expected = known.mean.transpose(0, 1).flatten(1).mean(1)
+        spread = actual.std(1) + 0.15
+        assert ((actual.mean(1) - expected).abs() / spread).max() < 0.35, name
+        low, high = known.range()
+        inside = ((values[name] >= low - 1e-5) & (values[name] <= high + 1e-5)).float().mean()
+        assert inside > 0.999, name
+
+
+def test_padding_lowers_the_mean_at_the_border():
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)
+    )
+    model[3].weight.fill_(1.0)
+    model[1].bias.fill_(2.0)
+    traced = trace(model.eval(), SPEC)
+    moments = propagate(traced, SPEC, dfq.fold_batchnorm(traced, Journal()))
+    mean = list(moments.values())[-1].mean[0, 0]
+    torch.testing.assert_close(mean[0, 0] - model[3].bias[0], (mean[5, 5] - model[3].bias[0]) * 4 / 9)
+
+
+def test_what_is_not_known_says_where_that_began():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.last(torch.cumsum(self.conv(x), 2))
+
+    traced = trace(Odd(), SPEC)
+    moments = propagate(traced, SPEC, {})
+    assert isinstance(moments["conv"], Moments)
+    assert isinstance(moments["last"], Unknown)
+    assert "cumsum" in moments["last"].reason
+
+
+def test_capped_relu_moments_are_per_channel():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), CappedReLU(torch.tensor([0.1, math.inf]))).eval()
+    model[1].bias.fill_(1.0)
+    traced = trace(model, SPEC)
+    last = list(propagate(traced, SPEC, dfq.fold_batchnorm(traced, Journal())).values())[-1]
+    assert last.high[0, 0].max() == pytest.approx(0.1)
+    assert last.high[0, 1].max() == pytest.approx(7.0, rel=1e-3)
+    assert last.low.min() == 0

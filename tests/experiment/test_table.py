@@ -1,0 +1,157 @@
+"""--table: every row once, whatever interrupts it."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dfq
+import main_cls
+import main_det
+from utils.core.errors import UserError
+from utils.experiment import cli
+from utils.experiment.records import identity, read_lines
+from utils.tasks.data import Batches
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = ["Original", "+ReLU+LE", "+LE+BC", "+LE+BC per channel"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def table(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQ_CACHE", str(cache))
+    return ["--table", "--limit", "24", "--workers", "0", "--results", str(tmp_path / "runs.jsonl")]
+
+
+def comparable(line):
+    return {key: value for key, value in line.items() if key not in ("time", "forward_seconds", "command", "flags")}
+
+
+def test_names_of_the_rows():
+    assert len(dfq.TABLE) == 22
+    assert list(dfq.TABLE)[:8] == [
+        "Original",
+        "+ReLU",
+        "+ReLU+LE",
+        "+ReLU+LE +DR",
+        "+BC",
+        "+BC +clip_15",
+        "+ReLU+LE+BC",
+        "+ReLU+LE+BC +DR",
+    ]
+
+
+def test_a_row_is_what_its_own_command_gives(table, tmp_path, capsys):
+    main_cls.main([*table, "--rows", *ROWS])
+    rows = read_lines(tmp_path / "runs.jsonl")
+    assert [dfq.TABLE[name].words for name in ROWS] == [
+        ["--quantize"],
+        ["--relu", "--equalize", "--quantize"],
+        ["--equalize", "--quantize", "--correction"],
+        ["--equalize", "--quantize", "--correction", "--per_channel"],
+    ]
+    assert capsys.readouterr().out.count("FP32 as loaded") == len(ROWS)
+    for row in (rows[1], rows[3]):
+        program, script, *flags = row["command"].split()
+        assert (program, script) == ("python", "main_cls.py") and "--table" not in flags and "--rows" not in flags
+        flags[flags.index("--results") + 1] = str(tmp_path / "alone.jsonl")
+        main_cls.main(flags)
+        alone = read_lines(tmp_path / "alone.jsonl")[-1]
+        assert comparable(alone) == comparable(row)
+        assert identity(alone) == identity(row)
+
+
+def test_detection_compares_with_the_float_network_that_ran_once(table, tmp_path):
+    main_det.main([*table, "--rows", "Original", "+LE+BC"])
+    (second,) = [row for row in read_lines(tmp_path / "runs.jsonl") if row["recipe"] == "+LE+BC"]
+    flags = second["command"].split()[2:]
+    flags[flags.index("--results") + 1] = str(tmp_path / "alone.jsonl")
+    main_det.main(flags)
+    alone = read_lines(tmp_path / "alone.jsonl")[-1]
+    # Shifts are means over floats that kernels may round otherwise from run to run.
+    assert alone["metrics"]["quantized"] == pytest.approx(second["metrics"]["quantized"], rel=1e-3)
+    assert alone["metrics"]["fp32_original"] == second["metrics"]["fp32_original"]
+    assert second["metrics"]["quantized"]["score_shift_mean"] > 0
+
+
+def test_a_killed_table_goes_on_where_it_was(table, tmp_path):
+    """Killed while rows are being written, again and again, until none is missing."""
+    file = tmp_path / "runs.jsonl"
+    command = [sys.executable, "main_cls.py", *table, "--rows", *ROWS]
+
+    def rows_there():
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    for _ in ROWS[:2]:
+        before = rows_there()
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while rows_there() == before and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+        assert rows_there() > before
+    with file.open("ab") as handle:
+        handle.write(b'{"format": 2, "task": "class')
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "torn line" in done.stderr
+    rows = read_lines(file)
+    assert len(rows) == len(ROWS) == len({identity(row) for row in rows})
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"{len(ROWS)} rows, {len(ROWS)} of them in {file} already" in again
+    assert [name for name in ROWS if re.search(rf"^{re.escape(name)} +\d", again, re.MULTILINE)] == ROWS
+    assert rows_there() == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--table", "--relu"], "leave out --relu"),
+        (["--table", "--per_channel"], "leave out --per_channel"),
+        (["--rows", "Original"], "--rows needs --table"),
+    ],
+)
+def test_flags_that_contradict_the_table(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        main_cls.parse_args(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_rows_are_named(table):
+    with pytest.raises(UserError, match=r"no row '\+XY'; choose from 'Original', '\+ReLU'"):
+        main_cls.main([*table, "--rows", "Original", "+XY"])
+
+
+def test_the_command_of_a_row_leaves_the_table_out():
+    words = ["--table", "--rows", "Original", "+LE+BC per channel", "--limit", "5"]
+    assert cli.command("main_cls.py", words, ["--quantize"]) == "python main_cls.py --limit 5 --quantize"
+    assert cli.command("main_cls.py", words[4:]) == "python main_cls.py --limit 5"
+
+
+class Counted(torch.utils.data.Dataset):
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return torch.full((3, 4, 4), float(index)), index
+
+
+@pytest.mark.parametrize(("room", "read_again"), [(10**6, 0), (4 * 3 * 16 * 4, 6), (0, 10)])
+def test_images_are_decoded_once_where_they_fit(room, read_again):
+    samples = Counted()
+    loader = Batches(samples, batch_size=4, workers=0, seed=0, room=room)
+    first, again = ([batch.targets.tolist() for batch in loader] for _ in range(2))
+    assert first == again == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len(samples.read) == 10 + read_again

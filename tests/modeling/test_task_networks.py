@@ -1,0 +1,92 @@
+"""The passes on the whole networks of segmentation and detection."""
+
+import pytest
+import torch
+from networks import randomise, settle
+
+from dfq import Recipe, deviation, fold_batchnorm, fold_scales, outputs_of, quantize_data_free
+from modeling.deeplab import DeepLab
+from modeling.segmentation import Logits
+from modeling.ssd_lite import SSDLite
+from utils.core.input_spec import InputSpec
+from utils.core.torchvision_compat import torchvision
+from utils.graph.capture import classes_of, trace
+from utils.graph.regions import find_links
+from utils.passes.log import Journal
+from utils.quantization.quantizer import Quantizer
+from utils.tasks.metrics import sqnr
+
+SPEC = InputSpec(size=(96, 128))
+
+
+def deeplab():
+    return DeepLab(classes=4, width=0.25, channels=16, reduced=8)
+
+
+def ssd_lite():
+    return SSDLite(classes=3, width=0.25)
+
+
+def torchvision_segmenter():
+    options = {"weights": None, "weights_backbone": None, "num_classes": 4}
+    return Logits(torchvision.models.segmentation.lraspp_mobilenet_v3_large(**options))
+
+
+NETWORKS = {"deeplab": deeplab, "ssd_lite": ssd_lite, "lraspp": torchvision_segmenter}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exact_passes_keep_every_output(name):
+    model = randomise(NETWORKS[name]())
+    result = quantize_data_free(model, SPEC, Recipe(equalize=True))
+    images = SPEC.probe(2, seed=9)
+    assert deviation(outputs_of(model, images), result.float, images) < 1e-4
+    assert result.journal.counts()["equalized"]["done"] >= 15
+    assert not result.journal.notes
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_is_quantized_and_stays_close(name):
+    model = settle(randomise(NETWORKS[name]()), SPEC, images=64)
+    result = quantize_data_free(model, SPEC, Recipe(equalize=True, quantize=True, correction=True))
+    counts = result.journal.counts()
+    assert (
+        counts["quantized weights"]
+        == counts["quantized biases"]
+        == {"done": counts["found layers"]["done"], "left_out": 0}
+    )
+    images = SPEC.probe(4, seed=7)
+    for exact, rounded in zip(
+        outputs_of(model, images),
+        outputs_of(fold_scales(result.simulated, result.weight_grids, result.bias_grids), images),
+        strict=True,
+    ):
+        assert sqnr(exact, rounded) > 4  # random networks amplify noise; a broken one is at 0 or below
+
+
+def test_classes_come_from_the_shape_of_the_output():
+    assert classes_of(trace(randomise(deeplab()), SPEC)) == 4
+    assert classes_of(trace(randomise(ssd_lite()), SPEC)) == 3
+
+
+def test_the_tap_is_equalized_with_all_of_its_readers():
+    traced = trace(randomise(ssd_lite()), SPEC)
+    fold_batchnorm(traced, Journal())
+    readers = {link.producer: [port.name for port in link.readers] for link in find_links(traced)[0]}
+    assert readers["base_net.14.conv.0.0"] == [
+        "base_net.14.conv.1.0",
+        "classification_headers.0.0",
+        "regression_headers.0.0",
+    ]
+
+
+def test_the_pyramids_branches_share_one_grid():
+    model = settle(randomise(deeplab()), SPEC, images=16)
+    result = quantize_data_free(model, SPEC, Recipe(quantize=True))
+    scales = {
+        name: module.scale
+        for name, module in result.simulated.named_modules()
+        if isinstance(module, Quantizer) and name.startswith("aspp.aspp")
+    }
+    assert len(scales) == 4 and len(set(scales.values())) == 1
+    assert torch.isfinite(result.simulated(SPEC.probe())).all()

@@ -1,0 +1,108 @@
+"""A quantized network as a file of plain data."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from networks import SPEC, Branches, Residual, chain, randomise, settle
+from torch import nn
+
+from dfq import Recipe, fold_scales, outputs_of, quantize_data_free
+from utils.core.errors import UserError
+from utils.graph.capture import trace
+from utils.quantization import serialization as artifact
+
+TASK = "classification"
+RECIPE = Recipe(quantize=True, equalize=True, correction=True)
+
+
+def saved(network, file, recipe=RECIPE):
+    result = quantize_data_free(network, SPEC, recipe)
+    parts = result.float, result.simulated, result.weight_grids, result.bias_grids
+    artifact.save(file, artifact.Saved(trace(network, SPEC), *parts, asdict(recipe), SPEC, TASK, "net", "here"))
+    return result
+
+
+@pytest.mark.parametrize("flags", [{}, {"per_channel": True}, {"relu": True}])
+@pytest.mark.parametrize("network", [chain, Residual, Branches])
+def test_what_is_loaded_computes_bit_for_bit_the_same(network, flags, tmp_path):
+    model = settle(randomise(network()))
+    result = saved(model, tmp_path / "net.dfq", Recipe(quantize=True, equalize=True, **flags))
+    again = artifact.load(tmp_path / "net.dfq", TASK)
+    images = SPEC.probe(4)
+    pairs = [(model, again.model), (result.float, again.float), (result.simulated, again.simulated)]
+    pairs.append(tuple(fold_scales(made.simulated, made.weight_grids, made.bias_grids) for made in (result, again)))
+    for expected, found in pairs:
+        assert torch.equal(outputs_of(expected, images)[0], outputs_of(found, images)[0])
+    assert Recipe(**again.recipe) == Recipe(quantize=True, equalize=True, **flags) and again.spec == SPEC
+    for name, grid in result.weight_grids.items():
+        assert torch.equal(again.weight_grids[name].scale, grid.scale)
+
+
+EMPTY = {"mapping": {}}
+EVIL = {
+    "another module": ("call_function", "x", "os.system", [False, "true"], EMPTY),
+    "a function that unpickles": ("call_function", "x", "torch.load", [False, "evil.pkl"], EMPTY),
+    "a function that calls": ("call_function", "x", "operator.methodcaller", [False, "mro"], EMPTY),
+    "a way to classes": ("call_function", "x", "getattr", [False, 1, "__class__"], EMPTY),
+    "a private method": ("call_method", "x", "__reduce_ex__", [False, 1, 2], EMPTY),
+    "no method of tensors": ("call_method", "x", "mro", [False, 1], EMPTY),
+    "a module's name that is code": ("call_module", "x", 'a"), __import__("os").abort(), ("', [False], EMPTY),
+    "an input's name that is code": ("placeholder", "x", "x=__import__('os').abort()", [False], EMPTY),
+    "a keyword that is code": ("call_function", "x", "torch.add", [False, 1, 2], {"mapping": {"a=1, b": 1}}),
+}
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_file_holds_no_code(name, tmp_path):
+    saved(settle(randomise(chain())), tmp_path / "net.dfq")
+    content = torch.load(tmp_path / "net.dfq", weights_only=True)
+    content["graphs"]["simulated"]["nodes"].insert(1, EVIL[name])
+    torch.save(content, tmp_path / "evil.dfq")
+    with pytest.raises(UserError, match="no function of torch"):
+        artifact.load(tmp_path / "evil.dfq", TASK)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention = chain()[0], nn.MultiheadAttention(24, 2)
+
+    def forward(self, x):
+        x = self.first(x).mean(3)
+        return self.attention(x, x, x)[0]
+
+
+def test_a_layer_of_layers_is_refused_before_the_file_is_there(tmp_path):
+    network = trace(Attention().eval(), SPEC)
+    parts = network, network, network, {}, {}, {}
+    with pytest.raises(UserError, match="'attention' is a MultiheadAttention, made of further layers"):
+        artifact.save(tmp_path / "net.dfq", artifact.Saved(*parts, SPEC, TASK, "net", "here"))
+    assert not (tmp_path / "net.dfq").exists()
+
+
+def test_a_file_of_another_task_and_one_without_its_parts_are_named(tmp_path):
+    saved(settle(randomise(chain())), tmp_path / "net.dfq")
+    with pytest.raises(UserError, match="holds a network for classification, not detection"):
+        artifact.load(tmp_path / "net.dfq", "detection")
+    content = torch.load(tmp_path / "net.dfq", weights_only=True)
+    content["graphs"]["float"]["nodes"].pop(1)
+    torch.save(content, tmp_path / "net.dfq")
+    with pytest.raises(UserError, match="is damaged"):
+        artifact.load(tmp_path / "net.dfq", TASK)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"hello", lambda b: b""])
+def test_a_damaged_file_is_one_line(damage, tmp_path):
+    saved(settle(randomise(chain())), tmp_path / "net.dfq")
+    (tmp_path / "bad.dfq").write_bytes(damage((tmp_path / "net.dfq").read_bytes()))
+    with pytest.raises(UserError, match="pass --load with a file that --save wrote"):
+        artifact.load(tmp_path / "bad.dfq", TASK)
+
+
+def test_a_checkpoint_is_no_saved_network(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "net.pth")
+    with pytest.raises(UserError, match="is no saved network"):
+        artifact.load(tmp_path / "net.pth", TASK)
+    with pytest.raises(UserError, match="there is no file"):
+        artifact.load(tmp_path / "none.dfq", TASK)

@@ -1,0 +1,466 @@
+"""Segmentation: networks and their checkpoints, VOC folders, masks, mIoU, pictures."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import randomise
+from PIL import Image
+from torch import Tensor, fx, nn
+
+from modeling import build_model
+from modeling.deeplab import STAGES, DeepLab
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+from utils.core.torchvision_compat import torchvision
+from utils.experiment.evaluation import evaluate
+from utils.experiment.pictures import denormalise, make_folder, segmentation_pictures, voc_palette
+from utils.tasks.data import BadSample, Batches, evenly
+from utils.tasks.metrics import VOID, ConfusionMatrix, iou
+from utils.tasks.segmentation import voc_segmentation
+from utils.tasks.voc import open_voc
+
+CPU = torch.device("cpu")
+SPEC = InputSpec(size=(32, 48), resize=32)
+CLASSES = ("sky", "road", "car")
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def upstream_tensors(classes: int = 5, channels: int = 8, reduced: int = 4) -> dict[str, Tensor]:
+    """A random checkpoint of width 0.25 with the names and shapes of jfzhang95's DeepLabV3+."""
+    tensors = {}
+
+    def conv(name: str, outputs: int, inputs: int, kernel: int) -> None:
+        tensors[f"{name}.weight"] = torch.randn(outputs, inputs, kernel, kernel) * (inputs * kernel**2) ** -0.5
+
+    def norm(name: str, size: int) -> None:
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = torch.rand(size) + 0.5, torch.randn(size)
+        tensors[f"{name}.running_mean"], tensors[f"{name}.running_var"] = (
+            torch.randn(size) * 0.3,
+            torch.rand(size) + 0.5,
+        )
+        tensors[f"{name}.num_batches_tracked"] = torch.tensor(1)
+
+    def conv_norm(conv_name: str, norm_name: str, outputs: int, inputs: int, kernel: int = 1) -> None:
+        conv(conv_name, outputs, inputs, kernel)
+        norm(norm_name, outputs)
+
+    conv_norm("backbone.features.0.0", "backbone.features.0.1", 8, 3, 3)
+    inputs, index = 8, 1
+    for (expansion, _, count, _), outputs in zip(STAGES, (8, 8, 8, 16, 24, 40, 80), strict=True):
+        for _ in range(count):
+            block, hidden = f"backbone.features.{index}.conv", inputs * expansion
+            first = 0 if expansion == 1 else 3
+            if first:
+                conv_norm(f"{block}.0", f"{block}.1", hidden, inputs)
+            conv_norm(f"{block}.{first}", f"{block}.{first + 1}", hidden, 1, 3)
+            conv_norm(f"{block}.{first + 3}", f"{block}.{first + 4}", outputs, hidden)
+            inputs, index = outputs, index + 1
+    for branch, kernel in enumerate((1, 3, 3, 3), start=1):
+        conv_norm(f"aspp.aspp{branch}.atrous_conv", f"aspp.aspp{branch}.bn", channels, inputs, kernel)
+    conv_norm("aspp.global_avg_pool.1", "aspp.global_avg_pool.2", channels, inputs)
+    conv_norm("aspp.conv1", "aspp.bn1", channels, 5 * channels)
+    conv_norm("decoder.conv1", "decoder.bn1", reduced, 8)
+    conv_norm("decoder.last_conv.0", "decoder.last_conv.1", channels, channels + reduced, 3)
+    conv_norm("decoder.last_conv.4", "decoder.last_conv.5", channels, channels, 3)
+    conv("decoder.last_conv.8", classes, channels, 1)
+    tensors["decoder.last_conv.8.bias"] = torch.randn(classes)
+    for key, value in list(tensors.items()):
+        if key.startswith("backbone.features."):
+            block = key.split(".")[2]
+            tensors[key.replace("features", "low_level_features" if int(block) < 4 else "high_level_features")] = value
+    return tensors
+
+
+def upstream_forward(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
+    """What upstream's network computes, one operation after the other, straight from its tensors."""
+
+    def conv(x: Tensor, name: str, **options) -> Tensor:
+        return F.conv2d(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), **options)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, variance = tensors[f"{name}.running_mean"], tensors[f"{name}.running_var"]
+        return F.batch_norm(x, mean, variance, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def resize(x: Tensor, like: Tensor) -> Tensor:
+        return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=True)
+
+    low = None
+    x = F.relu6(norm(conv(images, "backbone.features.0.0", stride=2, padding=1), "backbone.features.0.1"))
+    for index in range(1, 18):
+        block, stride, dilation = (
+            f"backbone.features.{index}.conv",
+            2 if index in (2, 4, 7) else 1,
+            2 if index == 17 else 1,
+        )
+        y, first = F.pad(x, (dilation,) * 4), 0
+        if index > 1:
+            y, first = F.relu6(norm(conv(y, f"{block}.0"), f"{block}.1")), 3
+        y = conv(y, f"{block}.{first}", stride=stride, dilation=dilation, groups=y.shape[1])
+        y = norm(conv(F.relu6(norm(y, f"{block}.{first + 1}")), f"{block}.{first + 3}"), f"{block}.{first + 4}")
+        x = x + y if x.shape == y.shape else y
+        low = x if index == 3 else low
+
+    branches = []
+    for branch, dilation in enumerate((1, 6, 12, 18), start=1):
+        y = conv(x, f"aspp.aspp{branch}.atrous_conv", padding=0 if branch == 1 else dilation, dilation=dilation)
+        branches.append(F.relu(norm(y, f"aspp.aspp{branch}.bn")))
+    pooled = F.relu(norm(conv(x.mean((2, 3), keepdim=True), "aspp.global_avg_pool.1"), "aspp.global_avg_pool.2"))
+    branches.append(resize(pooled, x))
+    x = F.relu(norm(conv(torch.cat(branches, dim=1), "aspp.conv1"), "aspp.bn1"))
+    low = F.relu(norm(conv(low, "decoder.conv1"), "decoder.bn1"))
+    x = torch.cat((resize(x, low), low), dim=1)
+    for index in (0, 4):
+        x = F.relu(norm(conv(x, f"decoder.last_conv.{index}", padding=1), f"decoder.last_conv.{index + 1}"))
+    return resize(conv(x, "decoder.last_conv.8"), images)
+
+
+def saved(path: Path, tensors: dict[str, Tensor]) -> str:
+    torch.save(tensors, path)
+    return str(path)
+
+
+def load(weights: str, name: str = "deeplabv3plus_mobilenet_v2") -> nn.Module:
+    return build_model(name, weights, "segmentation").model
+
+
+def test_checkpoint_of_upstream_gives_upstreams_output(tmp_path):
+    tensors, images = upstream_tensors(), torch.randn(2, 3, 70, 90)
+    expected = upstream_forward(tensors, images)
+    assert expected.std() > 0.1
+    bare = load(saved(tmp_path / "bare.pth", tensors))
+    torch.testing.assert_close(bare(images), expected, rtol=1e-4, atol=1e-4)
+
+    old = {f"module.{key}": value for key, value in tensors.items() if "num_batches_tracked" not in key}
+    wrapped = load(saved(tmp_path / "wrapped.pth", {"state_dict": old, "epoch": 3}))
+    assert torch.equal(wrapped(images), bare(images))
+
+
+def test_checkpoint_that_lacks_a_tensor_or_has_one_too_many_is_refused(tmp_path):
+    lacking = {key: value for key, value in upstream_tensors().items() if key != "aspp.bn1.weight"}
+    with pytest.raises(UserError, match=r"1 missing \(aspp.bn1.weight\); check --model"):
+        load(saved(tmp_path / "lacking.pth", lacking))
+    with pytest.raises(UserError, match=r"1 unexpected \(aspp.aspp5.bn.weight\); check --model"):
+        load(saved(tmp_path / "more.pth", upstream_tensors() | {"aspp.aspp5.bn.weight": torch.ones(8)}))
+
+
+def test_deeplab_traces_for_any_image_size_with_every_module_called_once():
+    model = randomise(DeepLab(classes=4, width=0.25, channels=8, reduced=4))
+    traced = fx.symbolic_trace(model)
+    for size in ((64, 96), (65, 33)):
+        images = torch.randn(1, 3, *size)
+        assert traced(images).shape == (1, 4, *size)
+        assert torch.equal(traced(images), model(images))
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert len(called) == len(set(called))
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+def test_torchvisions_networks_return_logits(tmp_path, name):
+    options = {} if name.startswith("lraspp") else {"aux_loss": True}
+    theirs = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5, **options)
+    theirs = randomise(theirs)
+    ours = load(saved(tmp_path / "weights.pth", theirs.state_dict()), f"torchvision:{name}")
+    images = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(fx.symbolic_trace(ours)(images), theirs(images)["out"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deeplabv3plus_mobilenet", r"did you mean deeplabv3plus_mobilenet_v2\?"),
+        ("deeplabv3plus_mobilenet_v2", "pass --weights"),
+        ("torchvision:fcn_resnet18", "did you mean fcn_resnet101"),
+        ("torchvision:x", "choose from deeplabv3_mobilenet_v3_large"),
+        ("user_networks:halving", r"must return \[N, classes, H, W\], as large as the images"),
+        ("user_networks:failing", "fails on images of shape"),
+        ("user_networks:counting", "returns int"),
+    ],
+)
+def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
+    (tmp_path / "user_networks.py").write_text(
+        "from torch import nn\n"
+        "class Counting(nn.Module):\n    def forward(self, x):\n        return 3\n"
+        "counting = Counting\n"
+        "def halving():\n    return nn.Conv2d(3, 4, 3, 2, 1)\n"
+        "def failing():\n    return nn.Conv2d(4, 4, 3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        build_model(name, None, "segmentation")
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def make_voc(
+    folder: Path, count: int = 3, size: tuple[int, int] = (48, 32), labels: str | None = ",".join(CLASSES)
+) -> Path:
+    """A VOC folder of images [width, height]; gradients whose left, middle and right third are classes 0, 1, 2."""
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    names = [f"{i:04}" for i in range(count)]
+    (folder / "ImageSets/Segmentation/val.txt").write_text("".join(f"{name}\n" for name in names))
+    if labels:
+        (folder / "labels.txt").write_text(labels)
+    width, height = size
+    thirds = np.tile(np.arange(width) * 3 // width, (height, 1)).astype(np.uint8)
+    for name in names:
+        Image.fromarray(np.repeat(thirds[..., None] * 100, 3, axis=2)).save(folder / f"JPEGImages/{name}.png")
+        mask = Image.fromarray(thirds, "P") if name == "0000" else Image.fromarray(thirds)
+        if mask.mode == "P":
+            mask.putpalette(voc_palette().tobytes())
+        mask.save(folder / f"SegmentationClass/{name}.png")
+    return folder
+
+
+def write_mask(folder: Path, array: np.ndarray, name: str = "0001") -> None:
+    Image.fromarray(array.astype(np.uint8)).save(folder / f"SegmentationClass/{name}.png")
+
+
+def test_palette_and_greyscale_masks_are_class_indices(tmp_path):
+    samples, names = voc_segmentation(str(make_voc(tmp_path)), None, SPEC, 3)
+    assert names == CLASSES and len(samples) == 3
+    assert torch.equal(samples[0][1], samples[1][1])
+    assert samples[0][1].unique().tolist() == [0, 1, 2]
+    image = Image.open(tmp_path / "JPEGImages/0000.png")
+    assert np.array_equal(np.asarray(denormalise(samples[0][0], SPEC)), np.asarray(image)), (
+        "an image of the input's size is not resampled"
+    )
+
+
+@pytest.mark.parametrize("size", [(32, 48), (24, 24), (40, 20), (64, 96), (20, 60)])
+def test_image_and_mask_are_scaled_to_cover_the_input_and_cropped_alike(tmp_path, size):
+    samples, _ = voc_segmentation(str(make_voc(tmp_path, count=1)), "val", replace(SPEC, size=size), 3)
+    image, mask = samples[0]
+    assert image.shape[1:] == mask.shape == size
+    seen = (np.asarray(denormalise(image, SPEC))[..., 0] / 100).round()
+    assert (seen == mask.numpy()).mean() > 0.94, "but for the columns where classes meet"
+    assert (mask == 1).float().mean() >= 0.32, "the middle third stays in the middle"
+
+
+def test_scaled_masks_hold_no_label_that_was_not_there(tmp_path):
+    root = make_voc(tmp_path, count=2)
+    write_mask(root, np.random.default_rng(0).choice([0, 2, VOID], (32, 48)))
+    for size in ((48, 72), (24, 36)):
+        samples, _ = voc_segmentation(str(root), None, replace(SPEC, size=size), 3)
+        assert samples[1][1].unique().tolist() == [0, 2, VOID]
+
+
+def test_years_folders_and_labels_beside_them(tmp_path):
+    make_voc(tmp_path / "VOCdevkit/VOC2007", labels=None)
+    make_voc(tmp_path / "VOCdevkit/VOC2012", labels=None)
+    lists = tmp_path / "VOCdevkit/VOC2007/ImageSets/Segmentation"
+    (lists / "test.txt").write_text("0001\n\n0000\n")
+    for root in ("", "VOCdevkit", "VOCdevkit/VOC2012"):
+        voc = open_voc(str(tmp_path / root), "Segmentation")
+        assert (voc.year, voc.split, voc.labels, len(voc.names)) == (2012, "val", None, 3)
+    for voc in (
+        open_voc(str(tmp_path / "VOCdevkit/VOC2007"), "Segmentation"),
+        open_voc(str(tmp_path), "Segmentation", "test"),
+    ):
+        assert (voc.year, voc.split, voc.names) == (2007, "test", ["0001", "0000"])
+    (tmp_path / "VOCdevkit/labels.txt").write_text("a, b\nc")
+    assert open_voc(str(tmp_path), "Segmentation").labels == ("a", "b", "c")
+
+
+def test_classes_are_those_of_voc_or_of_labels_with_or_without_background(tmp_path):
+    root = make_voc(tmp_path, labels=None)
+    assert voc_segmentation(str(root), None, SPEC, 21)[1][:2] == ("background", "aeroplane")
+    (root / "labels.txt").write_text("helmet,head")
+    assert voc_segmentation(str(root), None, SPEC, 3)[1] == ("background", "helmet", "head")
+    assert voc_segmentation(str(root), None, SPEC, 2)[1] == ("helmet", "head")
+
+
+def _remove(name):
+    return lambda root: (root / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "split", "outputs", "message"),
+    [
+        (lambda root: root.rename(root.parent / "gone"), None, 3, "no data folder at"),
+        (_remove("ImageSets/Segmentation/val.txt"), None, 3, "no VOC folder at .* ImageSets/Segmentation"),
+        (
+            lambda root: (root / "ImageSets/Segmentation").rename(root / "ImageSets/Main"),
+            None,
+            3,
+            "there is ImageSets/Main, for another task",
+        ),
+        (lambda root: None, "train", 3, "no split 'train' .* --split can be val"),
+        (lambda root: (root / "ImageSets/Segmentation/val.txt").write_text(" \n\n"), None, 3, "split 'val' is empty"),
+        (_remove("JPEGImages/0002.png"), None, 3, "names 1 image.* first '0002'"),
+        (lambda root: (root / "JPEGImages").rename(root / "Images"), None, 3, "no folder JPEGImages"),
+        (_remove("SegmentationClass/0001.png"), None, 3, "1 of 3 images .* no annotation.*0001.png"),
+        (lambda root: None, None, 21, "the network has 21 classes, but there are 3 .*labels.txt"),
+        (_remove("labels.txt"), None, 3, "the network has 3 classes, but there are 21 .*no labels.txt"),
+        (lambda root: (root / "labels.txt").write_text(" ,"), None, 3, "names no class"),
+    ],
+)
+def test_unusable_folder_is_one_line(tmp_path, spoil, split, outputs, message):
+    root = make_voc(tmp_path / "data")
+    spoil(root)
+    with pytest.raises(UserError, match=message) as error:
+        voc_segmentation(str(root), split, SPEC, outputs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            lambda root: write_mask(root, np.full((32, 48), 7)),
+            r"0001.png' holds the label 7; the network has 3 classes, 0 to 2, and 255 is void",
+        ),
+        (lambda root: write_mask(root, np.zeros((32, 47))), r"0001.png' is 47x32, the image 48x32"),
+        (lambda root: write_mask(root, np.zeros((32, 48, 3))), r"0001.png' is a colour picture \(RGB\)"),
+        (
+            lambda root: (root / "SegmentationClass/0001.png").write_bytes(b"no picture"),
+            r"mask '.*0001.png': cannot identify",
+        ),
+        (lambda root: (root / "JPEGImages/0001.png").write_bytes(b"no picture"), r"0001.png \(cannot identify"),
+    ],
+)
+def test_unusable_mask_names_its_file_and_can_be_skipped(tmp_path, spoil, reason):
+    root = make_voc(tmp_path)
+    spoil(root)
+    samples, _ = voc_segmentation(str(root), None, SPEC, 3)
+    assert isinstance(samples[1], BadSample)
+    model, metric = nn.Conv2d(3, 3, 1), ConfusionMatrix("abc")
+    with pytest.raises(UserError, match=reason) as error:
+        evaluate({"x": model}, Batches(samples, 3, 0, 0), {"x": metric}, CPU)
+    assert "\n" not in str(error.value)
+    evaluate({"x": model}, Batches(samples, 2, 0, 0), {"x": metric}, CPU, skip_bad_images=True)
+    assert len(metric.records) == 2
+
+
+# ----------------------------------------------------------------------------------------- metric
+
+
+def one_hot(classes: Tensor, count: int) -> Tensor:
+    return F.one_hot(classes, count).movedim(-1, 1).float()
+
+
+def test_miou_by_hand():
+    truth = torch.tensor([[[0, 0, 0, 1], [1, 1, VOID, VOID]]], dtype=torch.uint8)
+    predicted = torch.tensor([[[0, 0, 1, 1], [1, 2, 2, 0]]])
+    metric = ConfusionMatrix("abcd")
+    metric.update(one_hot(predicted, 4), truth)
+    expected = [2 / 3, 2 / 4, 0 / 1]  # class 2 is never right; class 3 is nowhere and does not count
+    assert iou(metric.counts)[:3].tolist() == pytest.approx(expected) and iou(metric.counts)[3].isnan()
+    assert metric.compute() == pytest.approx({"miou": 100 * sum(expected) / 3, "pixel_accuracy": 100 * 4 / 6})
+    assert next(iter(metric.compute())) == "miou" and len(metric.records) == 1
+    assert metric.per_image == pytest.approx([metric.compute()["miou"]])
+
+
+def test_confusion_matrix_is_that_of_all_pixels_however_batched():
+    predicted, truth = torch.randint(5, (6, 9, 7)), torch.randint(5, (6, 9, 7)).to(torch.uint8)
+    truth[torch.rand(truth.shape) < 0.2] = VOID
+    whole, streamed = ConfusionMatrix("abcde"), ConfusionMatrix("abcde")
+    whole.update(one_hot(predicted, 5), truth)
+    for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        streamed.update(one_hot(predicted[part], 5), truth[part])
+    valid = (truth != VOID).numpy()
+    pairs = 5 * truth.numpy()[valid].astype(int) + predicted.numpy()[valid]
+    assert np.array_equal(streamed.counts.numpy(), np.bincount(pairs, minlength=25).reshape(5, 5))
+    assert torch.equal(whole.counts, streamed.counts) and whole.per_image == streamed.per_image
+    single = ConfusionMatrix("abcde")
+    single.update(one_hot(predicted[2:3], 5), truth[2:3])
+    assert single.compute()["miou"] == pytest.approx(streamed.per_image[2])
+
+
+def test_metric_refuses_what_it_cannot_score():
+    with pytest.raises(UserError, match="it must be as large as the image"):
+        ConfusionMatrix("abc").update(torch.rand(1, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.uint8))
+    void = ConfusionMatrix("abc")
+    void.update(torch.rand(1, 3, 4, 4), torch.full((1, 4, 4), VOID, dtype=torch.uint8))
+    with pytest.raises(UserError, match="every pixel of the masks is void"):
+        void.compute()
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def test_palette_is_vocs():
+    colours = {
+        0: (0, 0, 0),
+        1: (128, 0, 0),
+        2: (0, 128, 0),
+        7: (128, 128, 128),
+        8: (64, 0, 0),
+        15: (192, 128, 128),
+        VOID: (224, 224, 192),
+    }
+    assert {index: tuple(voc_palette()[index].tolist()) for index in colours} == colours
+
+
+class Thirds(nn.Module):
+    """Right about the thirds of make_voc's images, but for those brighter than it was told."""
+
+    def __init__(self, limit: float = 1e9):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, images: Tensor) -> Tensor:
+        columns = torch.arange(images.shape[3]) * 3 // images.shape[3]
+        right = one_hot(columns.expand(len(images), images.shape[2], -1), 3)
+        return torch.where(images.mean((1, 2, 3), keepdim=True) > self.limit, right.roll(1, dims=1), right)
+
+
+def test_pictures_show_the_first_images_and_the_worst(tmp_path):
+    root = make_voc(tmp_path / "data", count=5)
+    bright = Image.fromarray(np.full((32, 48, 3), 255, np.uint8))
+    bright.save(root / "JPEGImages/0003.png")
+    (root / "JPEGImages/0001.png").write_bytes(b"no picture")
+    samples = evenly(voc_segmentation(str(root), None, SPEC, 3)[0], 5)
+    networks = {"FP32": Thirds(), "INT8": Thirds(limit=1.0)}
+    metrics = {name: ConfusionMatrix("abc") for name in networks}
+    evaluate(networks, Batches(samples, 2, 0, 0), metrics, CPU, skip_bad_images=True)
+    assert metrics["FP32"].compute()["miou"] == 100 and metrics["INT8"].per_image == [100, 100, 0, 100]
+
+    files = segmentation_pictures(
+        make_folder(tmp_path / "report/pictures"), networks, metrics, CPU, samples, SPEC, count=2
+    )
+    assert [file.name for file in files] == [
+        "first_1_0000.png",
+        "first_2_0002.png",
+        "worst_1_0003.png",
+        "worst_2_0000.png",
+    ]
+    sheet = np.asarray(Image.open(files[2]))
+    height, width = SPEC.size
+    panels = [sheet[-height:, left : left + width] for left in range(0, sheet.shape[1], width + 4)]
+    assert len(panels) == 4
+    assert (panels[0] == 255).all()
+    assert panels[1][0, [0, 20, 40]].tolist() == panels[2][0, [0, 20, 40]].tolist() == voc_palette()[[0, 1, 2]].tolist()
+    assert panels[3][0, [0, 20, 40]].tolist() == voc_palette()[[1, 2, 0]].tolist()
+
+
+def test_pictures_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make the folder .* pass --report"):
+        make_folder(tmp_path / "file" / "pictures")
+
+
+# -------------------------------------------------------------------------------------- real data
+
+
+def test_real_checkpoint_scores_and_measures_as_it_did_upstream(shared):
+    weights = shared / "weights/deeplab-mobilenet-camvid.pth.tar"
+    network = build_model("deeplabv3plus_mobilenet_v2", str(weights), "segmentation")
+    samples, names = voc_segmentation(str(shared / "data/camvid-voc"), None, replace(network.spec, size=(360, 480)), 11)
+    assert len(samples) == 101 and names[0] == "sky"
+    inputs = []
+    norm = network.model.aspp.aspp2.bn
+    norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    metric = ConfusionMatrix("abcdefghijk")
+    evaluate({"float": network.model}, Batches(evenly(samples, 5), 1, 0, 0), {"float": metric}, CPU)
+    assert metric.compute()["miou"] == pytest.approx(41, abs=1.5)
+    # What the pyramid reads is the same for every image here, so upstream's statistics of it are exact.
+    shift = (inputs[0].mean((0, 2, 3)) - norm.running_mean) / norm.running_var.sqrt()
+    assert shift.abs().max() < 1e-3

@@ -1,0 +1,1 @@
+"""The engines that people deploy to, each held to the simulation."""

@@ -1,0 +1,97 @@
+"""The quantized network as an ONNX file, which is there only once it is known to work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, fx
+
+from utils.backends.onnxruntime.graph import integers_of, onnx_model
+from utils.backends.onnxruntime.session import Kernels, OnnxNetwork, find_kernels
+from utils.backends.parity import Parity, compare, results
+from utils.core.errors import UserError
+from utils.core.files import whole
+from utils.core.input_spec import InputSpec
+from utils.graph.capture import module_of
+from utils.quantization.quantizer import QParams, Quantizer
+
+PROBES = 8  # images that engine and simulation are compared on
+
+
+class Quantized(Protocol):
+    """What is exported: the network in simulation, as quantize_data_free leaves it, and its grids by layer."""
+
+    simulated: fx.GraphModule
+    weight_grids: Mapping[str, QParams]
+    bias_grids: Mapping[str, QParams]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """size: of the file in bytes; float_size: of the same weights in float32."""
+
+    file: Path
+    size: int
+    float_size: int
+    parity: Parity
+    kernels: Kernels
+
+    def __str__(self) -> str:
+        size = (
+            f"exported {self.file}: {self.size / 1e6:.2f} MB, {self.size / self.float_size:.2f} of its float32 weights"
+        )
+        return f"{size}\n{self.kernels}\n  {self.parity}"
+
+
+def build(quantized: Quantized, spec: InputSpec, metadata: Mapping[str, Any]) -> onnx.ModelProto:
+    """The model, checked: by ONNX's own checker, shapes included, and by running it against the simulation."""
+    model = onnx_model(quantized.simulated, quantized.weight_grids, quantized.bias_grids, spec, metadata)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def describe_kernels(model: onnx.ModelProto, quantized: Quantized) -> Kernels:
+    return find_kernels(model, quantized.simulated, quantized.weight_grids, quantized.bias_grids)
+
+
+def check_parity(model: onnx.ModelProto, simulated: fx.GraphModule, images: Tensor) -> Parity:
+    """Engine against simulation, layer by layer; over the bounds of utils.backends.parity it is a UserError.
+
+    The engine runs a copy of the model that also hands out its uint8 tensors. In ONNX Runtime this adds
+    changes of layout between its kernels, and leaves the kernels themselves as they are.
+    """
+    opened = onnx.ModelProto()
+    opened.CopyFrom(model)
+    for node in simulated.graph.nodes:
+        if isinstance(module_of(simulated, node), Quantizer):
+            opened.graph.output.append(helper.make_tensor_value_info(integers_of(node), TensorProto.UINT8, None))
+    parity = compare(simulated, OnnxNetwork(opened.SerializeToString()).tensors, images)
+    parity.check()
+    return parity
+
+
+def export(
+    quantized: Quantized, spec: InputSpec, file: Path, metadata: Mapping[str, Any], images: Tensor | None = None
+) -> Exported:
+    """Write the file, read it back, check it and run it; a file of that name stays as it is until all is well.
+
+    images: to compare engine and simulation on (default: random ones). Too large a difference, bits or
+    operators that the file cannot hold, and a file that cannot be written are UserErrors.
+    """
+    images = spec.probe(PROBES) if images is None else images
+    model = build(quantized, spec, metadata)
+    parity = check_parity(model, quantized.simulated, images)
+    kernels = describe_kernels(model, quantized)
+    with whole(file) as beside:
+        onnx.save(model, beside)
+        onnx.checker.check_model(str(beside), full_check=True)
+        expected = results(OnnxNetwork(model.SerializeToString())(images))
+        if not all(map(torch.equal, results(OnnxNetwork(beside)(images)), expected)):
+            raise UserError(f"{str(file)!r} reads back otherwise than it was written; is the disk sound?")
+        size = beside.stat().st_size
+    float_size = sum(4 * tensor.numel() for tensor in quantized.simulated.parameters())
+    return Exported(file, size, float_size, parity, kernels)

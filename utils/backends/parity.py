@@ -1,0 +1,203 @@
+"""Whether an INT8 engine computes what the simulation says.
+
+Integers make the comparison sharp. Over a whole network single steps add up, so layers are compared
+alone: each gets the engine's own input, and its output must be the engine's. Floats and integers round
+a value that lies halfway between two steps to one or the other; elsewhere they must agree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from utils.backends.onnxruntime.graph import integers_of
+from utils.core.errors import UserError
+from utils.graph.capture import module_of
+from utils.graph.layers import WEIGHTED, per_channel, taps
+from utils.quantization.quantizer import Quantizer
+
+# Steps from halfway within which both neighbours are right. Float32 strays by 0.0003, or by its resolution where
+# the terms of a layer are far larger than their sum.
+TIE = 0.01
+SHARE = 200e-6  # of a layer's values may be one step off elsewhere
+OUTPUT_STEPS = 0.1  # by which an output that is not quantized may differ, in steps of 1/255 of its range
+AGREEMENT = 0.99  # of all predictions on evaluation images must be the same
+
+
+@dataclass
+class LayerParity:
+    """One layer alone: its values, how many are ties that went the other way, one step off, or further off."""
+
+    name: str
+    values: int = 0
+    ties: int = 0
+    off: int = 0
+    far: int = 0
+
+    @property
+    def failed(self) -> bool:
+        return self.far > 0 or self.off > SHARE * self.values
+
+
+@dataclass
+class Parity:
+    """Engine against simulation over some images.
+
+    layers: each alone, in the order in which they run. agreement: share of equal predictions of the whole
+    networks. mean_steps, max_steps: by how much their outputs differ, in steps of 1/255 of their range.
+    """
+
+    layers: list[LayerParity]
+    agreement: float
+    mean_steps: float
+    max_steps: float
+
+    @property
+    def first_parting(self) -> LayerParity | None:
+        """Where the whole networks part: up to there, a layer alone has the input that it has in both."""
+        return next((layer for layer in self.layers if layer.ties or layer.off or layer.far), None)
+
+    def check(self) -> None:
+        """Refuse an engine that rounds a layer otherwise than the simulation does."""
+        for layer in self.layers:
+            if layer.failed:
+                raise UserError(
+                    f"the engine and the simulation disagree at {layer.name!r}: of {layer.values} values {layer.off} "
+                    f"are one step off and {layer.far} further, where {SHARE * 1e6:.0f} in a million and none are "
+                    "allowed; nothing was exported"
+                )
+
+    def __str__(self) -> str:
+        first, worst = self.first_parting, max(self.layers, key=lambda layer: layer.ties / layer.values)
+        parted = f"first at {first.name}" if first else "nowhere"
+        return (
+            f"engine against simulation: top-1 agreement {100 * self.agreement:.2f} %, outputs apart by "
+            f"{self.mean_steps:.2f} steps (at most {self.max_steps:.1f}), {parted}; "
+            f"a layer alone: rounding ties {1e6 * worst.ties / worst.values:.0f} ppm at most ({worst.name}), "
+            f"else one step off {sum(layer.off for layer in self.layers)}, further {sum(layer.far for layer in self.layers)}"
+        )
+
+
+@dataclass
+class Agreement:
+    """How often two networks predict the same class."""
+
+    same: int = 0
+    predictions: int = 0
+
+    def update(self, first: Tensor, second: Tensor) -> None:
+        """Logits of the same shape: [N, C], [N, C, H, W], or a detector's [N, P, C]."""
+        axis = 2 if first.dim() == 3 else 1
+        equal = first.argmax(axis) == second.argmax(axis)
+        self.same, self.predictions = self.same + int(equal.sum()), self.predictions + equal.numel()
+
+    @property
+    def share(self) -> float:
+        return self.same / max(self.predictions, 1)
+
+
+class Remembered(nn.Module):
+    """A network that keeps what it last said."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.last = network, None
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        self.last = self.network(images)
+        return self.last
+
+
+class Compared(nn.Module):
+    """An engine whose predictions are held against those of a simulation that has just seen the same images.
+
+    first_parting: the layer at which the two are known to part, if any.
+    """
+
+    def __init__(self, engine: nn.Module, simulation: Remembered, first_parting: LayerParity | None):
+        super().__init__()
+        self.engine, self.simulation, self.agreement = engine, simulation, Agreement()
+        self.first_parting = first_parting
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = self.engine(images)
+        self.agreement.update(results(found)[0], results(self.simulation.last)[0])
+        return found
+
+
+def compare(
+    simulated: fx.GraphModule, engine: Callable[[Tensor], dict[str, Tensor]], images: Tensor, batch: int = 2
+) -> Parity:
+    """Run both on the images.
+
+    engine: gives, by name, the network's outputs first and the uint8 tensors of all quantizers.
+    """
+    layers: dict[str, LayerParity] = {}
+    agreement, steps = Agreement(), []
+    with torch.inference_mode():
+        for part in images.split(batch):
+            tensors = engine(part)
+            outputs = results(simulated(part))
+            found = list(tensors.values())[: len(outputs)]
+            agreement.update(found[0], outputs[0])
+            steps.append(torch.cat([_output_steps(*pair).flatten() for pair in zip(found, outputs, strict=True)]))
+            _Alone(simulated, tensors, layers).run(part)
+    steps = torch.cat(steps)
+    return Parity(list(layers.values()), agreement.share, float(steps.mean()), float(steps.max()))
+
+
+class _Alone(fx.Interpreter):
+    """Runs the simulation with every quantizer's output replaced by the engine's, once compared."""
+
+    def __init__(self, simulated: fx.GraphModule, tensors: dict[str, Tensor], layers: dict[str, LayerParity]):
+        super().__init__(simulated)
+        self.tensors, self.layers = tensors, layers
+        self.reach: dict[fx.Node, float] = {}  # of each layer, how large its terms could add up to
+
+    def run_node(self, node: fx.Node) -> Tensor:
+        module = module_of(self.module, node)
+        if isinstance(module, Quantizer):
+            return self._compare(node, module)
+        if isinstance(module, WEIGHTED):
+            terms = taps(module).abs().sum((2, 3)).flatten() * self.env[node.args[0]].abs().max() + module.bias.abs()
+            self.reach[node] = float(terms.max())
+        return super().run_node(node)
+
+    def _compare(self, node: fx.Node, quantizer: Quantizer) -> Tensor:
+        """The engine's output of a quantizer, held against what the simulation makes of the engine's input."""
+        source = node.args[0]
+        top = quantizer.highest if quantizer.cap is None else per_channel(quantizer.cap, self.env[source].dim())
+        exact = (self.env[source].double() / quantizer.scale).clamp(min=quantizer.lowest)  # a copy, to be kept:
+        expected = (super().run_node(node) / quantizer.scale).round()  # this may overwrite its input
+        found = self.tensors[integers_of(node)].float() - quantizer.zero_point
+        slack = max(TIE, self.reach.get(source, 0) * torch.finfo(torch.float32).eps / quantizer.scale)
+        right = (found - exact.minimum(torch.as_tensor(top))).abs() <= 0.5 + slack
+        apart = (found - expected).abs()
+
+        layer = self._layer(source.target if source.op == "call_module" else source.name)
+        layer.values += apart.numel()
+        layer.ties += int(((apart > 0) & right).sum())
+        layer.off += int(((apart == 1) & ~right).sum())
+        layer.far += int(((apart > 1) & ~right).sum())
+        return found * quantizer.scale
+
+    def output(self, target, args, kwargs):
+        for i, (result, found) in enumerate(zip(results(args[0]), self.tensors.values(), strict=False)):
+            layer = self._layer(f"output {i}")
+            layer.values += result.numel()
+            layer.far += int((_output_steps(found, result) > OUTPUT_STEPS).sum())
+        return super().output(target, args, kwargs)
+
+    def _layer(self, name: str) -> LayerParity:
+        return self.layers.setdefault(name, LayerParity(name))
+
+
+def results(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+
+def _output_steps(found: Tensor, expected: Tensor) -> Tensor:
+    """By how many steps of 1/255 of the output's range the engine's differs."""
+    step = (expected.max() - expected.min()).clamp_min(torch.finfo(torch.float32).tiny) / 255
+    return (found - expected).abs() / step

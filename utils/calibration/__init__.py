@@ -1,0 +1,1 @@
+"""What is known of activations: statistics, moments, images, ranges."""

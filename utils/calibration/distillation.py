@@ -1,0 +1,315 @@
+"""Images made from BatchNorm statistics alone, to stand in for data that nobody may look at.
+
+ZeroQ (Cai et al., CVPR 2020, arXiv 2001.00281): optimise pixels until what every BatchNorm reads has the
+mean and deviation that it remembers of the training data. Here they start as noise with the spectrum and
+the colours of photographs, stay within what a pixel can be, and come out as whole pixel values.
+"""
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from utils.core import distributed
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+from utils.experiment.records import weights_hash
+from utils.graph.capture import trace
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """images: how many to make. batch: how many share their statistics. steps: of Adam, for each batch.
+
+    rate: Adam's first step in normalised pixels, which falls to zero along a cosine.
+    The others are what benchmarks/distillation.py compares. start: "natural" or "white" noise.
+    robust: count a layer's error by its logarithm. jitter: shift and mirror the images anew at every step.
+    """
+
+    images: int = 64
+    batch: int = 16
+    steps: int = 40
+    seed: int = 0
+    rate: float = 0.1
+    start: str = "natural"
+    robust: bool = True
+    jitter: bool = False
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How far a layer's statistics on images are from what it should see, in its deviations: root mean square
+    over channels of the means' and the deviations' errors."""
+
+    mean: float
+    deviation: float
+
+    @property
+    def total(self) -> float:
+        return math.hypot(self.mean, self.deviation)
+
+
+# ----------------------------------------------------------------------------------- arithmetic
+
+
+class ChannelMoments(torch.autograd.Function):
+    """Mean and variance [C] of x [N, C, ...], reading x once in either direction."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        count = x.numel() // x.shape[1]
+        mean = x.mean(axes)
+        variance = (torch.linalg.vector_norm(x, dim=axes).square() / count - mean.square()).clamp_min(0)
+        ctx.save_for_backward(x, mean)
+        ctx.count = count
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        slope = 2 * grad_variance / ctx.count
+        offset = grad_mean / ctx.count - slope * mean
+        view = (-1, *[1] * (x.dim() - 2))
+        return torch.addcmul(offset.view(view), x, slope.view(view))
+
+
+def squared_errors(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Squared errors [C] of x's mean and deviation against those given, in units of the given variance."""
+    seen_mean, seen_variance = ChannelMoments.apply(x)
+    scale = variance + eps
+    deviation = (seen_variance + eps).sqrt() - scale.sqrt()
+    return (seen_mean - mean).square() / scale, deviation.square() / scale
+
+
+def natural_noise(spec: InputSpec, count: int, generator: torch.Generator) -> Tensor:
+    """Noise [N, 3, H, W] with photographs' 1/f amplitudes (Field, 1987), mostly grey, of the prior's mean and deviation."""
+    height, width = spec.size
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
+    amplitude = 1 / frequency.clamp_min(1 / max(height, width))
+
+    def noise(channels: int) -> Tensor:
+        white = torch.randn(count, channels, height, width, generator=generator)
+        shaped = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=spec.size)
+        return shaped / shaped.std((1, 2, 3), keepdim=True)
+
+    mean, variance = (moment[:, None, None] for moment in spec.prior())
+    return mean + variance.sqrt() * (0.9 * noise(1) + math.sqrt(1 - 0.9**2) * noise(len(spec.mean)))
+
+
+# ------------------------------------------------------------------------------------ the images
+
+
+def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: torch.device) -> Tensor:
+    """Images [images, 3, H, W] on the CPU on which the network's BatchNorms see what they remember.
+
+    Several processes share the batches; each batch has a seed of its own, so that the images are the same.
+    A network without BatchNorm, or not enough memory, is a UserError. A loss that is no number ends a
+    batch with the best images so far, and says so.
+    """
+    network = trace(model, spec)
+    if not any(_remembers(module) for module in network.modules()):
+        raise UserError(
+            "the network has no BatchNorm with running statistics, from which --distill_* would make images; use a network trained with BatchNorm"
+        )
+    network = network.to(device, memory_format=torch.channels_last)
+    firsts = distributed.share(range(0, settings.images, settings.batch))
+    made = []
+    with tqdm(
+        total=len(firsts) * settings.steps,
+        desc=f"distilling {settings.images} images",
+        unit="step",
+        disable=not distributed.is_first(),
+    ) as progress:
+        for first in firsts:
+            size = min(settings.batch, settings.images - first)
+            generator = torch.Generator().manual_seed(settings.seed * 2**20 + first)
+            try:
+                made.append(_batch(network, spec, size, settings, generator, device, progress))
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, MemoryError) or "memory" in str(error):
+                    raise UserError(
+                        f"not enough memory to distill {size} images at once; lower --distill_batch (now {settings.batch})"
+                    ) from None
+                raise
+    return as_pixels(torch.cat(distributed.concatenated(made)), spec)
+
+
+@torch.enable_grad()
+def _batch(
+    network: fx.GraphModule,
+    spec: InputSpec,
+    size: int,
+    settings: Distillation,
+    generator: torch.Generator,
+    device: torch.device,
+    progress: tqdm,
+) -> Tensor:
+    mean, std, start = (torch.tensor(t)[:, None, None] for t in (spec.mean, spec.std, spec.prior()[0].tolist()))
+    low, high = (-mean / std).to(device), ((1 - mean) / std).to(device)
+    if settings.start == "natural":
+        start = natural_noise(spec, size, generator)
+    else:
+        start = start + spec.prior()[1].sqrt()[:, None, None] * torch.randn(spec.shape(size), generator=generator)
+    images = start.to(device).clamp(low, high).contiguous(memory_format=torch.channels_last).requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=settings.rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    best, lowest = images.detach().clone(), math.inf
+    for _ in range(settings.steps):
+        seen = _jittered(images, generator) if settings.jitter else images
+        loss = statistics_loss(network, spec, seen, settings.robust)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            tqdm.write(
+                f"the loss became {value}; this batch keeps its best images (loss {lowest:.4g})", file=sys.stderr
+            )
+            break
+        if value < lowest:
+            best, lowest = images.detach().clone(), value
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            images.clamp_(low, high)
+        progress.update()
+        progress.set_postfix(loss=f"{value:.4f}")
+    return best.cpu()
+
+
+def statistics_loss(network: fx.GraphModule, spec: InputSpec, images: Tensor, robust: bool = True) -> Tensor:
+    """Mean error over layers, each layer's in units of its variance, so that all count the same.
+
+    robust: as log(1 + error), which leaves small errors as they are, and keeps a layer whose statistics no image
+    can meet, as after fine-tuning with frozen BatchNorm, from deciding what the images become.
+    """
+    errors = torch.stack(
+        [mean.mean() + deviation.mean() for mean, deviation in _all_errors(network, spec, images).values()]
+    )
+    return (errors.log1p() if robust else errors).mean()
+
+
+@torch.no_grad()
+def statistics_fit(model: nn.Module, spec: InputSpec, images: Tensor) -> dict[str, Fit]:
+    """How well every BatchNorm's statistics are met on the images, the network's input first."""
+    errors = _all_errors(trace(model, spec), spec, images)
+    return {name: Fit(*(float(error.mean().sqrt()) for error in pair)) for name, pair in errors.items()}
+
+
+def describe_fit(fit: dict[str, Fit], images: int) -> str:
+    """The fit in a line: over all layers, and where it is worst."""
+    worst = max(fit, key=lambda name: fit[name].total)
+    overall = math.sqrt(sum(one.total**2 for one in fit.values()) / len(fit))
+    return f"{images} distilled images meet the statistics within {overall:.2g} deviations (worst: {fit[worst].total:.2g} at {worst})"
+
+
+def _all_errors(network: fx.GraphModule, spec: InputSpec, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    mean, variance = (moment.to(images.device) for moment in spec.prior())
+    errors = {"input": squared_errors(images, mean, variance, 0.0)}
+    with _listening(network, errors):
+        network(images)
+    return errors
+
+
+@contextmanager
+def _listening(network: fx.GraphModule, errors: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While open, every BatchNorm writes its squared errors before it runs."""
+
+    def listen(name: str, norm: _BatchNorm) -> None:
+        errors[name] = ()  # in the network's order
+
+        def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            errors[name] = squared_errors(inputs[0], norm.running_mean, norm.running_var, norm.eps)
+
+        handles.append(norm.register_forward_pre_hook(hook))
+
+    handles = []
+    for name, module in network.named_modules():
+        if _remembers(module):
+            listen(name, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _remembers(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_var is not None
+
+
+def _jittered(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The images shifted by up to a sixteenth of their sides, around the edges, and mirrored half of the time."""
+    room = [side // 16 for side in images.shape[2:]]
+    shifts = [int(torch.randint(-r, r + 1, (), generator=generator)) for r in room]
+    moved = torch.roll(images, shifts, (2, 3))
+    return moved.flip(3) if torch.rand((), generator=generator) < 0.5 else moved
+
+
+def as_pixels(images: Tensor, spec: InputSpec) -> Tensor:
+    """The nearest images whose pixels are whole steps of 1/255."""
+    return _from_bytes(_to_bytes(images, spec), spec)
+
+
+def _to_bytes(images: Tensor, spec: InputSpec) -> Tensor:
+    mean, std = (torch.tensor(t)[:, None, None] for t in (spec.mean, spec.std))
+    return ((images * std + mean) * 255).round().clamp(0, 255).byte()
+
+
+def _from_bytes(pixels: Tensor, spec: InputSpec) -> Tensor:
+    mean, std = (torch.tensor(t)[:, None, None] for t in (spec.mean, spec.std))
+    return (pixels.float() / 255 - mean) / std
+
+
+# ------------------------------------------------------------------------------------- the cache
+
+
+def distilled(model: nn.Module, spec: InputSpec, settings: Distillation, device: torch.device, folder: Path) -> Tensor:
+    """distill(), kept in a folder by the network's weights, its input and the settings.
+
+    A damaged file is made anew, and that is said; a folder that cannot be written to is a UserError.
+    """
+    key = hashlib.sha256(f"{weights_hash(model)} {spec} {settings}".encode()).hexdigest()[:16]
+    file = folder / f"{key}.pt"
+    images = distributed.gather(_read(file, spec, settings.images) if distributed.is_first() else None)[0]
+    if images is None and distributed.is_first():
+        with _kept(file) as handle:
+            images = distill(model, spec, settings, device)
+            torch.save(_to_bytes(images, spec), handle)
+    return distill(model, spec, settings, device) if images is None else images
+
+
+@contextmanager
+def _kept(file: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is there once the block is done, and refused before it starts."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with (fresh := file.with_suffix(".new")).open("wb") as handle:
+            yield handle
+        fresh.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep distilled images in {str(file.parent)!r} ({error.strerror}); pass --distill_cache with another folder"
+        ) from None
+
+
+def _read(file: Path, spec: InputSpec, count: int) -> Tensor | None:
+    if not file.exists():
+        return None
+    try:
+        pixels = torch.load(file, weights_only=True)
+        if pixels.dtype == torch.uint8 and pixels.shape == spec.shape(count):
+            return _from_bytes(pixels, spec)
+    except Exception:  # whatever unpickling raises on damaged bytes
+        pass
+    print(f"{str(file)!r} is damaged; distilling anew", file=sys.stderr)
+    return None

@@ -1,0 +1,321 @@
+"""Means, variances and ranges of every activation, from BatchNorm statistics alone.
+
+Below: the arithmetic of Gaussians that are clipped or passed through a function. Above: an
+interpreter that runs a network on distributions instead of images. A value carries maps of the
+activation's own shape (batch 1), so zero padding, concats, slices and pooling mean what they mean for
+activations, and what a border sees is exact.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.core.input_spec import InputSpec
+from utils.graph.capture import REARRANGING, describe, module_of, shape
+from utils.graph.layers import WEIGHTED, CappedReLU, per_channel
+
+SIGMAS = 6.0  # a Gaussian activation is taken to stay within this many standard deviations
+CORRELATION = 0.01  # between any two inputs of a layer without BatchNorm, where its range is concerned
+
+
+# ------------------------------------------------------------------------------------- arithmetic
+
+
+def clipped_gaussian(mean: Tensor, variance: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of min(max(x, low), high) for Gaussian x; DFQ, appendix C, for two sides.
+
+    All tensors of one shape, or broadcastable; low and high may be infinite. Computed in float64.
+    """
+    mean, variance, low, high = (t.double() for t in (mean, variance, low, high))
+    std = variance.sqrt().clamp_min(1e-12)
+    low = torch.maximum(low, torch.minimum(high, mean) - 12 * std)  # the same to 1e-30, and finite
+    high = torch.minimum(high, torch.maximum(low, mean) + 12 * std)
+    a, b = (low - mean) / std, (high - mean) / std
+    below, above = _gaussian_cdf(a), _gaussian_cdf(-b)
+    inside = (1 - below - above).clamp_min(0)
+    density_a, density_b = _gaussian_density(a), _gaussian_density(b)
+    first = low * below + high * above + mean * inside + std * (density_a - density_b)
+    second = low**2 * below + high**2 * above + (mean**2 + std**2) * inside
+    second = second + 2 * mean * std * (density_a - density_b) + std**2 * (a * density_a - b * density_b)
+    return first.float(), (second - first**2).clamp_min(0).float()
+
+
+def mapped_gaussian(mean: Tensor, variance: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of an elementwise function of Gaussian x, by Gauss-Hermite quadrature."""
+    points, weights = np.polynomial.hermite_e.hermegauss(33)
+    std, first, second = variance.sqrt(), torch.zeros_like(mean), torch.zeros_like(mean)
+    for point, weight in zip(points, weights / math.sqrt(2 * math.pi), strict=True):
+        value = function(mean + std * point)
+        first += weight * value
+        second += weight * value**2
+    return first, (second - first**2).clamp_min(0)
+
+
+def _gaussian_cdf(x: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(-x / math.sqrt(2))
+
+
+def _gaussian_density(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+
+
+# ------------------------------------------------------------------------------- distributions
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """mean, variance: [C] of a layer's output, as the BatchNorm folded into it says."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+Statistics = dict[str, Gaussian]  # by the name of the layer
+
+
+@dataclass(frozen=True)
+class Moments:
+    """mean, variance, low, high: [1, C, ...] of an activation; low and high bound what is expected.
+
+    Maps that are the same everywhere are expanded views of one value, and stay cheap.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    low: Tensor
+    high: Tensor
+
+    def map(self, function: Callable[..., Tensor]) -> "Moments":
+        """The same function on each of the four maps: for whatever only moves values about."""
+        return Moments(*(function(t) for t in (self.mean, self.variance, self.low, self.high)))
+
+    def range(self) -> tuple[float, float]:
+        return float(self.low.min()), float(self.high.max())
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Stands for an activation of which nothing is known. reason: where that began."""
+
+    reason: str
+
+
+def gaussian(mean: Tensor, variance: Tensor, bounds: tuple[Tensor, Tensor] | None = None) -> Moments:
+    """An unclipped activation, within SIGMAS deviations and within bounds that are known besides."""
+    reach = SIGMAS * variance.sqrt()
+    low, high = mean - reach, mean + reach
+    if bounds:
+        low, high = torch.maximum(low, bounds[0]), torch.minimum(high, bounds[1])
+    return Moments(mean, variance, low, high)
+
+
+# ---------------------------------------------------------------------------------- interpreter
+
+
+def propagate(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) -> dict[str, Moments | Unknown]:
+    """Moments of every node's output, by the node's name.
+
+    statistics: what is known of layers that had a BatchNorm; the others follow from their inputs.
+    Assumed: channels are independent, but for the range of a layer without BatchNorm; within a pooling window values are equal, so that mean
+    and variance pass (a lower bound on a max-pool's mean, an upper one on an average's variance).
+    """
+    interpreter = _MomentsInterpreter(model, spec, statistics)
+    with torch.no_grad():
+        interpreter.run(None)
+    return interpreter.moments
+
+
+_CLIPPED = (nn.ReLU, nn.ReLU6, nn.Hardtanh, CappedReLU)
+_ELEMENTWISE = (
+    *(nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
+    *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Softsign),
+)
+_MOVING = (
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.ZeroPad2d),
+    *(nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d, nn.PixelShuffle, nn.ChannelShuffle),
+)
+_MOVING_FUNCTIONS = REARRANGING | {F.interpolate}
+
+
+class _MomentsInterpreter(fx.Interpreter):
+    def __init__(self, model: fx.GraphModule, spec: InputSpec, statistics: Statistics):
+        super().__init__(model, garbage_collect_values=False)
+        self.spec, self.statistics = spec, statistics
+        self.moments: dict[str, Moments | Unknown] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            result = self._input()
+        elif node.op in ("get_attr", "output"):
+            return super().run_node(node)
+        else:
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            result = self._call(node, args, kwargs)
+        if isinstance(result, Moments | Unknown):
+            self.moments[node.name] = result
+        return result
+
+    def _input(self) -> Moments:
+        mean, variance = (per_channel(t, 4).expand(self.spec.shape()) for t in self.spec.prior())
+        low, high = (torch.full_like(mean, bound) for bound in self.spec.range())
+        return Moments(mean, variance, low, high)
+
+    def _call(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        module = module_of(self.module, node)
+        known = self.statistics.get(node.target)
+        if known is not None:
+            size = shape(node)
+            return gaussian(*(per_channel(t, len(size)).expand(size) for t in (known.mean, known.variance)))
+        unknown = next((value for value in _flat((args, kwargs)) if isinstance(value, Unknown)), None)
+        if unknown:
+            return unknown
+        operands = [value for value in _flat((args, kwargs)) if isinstance(value, Moments)]
+        if not operands:  # sizes and the like
+            return super().run_node(node)
+        if module is not None:
+            result = self._module(module, operands[0]) if len(operands) == 1 else None
+        elif node.target in (operator.add, operator.sub, operator.mul):
+            result = _arithmetic(node.target, *args)
+        elif node.target is torch.cat:
+            all_known = all(isinstance(part, Moments) for part in args[0])
+            result = (
+                Moments(*(torch.cat(maps, *args[1:], **kwargs) for maps in _fields(args[0]))) if all_known else None
+            )
+        elif node.target in _MOVING_FUNCTIONS:
+            result = _move(node, args, kwargs)
+        elif (node.op == "call_function" and node.target is getattr) or node.target in ("size", "dim"):
+            call = node.target if callable(node.target) else lambda x, *a: getattr(x, node.target)(*a)
+            return call(args[0].mean, *args[1:])
+        else:
+            result = None
+        return Unknown(f"after {describe(module, node)}") if result is None else result
+
+    def _module(self, module: nn.Module, x: Moments) -> Moments | None:
+        if isinstance(module, WEIGHTED):
+            return _layer(module, x)
+        if isinstance(module, _BatchNorm) and module.running_var is not None:
+            known = batchnorm_output(module)
+            return gaussian(*(per_channel(t, x.mean.dim()).expand_as(x.mean) for t in (known.mean, known.variance)))
+        if isinstance(module, _CLIPPED):
+            low, high = (per_channel(t, x.mean.dim()) for t in _bounds(module, x.mean.shape[1]))
+            clip = x.map(lambda t: _compactly(lambda v: torch.minimum(torch.maximum(v, low), high), t))
+            mean, variance = _moments_of(x, lambda m, v: clipped_gaussian(m, v, low, high))
+            return Moments(mean, variance, clip.low, clip.high)
+        if isinstance(module, _ELEMENTWISE):
+            mean, variance = _moments_of(x, lambda m, v: mapped_gaussian(m, v, module))
+            grid = [module(_compact(x.low) + share * _compact(x.high - x.low)) for share in torch.linspace(0, 1, 65)]
+            low, high = (extreme(torch.stack(grid), dim=0).expand_as(x.mean) for extreme in (torch.amin, torch.amax))
+            return Moments(mean, variance, low, high)
+        if isinstance(module, _MOVING):
+            return x.map(lambda t: module(t.contiguous()))
+        return None
+
+
+def _layer(layer: nn.Module, x: Moments) -> Moments:
+    """A layer of which no BatchNorm tells: mean and variance as of independent inputs.
+
+    Features of one object fire together, so sums reach further than that. The range allows for a slight
+    correlation c: (1 - c) sum W^2 var + c (sum |W| std)^2, which many inputs make large.
+    """
+
+    def without_bias(weight: Tensor, value: Tensor) -> Tensor:
+        replaced = {"weight": weight, "bias": torch.zeros_like(layer.bias)}
+        return torch.func.functional_call(layer, replaced, (value.contiguous(),))
+
+    mean = layer(x.mean.contiguous())
+    variance = without_bias(layer.weight**2, x.variance)
+    together = without_bias(layer.weight.abs(), x.variance.sqrt()) ** 2
+    reach = SIGMAS * ((1 - CORRELATION) * variance + CORRELATION * together).sqrt()
+    return Moments(mean, variance, mean - reach, mean + reach)
+
+
+def batchnorm_output(norm: _BatchNorm) -> Gaussian:
+    """What a BatchNorm's output is distributed as: its bias, and nearly its weight squared.
+
+    Not quite: eps is part of what it divides by, so a channel that is constant has variance 0.
+    """
+    gain = norm.running_var / (norm.running_var + norm.eps)
+    if not norm.affine:
+        return Gaussian(torch.zeros_like(gain), gain)
+    return Gaussian(norm.bias.detach().clone(), norm.weight.detach() ** 2 * gain)
+
+
+def _bounds(module: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
+    """The range [C], [C] that an activation clips to."""
+    if isinstance(module, CappedReLU):
+        return torch.zeros_like(module.cap), module.cap
+    low, high = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (0.0, math.inf)
+    return torch.full((channels,), low), torch.full((channels,), high)
+
+
+def _arithmetic(operation: Callable, x: Any, y: Any) -> Moments | None:
+    """x (+, -, *) y, of which at least one has moments and the other is one too, or a constant."""
+    if not (isinstance(x, Moments) and isinstance(y, Moments)):
+        return _with_constant(operation, x, y)
+    corners = torch.stack(torch.broadcast_tensors(*(operation(a, b) for a in (x.low, x.high) for b in (y.low, y.high))))
+    bounds = corners.amin(0), corners.amax(0)
+    if operation is operator.mul:
+        variance = x.variance * y.variance + x.variance * y.mean**2 + y.variance * x.mean**2
+        return Moments(x.mean * y.mean, variance, *bounds)
+    return gaussian(operation(x.mean, y.mean), x.variance + y.variance, bounds)
+
+
+def _with_constant(operation: Callable, x: Any, y: Any) -> Moments | None:
+    moments, constant = (x, y) if isinstance(x, Moments) else (y, x)
+    if not isinstance(constant, int | float | Tensor):
+        return None
+    mean, *ends = (
+        operation(t, y) if moments is x else operation(x, t) for t in (moments.mean, moments.low, moments.high)
+    )
+    variance = (moments.variance * constant**2 if operation is operator.mul else moments.variance).expand_as(mean)
+    return Moments(mean, variance, torch.minimum(*ends), torch.maximum(*ends))
+
+
+def _move(node: fx.Node, args: tuple, kwargs: dict) -> Moments | tuple[Moments, ...] | None:
+    """A function or method that only rearranges values, on each of the four maps."""
+    call = node.target if callable(node.target) else lambda x, *a, **k: getattr(x, node.target)(*a, **k)
+    if isinstance(args[0], tuple):  # getitem of what chunk gave
+        return call(*args, **kwargs)
+    if not isinstance(args[0], Moments):
+        return None
+    maps = [
+        call(t.contiguous(), *args[1:], **kwargs) for t in (args[0].mean, args[0].variance, args[0].low, args[0].high)
+    ]
+    if isinstance(maps[0], Tensor):
+        return Moments(*maps)
+    return tuple(Moments(*parts) for parts in zip(*maps, strict=True))
+
+
+def _fields(moments: list[Moments]) -> list[list[Tensor]]:
+    return [[getattr(m, field) for m in moments] for field in ("mean", "variance", "low", "high")]
+
+
+def _flat(value: Any) -> list:
+    if isinstance(value, tuple | list):
+        return [leaf for item in value for leaf in _flat(item)]
+    return _flat(list(value.values())) if isinstance(value, dict) else [value]
+
+
+def _compact(t: Tensor) -> Tensor:
+    """One value of every axis along which an expanded view repeats itself."""
+    for axis, stride in enumerate(t.stride()):
+        if stride == 0 and t.shape[axis] > 1:
+            t = t.narrow(axis, 0, 1)
+    return t
+
+
+def _compactly(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    return function(_compact(t)).expand_as(t)
+
+
+def _moments_of(x: Moments, function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    mean, variance = _compact(x.mean), _compact(x.variance)
+    return tuple(t.expand_as(x.mean) for t in function(*torch.broadcast_tensors(mean, variance)))

@@ -1,0 +1,1 @@
+"""What everything stands on: errors, files, processes, the input of a network."""

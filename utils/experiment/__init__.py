@@ -1,0 +1,1 @@
+"""A run: flags, rows, records, tables, report."""

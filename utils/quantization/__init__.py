@@ -1,0 +1,1 @@
+"""Grids, quantizers, recipes, and quantized networks as files."""

@@ -1,0 +1,1 @@
+"""Classification, segmentation and detection: data, metrics, pictures."""

@@ -1,0 +1,165 @@
+"""Boxes of single-shot detectors: the priors, coding against them, and detections from raw heads.
+
+All boxes are fractions of the image's width and height, so nothing here depends on an image's size:
+resizing scales both axes on its own, and intersection over union does not change under that.
+Corner form is x1, y1, x2, y2; centre form is centre x, centre y, width, height.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from utils.core.torchvision_compat import torchvision
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The annotated objects of one image. boxes: [K, 4] corners; labels: [K], from 1; difficult: [K] bool."""
+
+    boxes: Tensor
+    labels: Tensor
+    difficult: Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a network found in one image, by falling score. boxes: [K, 4] corners; labels: [K], from 1; scores: [K]."""
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class PriorSpec:
+    """Where priors stand and how large they are, one entry per feature map (SSD, section 2.2).
+
+    strides: pixels between the centres of neighbouring cells; None: the image divided by the map.
+    scales: side of a map's small square prior as a fraction of the image; one more closes the last.
+    ratios: of the sides of its other priors, each lying and standing.
+    The defaults are those of qfgaohao's SSD-Lite at 300 pixels: 3,000 priors.
+    """
+
+    strides: tuple[int | None, ...] = (16, 32, 64, None, None, None)
+    scales: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.1)
+    ratios: tuple[float, ...] = (2.0, 3.0)
+
+    @property
+    def per_cell(self) -> int:
+        return 2 + 2 * len(self.ratios)
+
+
+def make_priors(spec: PriorSpec, maps: Sequence[tuple[int, int]], image: tuple[int, int]) -> Tensor:
+    """The priors [P, 4], centre form, in the order of the heads' outputs: map, row, column, shape.
+
+    maps, image: height and width of every feature map and of the image.
+    """
+    priors = []
+    for (rows, columns), stride, scale, next_scale in zip(
+        maps, spec.strides, spec.scales[:-1], spec.scales[1:], strict=True
+    ):
+        roots = torch.tensor([ratio**0.5 for ratio in spec.ratios], dtype=torch.float64)
+        lying = torch.stack([scale * roots, scale / roots], 1)
+        squares = torch.tensor([scale, (scale * next_scale) ** 0.5], dtype=torch.float64)
+        shapes = torch.cat([squares[:, None].expand(2, 2), torch.stack([lying, lying.flip(1)], 1).reshape(-1, 2)])
+
+        y = (torch.arange(rows, dtype=torch.float64) + 0.5) * (stride / image[0] if stride else 1 / rows)
+        x = (torch.arange(columns, dtype=torch.float64) + 0.5) * (stride / image[1] if stride else 1 / columns)
+        centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1).reshape(-1, 1, 2)
+        cells = len(centres)
+        priors.append(torch.cat([centres.expand(-1, len(shapes), -1), shapes.expand(cells, -1, -1)], 2).reshape(-1, 4))
+    return torch.cat(priors).clamp(0, 1).float()
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """Centre form [..., 4] as corner form."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], -1)
+
+
+def to_centres(boxes: Tensor) -> Tensor:
+    """Corner form [..., 4] as centre form."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], -1)
+
+
+@dataclass(frozen=True)
+class BoxCoder:
+    """Between a detector's raw heads and boxes: its priors, their variances and how detections are chosen.
+
+    priors: [P, 4], centre form. centre_variance, size_variance: scale of the predicted offsets.
+    min_score: scores at or below are dropped. overlap: intersection over union above which the lower
+    of two boxes of one class is dropped (NMS). candidates: best boxes of a class that NMS looks at.
+    keep: at most that many detections an image; None: all. clip: cut boxes at the image's border.
+    """
+
+    priors: Tensor = field(repr=False)
+    centre_variance: float = 0.1
+    size_variance: float = 0.2
+    min_score: float = 0.01
+    overlap: float = 0.45
+    candidates: int = 200
+    keep: int | None = None
+    clip: bool = False
+
+    def boxes(self, offsets: Tensor) -> Tensor:
+        """Predicted offsets [..., P, 4] as boxes in corner form."""
+        priors = self.priors.to(offsets.device)
+        centre = priors[:, :2] + offsets[..., :2] * self.centre_variance * priors[:, 2:]
+        growth = (offsets[..., 2:] * self.size_variance).clamp(
+            max=math.log(1000 / 16)
+        )  # torchvision's bound; an exp must not overflow
+        boxes = to_corners(torch.cat([centre, growth.exp() * priors[:, 2:]], -1))
+        return boxes.clamp(0, 1) if self.clip else boxes
+
+    def offsets(self, boxes: Tensor) -> Tensor:
+        """Boxes [..., P, 4] in corner form, one for each prior, as the offsets that predict them."""
+        priors, boxes = self.priors.to(boxes.device), to_centres(boxes)
+        centre = (boxes[..., :2] - priors[:, :2]) / priors[:, 2:] / self.centre_variance
+        return torch.cat([centre, (boxes[..., 2:] / priors[:, 2:]).log() / self.size_variance], -1)
+
+    def encode(self, objects: Objects, overlap: float = 0.5) -> tuple[Tensor, Tensor]:
+        """What each prior should predict: labels [P], 0 for background, and offsets [P, 4].
+
+        A prior takes the object that it overlaps most, if by at least `overlap`; and every object has
+        the prior that overlaps it most (SSD, section 2.2, matching).
+        """
+        labels, boxes = torch.zeros(len(self.priors), dtype=torch.long), to_corners(self.priors)
+        if len(objects.labels):
+            overlaps = torchvision.ops.box_iou(boxes, objects.boxes)
+            overlaps[overlaps.argmax(0), torch.arange(len(objects.labels))] = 2.0
+            best, which = overlaps.max(1)
+            labels = torch.where(best >= overlap, objects.labels[which], labels)
+            boxes = torch.where((best >= overlap)[:, None], objects.boxes[which], boxes)
+        return labels, self.offsets(boxes)
+
+    def decode(self, heads: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Class scores [N, P, classes] and boxes [N, P, 4] from class logits, class 0 the background, and offsets."""
+        logits, offsets = (head.float().cpu() for head in heads)
+        return logits.softmax(-1), self.boxes(offsets)
+
+    def choose(self, scores: Tensor, boxes: Tensor) -> list[Detections]:
+        """The detections of each image among its scored boxes, as decode() gives them."""
+        return [self._choose(*image) for image in zip(scores, boxes, strict=True)]
+
+    def detect(self, heads: tuple[Tensor, Tensor]) -> list[Detections]:
+        """The detections of each image from what the network returns."""
+        return self.choose(*self.decode(heads))
+
+    def _choose(self, scores: Tensor, boxes: Tensor) -> Detections:
+        """scores: [P, classes]; boxes: [P, 4]."""
+        chosen = [(torch.empty(0, 4), torch.empty(0, dtype=torch.long), torch.empty(0))]
+        for label in (scores > self.min_score).any(0).nonzero().flatten().tolist():
+            if label == 0:
+                continue
+            passing = (scores[:, label] > self.min_score).nonzero().flatten()
+            best = scores[passing, label].sort(descending=True, stable=True)
+            rows = passing[best.indices[: self.candidates]]
+            rows = rows[torchvision.ops.nms(boxes[rows], scores[rows, label], self.overlap)]
+            chosen.append((boxes[rows], torch.full((len(rows),), label), scores[rows, label]))
+        boxes, labels, scores = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        order = scores.argsort(descending=True, stable=True)[: self.keep]
+        return Detections(boxes[order], labels[order], scores[order])
