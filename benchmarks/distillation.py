@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from dfq import Recipe, quantize_data_free, to_evaluate
 from modeling import build_model
 from utils.calibration.distillation import Distillation, distill, statistics_fit
-from utils.calibration.observers import fidelity, histograms
+from utils.calibration.fidelity import fidelity
+from utils.calibration.observers import histograms
 from utils.experiment import cli
 from utils.experiment import evaluation as engine
 from utils.graph.capture import classes_of, trace

@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from networks import SPEC, Branches, Head, Residual, Twice, chain, conv_bn
 from torch import nn
 
-import dfq
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.graph.capture import module_of, shape, trace
 from utils.graph.regions import Port, find_links
-from utils.passes.log import Journal
+from utils.passes.fold_batchnorm import fold_batchnorm
+from utils.passes.log import PassLog
 
 
 def folded(model, spec=SPEC):
     traced = trace(model.eval(), spec)
-    dfq.fold_batchnorm(traced, Journal())
+    fold_batchnorm(traced, PassLog())
     return traced
 
 

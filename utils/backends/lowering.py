@@ -1,20 +1,20 @@
 """A simulated network on the integers that an engine computes with.
 
-What an engine stores between its kernels are steps of a quantizer's grid. Here they are carried in float32,
-and every kernel rounds the number that ONNX Runtime's kernel of the same layer rounds: layers multiply
-their accumulator by one float32, as global averages do, and sums add their operands in its order. A tie then goes the same way in
-both, and a whole network of integer kernels gives the same integers in both.
+What an engine stores between its kernels are steps of a quantizer, counted from its zero point. Here they are carried
+in float32, and every kernel rounds the number that ONNX Runtime's kernel of the same layer rounds: layers multiply
+their accumulator by one float32, as global averages do, and sums add their operands in its order. A tie then goes the
+same way in both, and a whole network of integer kernels gives the same integers in both.
 """
 
 import copy
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from utils.graph.capture import ASKS_SHAPE, REARRANGING, module_of, run_in_place, shape, tidy
+from utils.graph.capture import ASKS_SHAPE, module_of, run_in_place, shape, tidy
 from utils.graph.layers import (
     WEIGHTED,
     IntegerSum,
@@ -26,68 +26,63 @@ from utils.graph.layers import (
     scale_outputs,
     taps,
 )
-from utils.quantization.quantizer import QParams, Quantizer
-
-# Operations whose output lies on the grid of their input: an integer engine needs no quantizer behind them.
-_KEEPS_GRID = (
-    nn.MaxPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Flatten,
-    nn.ZeroPad2d,
-    nn.UpsamplingNearest2d,
-    nn.PixelShuffle,
-    nn.ChannelShuffle,
-)
+from utils.quantization.placement import keeps_qparams, quantizer_before, value_sources
+from utils.quantization.quantizer import Quantizer
 
 
-def keeps_grid(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's output lies on the grid of its input."""
-    return isinstance(module_of(model, node), _KEEPS_GRID) or node.target in REARRANGING
+class QuantizeToSteps(nn.Module):
+    """A quantizer as an engine computes it, which hands its steps on, or values if what reads it needs them.
+
+    quantizer: of the simulation. multiplier: what the input is multiplied by before rounding, [] or [C, 1, ...]; None to
+    divide it by the scale, as an engine's QuantizeLinear does; 1.0 where it is in steps already.
+    to_steps: hand out steps, counted from the zero point, instead of values.
+    """
+
+    def __init__(self, quantizer: Quantizer, multiplier: float | Tensor | None, to_steps: bool):
+        super().__init__()
+        self.quantizer, self.to_steps, self.inplace = quantizer, to_steps, False
+        is_tensor = isinstance(multiplier, Tensor)
+        self.factor = None if is_tensor else multiplier
+        self.register_buffer("channel_factors", multiplier if is_tensor else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor if self.channel_factors is None else self.channel_factors
+        if factor is None:
+            steps = x.div_(self.quantizer.scale) if self.inplace else x / self.quantizer.scale
+        elif self.factor == 1:
+            steps = x if self.inplace else x.clone()
+        else:
+            steps = x.mul_(factor) if self.inplace else x * factor
+        steps = self.quantizer.round_(steps)
+        return steps if self.to_steps else steps.mul_(self.quantizer.scale)
 
 
-def grid_sources(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The nodes whose grid a value lies on, past whatever only moves values."""
-    if node.target is torch.cat:
-        return [source for part in node.args[0] for source in grid_sources(model, part)]
-    if keeps_grid(model, node):
-        return grid_sources(model, node.args[0])
-    return [node]
-
-
-def quantizer_before(model: fx.GraphModule, node: fx.Node) -> Quantizer | None:
-    """The quantizer on whose grid the node's output lies."""
-    sources = [module_of(model, source) for source in grid_sources(model, node)]
-    return sources[0] if sources and all(isinstance(source, Quantizer) for source in sources) else None
-
-
-def fold_scales(
-    simulated: fx.GraphModule, weight_grids: Mapping[str, QParams], bias_grids: Mapping[str, QParams]
-) -> fx.GraphModule:
+def lower_to_integers(simulated: fx.GraphModule) -> fx.GraphModule:
     """A copy of a simulated network that computes what an engine does, in fewer passes over its activations.
 
     A quantizer divides by its scale, rounds, and multiplies. Where all that reads it computes on integers, it
-    hands out its steps and no longer multiplies; a layer or a sum before it hands over steps of its grid, and
+    hands out its steps and no longer multiplies; a layer or a sum before it hands over steps, and
     it no longer divides. A layer between two such quantizers has integer weights and biases.
     """
     model = copy.deepcopy(simulated)
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            module.before, module.divisor = 1.0, module.scale
-    for node in _integral(model):
-        module_of(model, node).after = 1.0
+    steps = _in_steps(model)
+    multipliers: dict[fx.Node, float | Tensor] = {}  # by quantizer: what its input is multiplied by
     for node in list(model.graph.nodes):
-        module = module_of(model, node)
-        if isinstance(module, WEIGHTED):
-            _fold_layer(model, node, module, weight_grids.get(node.target), node.target in bias_grids)
-        elif _is_sum(model, node) and all(quantizer_before(model, part).after == 1 for part in node.args):
-            _fold_sum(model, node)
-        elif _is_average(model, node) and quantizer_before(model, node.args[0]).after == 1:
-            _fold_average(model, node)
+        if isinstance(module_of(model, node), WEIGHTED):
+            multipliers |= _lower_layer(model, node, steps)
+        elif _is_sum(model, node) and all(_reads_steps(model, part, steps) for part in node.args):
+            multipliers |= _lower_sum(model, node)
+        elif _is_average(model, node) and _reads_steps(model, node.args[0], steps):
+            multipliers |= _lower_average(model, node)
+    for node in model.graph.nodes:
+        quantizer = module_of(model, node)
+        if isinstance(quantizer, Quantizer):
+            model.set_submodule(node.target, QuantizeToSteps(quantizer, multipliers.get(node), node in steps))
     return run_in_place(tidy(model))
 
 
-def _integral(model: fx.GraphModule) -> set[fx.Node]:
-    """The quantizers that all that reads them takes in whole steps."""
+def _in_steps(model: fx.GraphModule) -> set[fx.Node]:
+    """The quantizers whose readers all compute on steps."""
     chosen = {node for node in model.graph.nodes if isinstance(module_of(model, node), Quantizer)}
     while refused := {
         node for node in chosen if not all(_takes_steps(model, reader, chosen) for reader in _readers(model, node))
@@ -96,10 +91,15 @@ def _integral(model: fx.GraphModule) -> set[fx.Node]:
     return chosen
 
 
+def _reads_steps(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> bool:
+    """Whether a value is handed on in steps of one quantizer."""
+    return quantizer_before(model, node) is not None and value_sources(model, node)[0] in steps
+
+
 def _readers(model: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     """What reads a value, past whatever only moves it."""
     for user in node.users:
-        if keeps_grid(model, user) or user.target is torch.cat:
+        if keeps_qparams(model, user) or user.target is torch.cat:
             yield from _readers(model, user)
         elif user.target not in ASKS_SHAPE:
             yield user
@@ -109,7 +109,7 @@ def _takes_steps(model: fx.GraphModule, reader: fx.Node, chosen: set[fx.Node]) -
     """Whether a reader can compute on the steps of quantizers, all its operands being of the chosen ones."""
     if not (isinstance(module_of(model, reader), WEIGHTED) or _is_sum(model, reader) or _is_average(model, reader)):
         return False
-    operands = [grid_sources(model, operand) for operand in reader.all_input_nodes]
+    operands = [value_sources(model, operand) for operand in reader.all_input_nodes]
     return all(
         set(sources) <= chosen and len({module_of(model, source).scale for source in sources}) == 1
         for sources in operands
@@ -136,43 +136,49 @@ def _is_average(model: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-def _fold_layer(
-    model: fx.GraphModule, node: fx.Node, layer: nn.Module, grid: QParams | None, bias_on_grid: bool
-) -> None:
-    """Move the scales of the quantizers around a layer into its weights, or make these integers."""
-    before = quantizer_before(model, node.args[0])
-    reads_steps = before is not None and before.after == 1
-    after = module_of(model, next(iter(node.users)))
-    alone = isinstance(after, Quantizer) and len(node.users) == 1
-    if reads_steps and alone and grid is not None and bias_on_grid:
-        multiplier = grid.scale.float() * before.scale / after.scale
-        after.before = float(multiplier) if multiplier.dim() == 0 else per_channel(multiplier, len(shape(node)))
-        after.divisor = None
-        steps = grid.scale.double().expand(channels_out(layer))
-        view = taps(layer)
-        view.copy_((view.double() / steps.view(view.shape[0], -1, 1, 1)).round())
-        layer.bias.data.copy_((layer.bias.double() / (steps * before.scale)).round())
-        return
+def _lower_layer(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> dict[fx.Node, float | Tensor]:
+    """Move the scales of the quantizers around a layer into its weights, or make these integers.
+
+    Returns what the quantizer behind it multiplies by, if there is one that alone reads the layer.
+    """
+    layer, before, user = module_of(model, node), quantizer_before(model, node.args[0]), next(iter(node.users))
+    reads_steps = _reads_steps(model, node.args[0], steps)
+    after = module_of(model, user) if len(node.users) == 1 else None
+    after = after if isinstance(after, Quantizer) else None
+    if reads_steps and after and layer.weight_qparams is not None and layer.bias_qparams is not None:
+        multiplier = layer.weight_qparams.scale.float() * before.scale / after.scale
+        _to_integers(layer, before.scale)
+        return {user: float(multiplier) if multiplier.dim() == 0 else per_channel(multiplier, len(shape(node)))}
     if reads_steps:
         scale_inputs(layer, torch.full((channels_in(layer),), before.scale))
-    if alone:
-        scale_outputs(layer, torch.full((channels_out(layer),), 1 / after.scale))
-        after.divisor = None
+    if not after:
+        return {}
+    scale_outputs(layer, torch.full((channels_out(layer),), 1 / after.scale))
+    return {user: 1.0}
 
 
-def _fold_sum(model: fx.GraphModule, node: fx.Node) -> None:
+def _to_integers(layer: nn.Module, input_scale: float) -> None:
+    """Replace a layer's weights and biases by their integers."""
+    scale = layer.weight_qparams.scale.double().expand(channels_out(layer))
+    view = taps(layer)
+    view.copy_((view.double() / scale.view(view.shape[0], -1, 1, 1)).round())
+    layer.bias.data.copy_((layer.bias.double() / (scale * input_scale)).round())
+
+
+def _lower_sum(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, float | Tensor]:
     """Put a sum of steps in the place of a sum of values."""
-    total = module_of(model, next(iter(node.users)))
-    grids = [(part.scale, part.zero_point) for part in (*(quantizer_before(model, a) for a in node.args), total)]
+    total = next(iter(node.users))
+    quantizers = [*(quantizer_before(model, part) for part in node.args), module_of(model, total)]
     name = f"{node.name}_of_steps"
-    model.add_submodule(name, IntegerSum(*grids))
+    model.add_submodule(name, IntegerSum(*((quantizer.scale, quantizer.zero_point) for quantizer in quantizers)))
     node.op, node.target = "call_module", name
-    total.divisor = None
+    return {total: 1.0}
 
 
-def _fold_average(model: fx.GraphModule, node: fx.Node) -> None:
+def _lower_average(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, float | Tensor]:
     """Add steps up over all positions, and let the quantizer behind divide by their number too."""
-    before, after = quantizer_before(model, node.args[0]), module_of(model, next(iter(node.users)))
+    user = next(iter(node.users))
+    before, after = quantizer_before(model, node.args[0]), module_of(model, user)
     model.set_submodule(node.target, PositionSum())
     positions = math.prod(shape(node.args[0])[2:])
-    after.before, after.divisor = float(torch.tensor(before.scale) / (torch.tensor(after.scale) * positions)), None
+    return {user: float(torch.tensor(before.scale) / (torch.tensor(after.scale) * positions))}

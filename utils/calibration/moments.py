@@ -39,7 +39,7 @@ def clipped_gaussian(mean: Tensor, variance: Tensor, low: Tensor, high: Tensor) 
     low = torch.maximum(low, torch.minimum(high, mean) - 12 * std)  # the same to 1e-30, and finite
     high = torch.minimum(high, torch.maximum(low, mean) + 12 * std)
     a, b = (low - mean) / std, (high - mean) / std
-    below, above = _gaussian_cdf(a), _gaussian_cdf(-b)
+    below, above = torch.special.ndtr(a), torch.special.ndtr(-b)
     inside = (1 - below - above).clamp_min(0)
     density_a, density_b = _gaussian_density(a), _gaussian_density(b)
     first = low * below + high * above + mean * inside + std * (density_a - density_b)
@@ -57,10 +57,6 @@ def mapped_gaussian(mean: Tensor, variance: Tensor, function: Callable[[Tensor],
         first += weight * value
         second += weight * value**2
     return first, (second - first**2).clamp_min(0)
-
-
-def _gaussian_cdf(x: Tensor) -> Tensor:
-    return 0.5 * torch.erfc(-x / math.sqrt(2))
 
 
 def _gaussian_density(x: Tensor) -> Tensor:

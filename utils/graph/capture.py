@@ -118,6 +118,7 @@ def trace(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
         if isinstance(module, WEIGHTED):
             module.weight.data = module.weight.data.contiguous()
             ensure_bias(module)
+            module.weight_qparams = module.bias_qparams = None
     propagate_shapes(traced, spec)
     return traced
 

@@ -1,4 +1,4 @@
-"""A quantized network as one file: its graphs as plain data and tensors, with its grids and its recipe.
+"""A quantized network as one file: its graphs as plain data and tensors, and its recipe.
 
 A file holds no code. Modules are named layers of torch.nn and of this project, functions are named
 functions of tensors and arithmetic; each is looked up here, and whatever else a file names is refused. So a
@@ -22,9 +22,10 @@ from utils.core.files import whole
 from utils.core.input_spec import InputSpec
 from utils.graph.capture import module_of, propagate_shapes, tidy
 from utils.graph.layers import CappedReLU
-from utils.quantization.quantizer import QParams, Quantizer
+from utils.quantization.qparams import QParams
+from utils.quantization.quantizer import Quantizer
 
-FORMAT = "dfq network 1"
+FORMAT = "dfq network 2"
 _NAMESPACES = {"torch": torch, "operator": operator, "functional": F, "torch.nn.functional": F, "torch._C._nn": F}
 _OWN = {kind.__name__: kind for kind in (CappedReLU, Quantizer)}
 _PLAIN = (int, float, str, bool, type(None))
@@ -41,16 +42,13 @@ _ASKED = ("shape", "ndim", "dtype", "device")  # of a tensor, by getattr
 class Saved:
     """What a file holds.
 
-    model: the network before any pass; float: after the exact ones; simulated: quantized. weight_grids, bias_grids:
-    by layer. recipe: its fields. task: of the script that saved it. name, weights: of the network. extras: what else
-    the task needs to evaluate it.
+    model: the network before any pass; float: after the exact ones; simulated: quantized. recipe: its fields.
+    task: of the script that saved it. name, weights: of the network. extras: what else the task needs to evaluate it.
     """
 
     model: fx.GraphModule
     float: fx.GraphModule
     simulated: fx.GraphModule
-    weight_grids: dict[str, QParams]
-    bias_grids: dict[str, QParams]
     recipe: dict[str, Any]
     spec: InputSpec
     task: str
@@ -64,8 +62,6 @@ def save(file: Path, saved: Saved) -> None:
     content = {
         "format": FORMAT,
         "graphs": {name: _encode_graph(getattr(saved, name)) for name in ("model", "float", "simulated")},
-        "weight_grids": {name: asdict(grid) for name, grid in saved.weight_grids.items()},
-        "bias_grids": {name: asdict(grid) for name, grid in saved.bias_grids.items()},
         "recipe": saved.recipe,
         "spec": asdict(saved.spec),
         "task": saved.task,
@@ -93,12 +89,8 @@ def load(file: Path, task: str) -> Saved:
     try:
         spec = InputSpec(**content["spec"])
         graphs = {name: _decode_graph(graph, spec) for name, graph in content["graphs"].items()}
-        grids = {
-            kind: {name: QParams(**grid) for name, grid in content[kind].items()}
-            for kind in ("weight_grids", "bias_grids")
-        }
         rest = {name: content[name] for name in ("recipe", "task", "name", "weights", "extras")}
-        saved = Saved(**graphs, **grids, spec=spec, **rest)
+        saved = Saved(**graphs, spec=spec, **rest)
     except UserError:
         raise
     except Exception as error:  # whatever data of another shape leads to
@@ -183,7 +175,7 @@ def _function(name: str) -> Any:
 
 
 def _encode(value: Any) -> Any:
-    """An argument as plain data."""
+    """An argument, or an attribute of a module, as plain data."""
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, slice):
@@ -192,6 +184,8 @@ def _encode(value: Any) -> Any:
         return {"dtype": str(value).removeprefix("torch.")}
     if value is Ellipsis:
         return {"ellipsis": True}
+    if isinstance(value, QParams):
+        return {"qparams": asdict(value)}
     if isinstance(value, Mapping):
         return {"mapping": {key: _encode(entry) for key, entry in value.items()}}
     if isinstance(value, list | tuple):
@@ -216,6 +210,8 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return torch.empty(0, dtype=getattr(torch, content)).dtype  # a TypeError for what is none
     if kind == "ellipsis":
         return Ellipsis
+    if kind == "qparams":
+        return QParams(**content)
     return {key: _decode(entry, nodes) for key, entry in content.items()}
 
 
@@ -232,11 +228,9 @@ def _encode_module(module: nn.Module, place: str) -> dict[str, Any]:
     if any(True for _ in module.children()):
         raise UserError(f"layer {place!r} is a {kind}, made of further layers, which --save cannot write")
     attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
-    grid = attributes.pop("grid", None)
     return {
         "kind": kind,
         "attributes": {name: _encode(value) for name, value in attributes.items()},
-        "grid": grid and asdict(grid),
         "parameters": dict(module.named_parameters(recurse=False)),
         "buffers": dict(module._buffers),
         "volatile": sorted(module._non_persistent_buffers_set),
@@ -251,8 +245,6 @@ def _decode_module(content: Mapping[str, Any]) -> nn.Module:
     nn.Module.__init__(module)
     for name, value in content["attributes"].items():
         setattr(module, name, _decode(value, {}))
-    if content["grid"]:
-        module.grid = QParams(**content["grid"])
     for name, tensor in content["parameters"].items():
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     for name, tensor in content["buffers"].items():
