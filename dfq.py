@@ -32,8 +32,10 @@ from utils.calibration.ranges import (
 )
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import module_of, run_in_place, trace, weighted_nodes
-from utils.graph.regions import find_links
+from utils.graph.capture import capture
+from utils.graph.in_place import run_in_place
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.graph.regions import find_regions
 from utils.passes.bias_absorption import absorb_high_biases
 from utils.passes.bias_correction import analytical_bias_correction, empirical_bias_correction, round_and_correct
 from utils.passes.clip_weights import clip_weights
@@ -192,9 +194,9 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     should be exact and changes the output of a probe batch.
     """
     log, probe = PassLog(), spec.probe()
-    network = trace(model, spec)
+    network = capture(model, spec)
     reference = Reference(probe, outputs_of(model, probe), model)
-    check_unchanged("tracing", network, reference, log)
+    check_unchanged("capture", network, reference, log)
     if images is not None:
         log.note(describe_fit(statistics_fit(model, spec, images), len(images)))
 
@@ -319,8 +321,8 @@ def _quantize_nearest(start: _Start) -> Quantized:
         "noise-optimal scales": partial(_quantize_equalized, start, noise_optimal),
         "noise-optimal scales, through sums": partial(_quantize_equalized, start, noise_optimal, True),
     }
-    readers = {reader.name for region in find_links(network)[0] for reader in region.readers}
-    chosen, why = choose_nearest(ways, attrgetter("fidelity"), readers)
+    sinks = {sink.name for region in find_regions(network)[0] for sink in region.sinks}
+    chosen, why = choose_nearest(ways, attrgetter("fidelity"), sinks)
     chosen.log.note(why)
     return chosen
 

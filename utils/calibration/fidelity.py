@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from utils.calibration.observers import BATCH, Observer
-from utils.graph.capture import module_of
 from utils.graph.layers import WEIGHTED
+from utils.graph.nodes import module_of
 
 
 @dataclass(frozen=True)

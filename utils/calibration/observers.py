@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from utils.graph.capture import module_of
 from utils.graph.layers import WEIGHTED
+from utils.graph.nodes import module_of
 
 BATCH = 16  # images that run at once; on every network's activations at full size, a few hundred megabytes
 BINS = 2048

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.graph.layers import padding, taps
+from utils.graph.layers import grouped_weight, padding
 from utils.passes.log import PassLog
 from utils.quantization.qparams import QParams
 
@@ -32,7 +32,7 @@ def gptq_round_layer(name: str, layer: nn.Module, exact: Tensor, x: Tensor, log:
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         log.skipped(ACTION, name, f"not written for {type(layer).__name__}")
         return
-    nearest, wanted = taps(layer), taps(layer, exact).double()
+    nearest, wanted = grouped_weight(layer), grouped_weight(layer, exact).double()
     moment = second_moment(layer, x)
     rounded = gptq_round(wanted, moment, qparams).view(nearest.shape)
     before, after = (_output_noise(weights - wanted, moment) for weights in (nearest, rounded))

@@ -1,15 +1,15 @@
 """Activation quantizers: one wherever an integer engine writes a tensor."""
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from utils.calibration.moments import Unknown
 from utils.calibration.ranges import RangeOf
-from utils.graph.capture import insert_module, is_tensor, module_of, shape, tidy
-from utils.graph.layers import CLIPS
+from utils.graph.layers import Clip
+from utils.graph.nodes import insert_module, is_tensor, module_of, shape, tidy
+from utils.graph.ops import keeps_grid, operator_of
 from utils.passes.log import PassLog
-from utils.quantization.placement import keeps_qparams, value_sources
+from utils.quantization.placement import is_concat, value_sources
 from utils.quantization.qparams import affine_qparams
 from utils.quantization.quantizer import Quantizer
 
@@ -25,16 +25,21 @@ def insert_quantizers(model: fx.GraphModule, range_of: RangeOf, bits: int, log: 
     network's output is left as it is where that costs an engine nothing: linear layers, interpolation.
     """
     for node, (low, high) in _tensor_ranges(model, range_of, log).items():
-        quantizer = Quantizer(affine_qparams(torch.tensor(low), torch.tensor(high), bits))
-        activation = module_of(model, node)
-        if isinstance(activation, CLIPS) and quantizer.step_min == 0:
-            cap = getattr(activation, "cap", None)
-            quantizer = Quantizer(quantizer.qparams, None if cap is None or bool((cap >= high).all()) else cap)
+        qparams = affine_qparams(torch.tensor(low), torch.tensor(high), bits)
+        clip = module_of(model, node)
+        if isinstance(clip, Clip) and _clips_alike(clip, low):
+            quantizer = Quantizer(qparams, None if bool((clip.high >= high).all()) else clip.high)
             model.set_submodule(node.target, quantizer)
         else:
+            quantizer = Quantizer(qparams)
             insert_module(model, node, f"{node.name}_quantizer", quantizer)
         log.applied(ACTION, node.name, quantizer.extra_repr())
     tidy(model)
+
+
+def _clips_alike(clip: Clip, low: float) -> bool:
+    """Whether a quantizer over a range from there also is the clip's lower bound."""
+    return clip.low.dim() == 0 and float(clip.low) <= min(low, 0.0)
 
 
 def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> dict[fx.Node, tuple[float, float]]:
@@ -47,9 +52,9 @@ def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> di
         else:
             ranges[node] = known
     for node in model.graph.nodes:
-        if node.target is torch.cat and not isinstance(together := range_of(node), Unknown):
-            sources = {source for part in node.args[0] for source in value_sources(model, part)}
-            if all(source in ranges and _feeds_only(model, source, node) for source in sources):
+        if is_concat(node) and node.users and not isinstance(together := range_of(node), Unknown):
+            sources = {source for part in node.args[0] for source in value_sources(part)}
+            if all(source in ranges and _feeds_only(source, node) for source in sources):
                 ranges.update(dict.fromkeys(sources, together))
             else:
                 ranges[node] = together
@@ -62,22 +67,20 @@ def written_tensors(model: fx.GraphModule) -> list[fx.Node]:
 
 
 def _is_written(model: fx.GraphModule, node: fx.Node) -> bool:
-    module = module_of(model, node)
-    if node.op in ("output", "get_attr") or not is_tensor(node) or not shape(node) or not node.users:
+    if node.op in ("output", "get_attr") or not node.users or not is_tensor(node) or not shape(node):
         return False
-    if keeps_qparams(model, node) or node.target is torch.cat:
+    if keeps_grid(node) or is_concat(node) or not node.meta["tensor_meta"].dtype.is_floating_point:
         return False
     readers = [module_of(model, user) for user in node.users]
-    if len(readers) == 1 and isinstance(readers[0], CLIPS):
+    if len(readers) == 1 and isinstance(readers[0], Clip):
         return False  # one kernel with its activation
     only_output = all(user.op == "output" for user in node.users)
-    if only_output and isinstance(module, nn.Linear):
+    if only_output and isinstance(module_of(model, node), nn.Linear):
         return False  # an integer engine hands out its accumulator, scaled
-    interpolates = isinstance(module, nn.Upsample | nn.UpsamplingBilinear2d) or node.target is F.interpolate
-    return not (interpolates and only_output)  # nothing computes with it any more
+    row = operator_of(node)
+    return not (only_output and row is not None and row.kind == "resize")  # nothing computes with it any more
 
 
-def _feeds_only(model: fx.GraphModule, node: fx.Node, concat: fx.Node) -> bool:
+def _feeds_only(node: fx.Node, concat: fx.Node) -> bool:
     """Whether every reader of a value, past whatever only moves it, is this concat."""
-    users = node.users
-    return all(user is concat or (keeps_qparams(model, user) and _feeds_only(model, user, concat)) for user in users)
+    return all(user is concat or (keeps_grid(user) and _feeds_only(user, concat)) for user in node.users)
