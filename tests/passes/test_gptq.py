@@ -11,7 +11,6 @@ from torch import nn
 from dfq import Recipe, quantize_data_free
 from utils.calibration.distillation import as_pixels, natural_noise
 from utils.graph.capture import weighted_nodes
-from utils.graph.capture import weighted_nodes
 from utils.graph.layers import taps
 from utils.passes.gptq import gptq_round, second_moment
 from utils.quantization.qparams import choose_weight_qparams

@@ -120,8 +120,9 @@ def propagate(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) ->
     """Moments of every node's output, by the node's name.
 
     statistics: what is known of layers that had a BatchNorm; the others follow from their inputs.
-    Assumed: channels are independent, but for the range of a layer without BatchNorm; within a pooling window values are equal, so that mean
-    and variance pass (a lower bound on a max-pool's mean, an upper one on an average's variance).
+    Assumed: channels are independent, but for the range of a layer without BatchNorm; within a pooling window
+    values are equal, so that mean and variance pass (a lower bound on a max-pool's mean, an upper one on an
+    average's variance).
     """
     interpreter = _MomentsInterpreter(model, spec, statistics)
     with torch.no_grad():
@@ -207,8 +208,8 @@ class _MomentsInterpreter(fx.Interpreter):
             return Moments(mean, variance, clip.low, clip.high)
         if isinstance(module, _ELEMENTWISE):
             mean, variance = _moments_of(x, lambda m, v: mapped_gaussian(m, v, module))
-            grid = [module(_compact(x.low) + share * _compact(x.high - x.low)) for share in torch.linspace(0, 1, 65)]
-            low, high = (extreme(torch.stack(grid), dim=0).expand_as(x.mean) for extreme in (torch.amin, torch.amax))
+            values = [module(_compact(x.low) + share * _compact(x.high - x.low)) for share in torch.linspace(0, 1, 65)]
+            low, high = (extreme(torch.stack(values), dim=0).expand_as(x.mean) for extreme in (torch.amin, torch.amax))
             return Moments(mean, variance, low, high)
         if isinstance(module, _MOVING):
             return x.map(lambda t: module(t.contiguous()))
