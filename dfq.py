@@ -45,7 +45,7 @@ from utils.passes.exactness import Reference, check_unchanged, deviation, output
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.insert_quantizers import insert_quantizers, written_tensors
 from utils.passes.log import PassLog
-from utils.passes.noise_equalization import NoiseGrid, choose_nearest, noise_optimal_scales, observe_on_images
+from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_optimal_scales, observe_on_images
 from utils.passes.quantize_bias import quantize_biases
 from utils.passes.quantize_weights import quantizable_layers, quantize_weights, weight_ranges
 from utils.passes.relu6 import replace_relu6
@@ -245,7 +245,7 @@ def quantize(
     if not recipe.quantize:
         return Quantized(run_in_place(network), None, log)
 
-    # Activation ranges from BatchNorm statistics, section 4.3, or from distilled images.
+    # Activation ranges from BatchNorm statistics, section 5, or from distilled images.
     moments = propagate(network, spec, statistics)
     range_of = _activation_ranges(network, spec, moments, recipe, images, log)
     simulated = copy.deepcopy(network)
@@ -313,7 +313,7 @@ def _quantize_nearest(start: _Start) -> Quantized:
         noise_optimal_scales,
         statistics=start.statistics,
         observed=observe_on_images(network, start.images),
-        grid=NoiseGrid(recipe.bits_weight, recipe.bits_activation, recipe.per_channel, not recipe.asymmetric),
+        scheme=QuantScheme(recipe.bits_weight, recipe.bits_activation, recipe.per_channel, not recipe.asymmetric),
     )
     ways = {
         "none": partial(_quantize_equalized, start, None),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import SPEC, chain, randomise
+from networks import SPEC, chain, folded, randomise
 from torch import nn
 
 from utils.calibration.observers import (
@@ -76,7 +76,7 @@ def test_means_and_extremes_are_those_of_all_images():
 
 
 def test_layers_are_run_in_order_and_what_they_return_is_read():
-    traced, images, names = capture(randomise(chain()), SPEC), SPEC.probe(2), []
+    (traced, _), images, names = folded(randomise(chain())), SPEC.probe(2), []
 
     def run_layer(name, layer, x):
         names.append(name)

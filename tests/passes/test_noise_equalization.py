@@ -19,17 +19,17 @@ from utils.graph.regions import find_regions, stored_nodes
 from utils.passes.equalization import ScalesOf, activation_reach, cle_scales, equalize
 from utils.passes.exactness import outputs_of
 from utils.passes.log import PassLog
-from utils.passes.noise_equalization import NoiseGrid, choose_nearest, noise_optimal_scales, observe_on_images
+from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_optimal_scales, observe_on_images
 
 IMAGES = as_pixels(natural_noise(SPEC, 16, torch.Generator().manual_seed(0)), SPEC)
 NETWORKS = [chain, Residual, Branches]
-INT8 = NoiseGrid(8, 8)
+INT8 = QuantScheme(8, 8)
 
 
-def noise_optimal(model: fx.GraphModule, statistics: Statistics, grid: NoiseGrid = INT8) -> ScalesOf:
+def noise_optimal(model: fx.GraphModule, statistics: Statistics, scheme: QuantScheme = INT8) -> ScalesOf:
     """As quantize_data_free has it, with what the network does on the images."""
     observed = observe_on_images(model, IMAGES)
-    return partial(noise_optimal_scales, statistics=statistics, observed=observed, grid=grid)
+    return partial(noise_optimal_scales, statistics=statistics, observed=observed, scheme=scheme)
 
 
 @pytest.mark.parametrize("through_sums", [False, True])
@@ -69,7 +69,7 @@ def test_they_leave_less_noise_than_cle_scales(per_channel):
     for seed in range(3):  # single roundings have luck
         model, statistics = unlike(wide, seed)
         recipe = Recipe(**FLAGS, per_channel=per_channel)
-        ours = noise_optimal(model, statistics, NoiseGrid(8, 8, per_channel))
+        ours = noise_optimal(model, statistics, QuantScheme(8, 8, per_channel))
         cle = partial(cle_scales, ranges=batchnorm_ranges(statistics))
         gains.append(fidelity_after(model, statistics, ours, recipe) - fidelity_after(model, statistics, cle, recipe))
     assert sum(gains) / 3 > 0.5
@@ -91,7 +91,7 @@ def test_the_step_of_asymmetric_weights_is_that_of_their_range():
     model, statistics = unlike(one_sided)
     regions, _ = find_regions(model)
     scales = {
-        symmetric: noise_optimal(model, statistics, NoiseGrid(4, 16, symmetric=symmetric))(model, regions, PassLog())
+        symmetric: noise_optimal(model, statistics, QuantScheme(4, 16, symmetric=symmetric))(model, regions, PassLog())
         for symmetric in (True, False)
     }
     assert any(not torch.allclose(a, b, rtol=0.01) for a, b in zip(scales[True], scales[False], strict=True))

@@ -65,8 +65,8 @@ class PositionSum(nn.Module):
 class QuantizeToSteps(nn.Module):
     """A quantizer as an engine computes it, which hands its steps on, or values if what reads it needs them.
 
-    quantizer: of the simulation. multiplier: what the input is multiplied by before rounding, [] or [C, 1, ...]; None to
-    divide it by the scale, as an engine's QuantizeLinear does; 1.0 where it is in steps already.
+    quantizer: of the simulation. multiplier: what the input is multiplied by before rounding, [] or [C, 1, ...]; None
+    to divide it by the scale, as an engine's QuantizeLinear does; 1.0 where it is in steps already.
     to_steps: hand out steps, counted from the zero point, instead of values.
     """
 

@@ -120,8 +120,9 @@ def propagate(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) ->
     """Moments of every node's output, by the node's name.
 
     statistics: what is known of layers that had a BatchNorm; the others follow from their inputs.
-    Assumed: channels are independent, but for the range of a layer without BatchNorm; within a pooling window values are equal, so that mean
-    and variance pass (a lower bound on a max-pool's mean, an upper one on an average's variance).
+    Assumed: channels are independent, but for the range of a layer without BatchNorm; within a pooling window
+    values are equal, so that mean and variance pass (a lower bound on a max-pool's mean, an upper one on an
+    average's variance).
     """
     interpreter = _MomentsInterpreter(model, spec, statistics)
     with torch.no_grad():

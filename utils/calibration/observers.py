@@ -125,7 +125,7 @@ def histograms(model: fx.GraphModule, images: Tensor) -> dict[str, Histogram]:
 
 
 def channel_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Smallest and largest value [C] of the channels of every node's output [N, C, ...] on the images, by the node's name."""
+    """Smallest and largest value [C] of every node's output channels on the images, by the node's name."""
     extremes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 What a layer reads is correlated: neighbouring pixels are alike, and so are channels. The nearest steps are then not
 the best ones. What each rounding does to the output is passed on to the inputs that are still to come, as well as
-these can compensate for it (Frantar et al., Optimal Brain Compression, NeurIPS 2022; GPTQ, ICLR 2023, arXiv 2210.17323).
+these can compensate for it (Frantar et al., Optimal Brain Compression, NeurIPS 2022; GPTQ, ICLR 2023,
+arXiv 2210.17323).
 """
 
 import torch

@@ -30,8 +30,8 @@ ITERATIONS, LEARNING_RATE = 300, 0.03  # of Adam over the logarithms of the scal
 
 
 @dataclass(frozen=True)
-class NoiseGrid:
-    """How tensors are to be quantized, as far as their noise depends on it."""
+class QuantScheme:
+    """How weights and activations are to be quantized, as far as their noise depends on it."""
 
     bits_weight: int
     bits_activation: int
@@ -64,7 +64,7 @@ def noise_optimal_scales(
     log: PassLog,
     statistics: Statistics,
     observed: Observed,
-    grid: NoiseGrid,
+    scheme: QuantScheme,
 ) -> list[Tensor]:
     """For every region the scales [C] under which rounding weights and activations adds least to the output.
 
@@ -73,7 +73,7 @@ def noise_optimal_scales(
     """
     if not regions:
         return []
-    model_of_noise = _Noise(model, regions, _activation_reaches(model, regions, statistics, observed), observed, grid)
+    model_of_noise = _Noise(model, regions, _activation_reaches(model, regions, statistics, observed), observed, scheme)
     scales, (before, after) = _minimise(model_of_noise)
     log.note(f"noise-optimal equalization: predicted quantization noise at the output {after - before:+.1f} dB")
     return scales
@@ -116,18 +116,18 @@ class _Noise:
         regions: Sequence[Region],
         reaches: dict[str, tuple[Tensor, Tensor]],
         observed: Observed,
-        grid: NoiseGrid,
+        scheme: QuantScheme,
     ):
         layers = {node.target: module_of(model, node) for node in weighted_nodes(model)}
         names = (name for region in regions for name in (*region.sources, *(r.name for r in region.sinks)))
-        self.weights = {name: _weight_reaches(layers[name], grid.symmetric) for name in dict.fromkeys(names)}
+        self.weights = {name: _weight_reaches(layers[name], scheme.symmetric) for name in dict.fromkeys(names)}
         self.activations = [  # by the region's number, its sensitivity and how far it reaches below and above 0
             (k, observed.sensitivity.activations[name], reaches[name])
             for k, region in enumerate(regions)
             for name in stored_nodes(model, region)
             if name in observed.sensitivity.activations
         ]
-        self.regions, self.sensitivity, self.grid = regions, observed.sensitivity.weights, grid
+        self.regions, self.sensitivity, self.scheme = regions, observed.sensitivity.weights, scheme
 
     def __call__(self, logs: Sequence[Tensor]) -> Tensor:
         """logs: [C] for every region."""
@@ -144,14 +144,14 @@ class _Noise:
         return torch.stack(terms).sum()
 
     def _of_weights(self, name: str, read: Tensor, made: Tensor) -> Tensor:
-        sides = [_largest(side, read, made, self.grid.per_channel) for side in self.weights[name]]
-        step = torch.stack(sides).logsumexp(0) - math.log(self.grid.weight_steps)
+        sides = [_largest(side, read, made, self.scheme.per_channel) for side in self.weights[name]]
+        step = torch.stack(sides).logsumexp(0) - math.log(self.scheme.weight_steps)
         power = self.sensitivity[name] @ (-2 * read).exp()[:, :, None]
         return ((2 * (step + made)).exp() * power[:, :, 0]).sum()
 
     def _of_activation(self, log: Tensor, sensitivity: Tensor, reaches: tuple[Tensor, Tensor]) -> Tensor:
         low, high = (reach * (-log).exp() for reach in reaches)
-        step = (low.amax() + high.amax()) / (2**self.grid.bits_activation - 1)
+        step = (low.amax() + high.amax()) / (2**self.scheme.bits_activation - 1)
         return step.square() * (sensitivity * (2 * log).exp()).sum()
 
 
@@ -198,7 +198,7 @@ def choose_nearest(
 
     ways: by description, what quantizes after one, given the layers to leave out as `without`; the first is without any
     equalization. The best of them is tried again without the layer that it harms most, as long as that helps: one
-    sink of unlike branches can lose what all other layers win. sinks: the layers that can be left out.
+    reader of unlike branches can lose what all other layers win. sinks: the layers that can be left out.
     """
     tried = {name: way() for name, way in ways.items()}
     none, *others = ways
