@@ -141,7 +141,7 @@ def _scale_maxima(region: Region, maxima: dict[str, Tensor], scale: Tensor) -> N
     for name in region.sources:
         maxima[name] /= scale.view(maxima[name].shape[0], -1, 1)
     for sink in region.sinks:
-        groups, _, inputs = maxima[sink.name].shape
+        groups = len(maxima[sink.name])
         maxima[sink.name] *= sink.gather(scale, elsewhere=1).view(groups, 1, -1)
 
 
