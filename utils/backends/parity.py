@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from utils.backends.onnxruntime.graph import integers_of
+from utils.backends.onnx_writer import integers_of
 from utils.core.errors import UserError
 from utils.graph.layers import WEIGHTED, grouped_weight, per_channel
 from utils.graph.nodes import module_of

@@ -6,6 +6,7 @@ Shapes are those of one image; only the batch is free. A form that cannot write 
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,6 +88,26 @@ def padding_by_axis(amounts: Sequence[int], dims: int) -> tuple[list[int], list[
 def max_pool(w: Any, node: fx.Node, x: fx.Node, kernel, stride, padding, dilation, ceil_mode) -> str:
     options = {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *padding], "dilations": dilation}
     return w.add("MaxPool", [w.name(x)], node.name, ceil_mode=int(ceil_mode), **options)
+
+
+def max_pool_with_indices(w: Any, node: fx.Node, x: fx.Node, kernel, stride, padding, dilation, ceil_mode) -> list[str]:
+    """The maxima, and where in the whole tensor they stood; MaxUnpool reads these as MaxPool wrote them."""
+    options = {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *padding], "dilations": dilation}
+    outputs = [f"{node.name}_values", f"{node.name}_indices"]
+    w.add("MaxPool", [w.name(x)], node.name, outputs, ceil_mode=int(ceil_mode), **options)
+    return outputs
+
+
+def max_unpool(w: Any, node: fx.Node, x: fx.Node, indices: fx.Node, size: Sequence[int]) -> str | None:
+    pool = indices.args[0] if indices.target is operator.getitem else None
+    if pool is None or pool.target is not torch.ops.aten.max_pool2d_with_indices.default:
+        return None
+    _, kernel, stride, padding, *_ = pool.args
+    sides = [(n - 1) * s - 2 * p + k for n, s, p, k in zip(shape(x)[2:], stride, padding, kernel, strict=True)]
+    if sides != list(size)[-2:]:
+        return None
+    options = {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *padding]}
+    return w.add("MaxUnpool", [w.name(x), w.name(indices)], node.name, **options)
 
 
 def average_pool(w: Any, node: fx.Node, x: fx.Node, kernel, stride=None, padding=None, ceil_mode=False, include=True, divisor=None) -> str | None:

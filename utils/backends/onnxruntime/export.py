@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx
 
-from utils.backends.onnxruntime.graph import integers_of, onnx_model
+from utils.backends.onnx_writer import integers_of, onnx_model
 from utils.backends.onnxruntime.session import Kernels, OnnxNetwork, find_kernels
 from utils.backends.parity import Parity, compare, results
 from utils.core.errors import UserError
