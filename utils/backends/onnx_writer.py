@@ -129,7 +129,9 @@ class _Writer:
 
     # ---------------------------------------------------------------- what forms (utils/graph/onnx_forms) call
 
-    def add(self, kind: str, inputs: Sequence[str], name: str, outputs: Sequence[str] | None = None, **attributes: Any) -> str:
+    def add(
+        self, kind: str, inputs: Sequence[str], name: str, outputs: Sequence[str] | None = None, **attributes: Any
+    ) -> str:
         """Append an operator with one output of that name, or with these outputs; returns the first."""
         if kind in ("ReduceMean", "ReduceMax") and self.opset >= 18:  # axes became an input
             inputs = [*inputs, self.sizes(f"{name}_axes", attributes.pop("axes"))]
@@ -277,9 +279,16 @@ def _layer(w: _Writer, node: fx.Node, layer: nn.Module) -> str:
     source = node.args[0]
     if _pads_zeros(source) and not transposed:
         low, high = padding_by_axis(source.args[1], len(shape(source)))
-        before, after = ([a + b for a, b in zip(own, more[2:], strict=True)] for own, more in ((before, low), (after, high)))
+        before, after = (
+            [a + b for a, b in zip(own, more[2:], strict=True)] for own, more in ((before, low), (after, high))
+        )
         source = source.args[0]
-    options = {"kernel_shape": layer.kernel_size, "strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
+    options = {
+        "kernel_shape": layer.kernel_size,
+        "strides": layer.stride,
+        "dilations": layer.dilation,
+        "group": layer.groups,
+    }
     options |= {"output_padding": layer.output_padding} if transposed else {}
     inputs = [w.name(source), *_parameters(w, node, layer, axis=1 if transposed else 0)]
     kind = "ConvTranspose" if transposed else "Conv"
@@ -324,7 +333,12 @@ def _affine(w: _Writer, node: fx.Node, affine: ChannelAffine) -> str:
 
 def _batchnorm(w: _Writer, node: fx.Node, norm: _BatchNorm) -> str:
     ones = torch.ones_like(norm.running_mean)
-    parts = (norm.weight if norm.affine else ones, norm.bias if norm.affine else 0 * ones, norm.running_mean, norm.running_var)
+    parts = (
+        norm.weight if norm.affine else ones,
+        norm.bias if norm.affine else 0 * ones,
+        norm.running_mean,
+        norm.running_var,
+    )
     names = [w.constant(f"{node.name}_{i}", part) for i, part in enumerate(parts)]
     return w.add("BatchNormalization", [w.name(node.args[0]), *names], node.name, epsilon=norm.eps)
 

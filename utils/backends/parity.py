@@ -160,7 +160,10 @@ class _Alone(fx.Interpreter):
         if isinstance(module, Quantizer):
             return self._compare(node, module)
         if isinstance(module, WEIGHTED):
-            terms = grouped_weight(module).abs().sum((2, 3)).flatten() * self.env[node.args[0]].abs().max() + module.bias.abs()
+            terms = (
+                grouped_weight(module).abs().sum((2, 3)).flatten() * self.env[node.args[0]].abs().max()
+                + module.bias.abs()
+            )
             self.reach[node] = float(terms.max())
         return super().run_node(node)
 
