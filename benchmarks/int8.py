@@ -32,7 +32,7 @@ from utils.backends.onnxruntime.session import OnnxNetwork
 from utils.core.input_spec import InputSpec
 from utils.experiment import cli
 from utils.experiment.evaluation import deploy, tune_allocator
-from utils.tasks.data import classification_transform, load_rgb
+from utils.tasks.images import classification_transform, load_image
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(equalize=True, quantize=True, correction=True)
@@ -125,7 +125,7 @@ def calibration(folder: str | None, spec: InputSpec, count: int) -> Tensor:
     """Real images [N, 3, H, W], evenly spread over the folder (default: the demo's)."""
     paths = sorted(Path(folder or rendered("classification")).rglob("*.[jJ][pP]*[gG]"))
     transform = classification_transform(spec)
-    return torch.stack([transform(load_rgb(str(paths[i * len(paths) // count]))) for i in range(count)])
+    return torch.stack([transform(load_image(str(paths[i * len(paths) // count]))) for i in range(count)])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -211,7 +211,7 @@ def adapt_input(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     weight = tensors.get(f"{found[0]}.weight") if found else None
     if weight is None or weight.shape[2:] != found[1].weight.shape[2:] or found[1].groups != 1 or not weight.shape[1]:
         return
-    name, old = found
+    old = found[1]
     if weight.shape[1] != old.in_channels:
         old.in_channels = weight.shape[1]
         old.weight = nn.Parameter(torch.empty(old.out_channels, *weight.shape[1:], dtype=old.weight.dtype))
