@@ -13,7 +13,7 @@ from modeling.torchvision_models import download, official_weights
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
-from utils.tasks.boxes import BoxCoder, PriorSpec, to_centres
+from utils.tasks.boxes import BoxCoder, PriorSpec, box_convert
 
 NAMES = ("ssd_lite_mobilenet_v2",)
 TORCHVISION_NAMES = ("ssdlite320_mobilenet_v3_large", "ssd300_vgg16")
@@ -30,10 +30,10 @@ class RawHeads(nn.Module):
         self.backbone, self.head = ssd.backbone, ssd.head
         self.anchors = ssd.anchor_generator
         self.choice = {
-            "min_score": ssd.score_thresh,
-            "overlap": ssd.nms_thresh,
-            "candidates": ssd.topk_candidates,
-            "keep": ssd.detections_per_img,
+            "score_thresh": ssd.score_thresh,
+            "nms_thresh": ssd.nms_thresh,
+            "topk_candidates": ssd.topk_candidates,
+            "detections_per_img": ssd.detections_per_img,
         }
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,8 @@ class RawHeads(nn.Module):
             maps = list(self.backbone(images).values())
             corners = self.anchors(torchvision.models.detection.image_list.ImageList(images, [size]), maps)[0]
         height, width = size
-        return BoxCoder(to_centres(corners / torch.tensor([width, height, width, height])), clip=True, **self.choice)
+        priors = box_convert(corners / torch.tensor([width, height, width, height]), "xyxy", "cxcywh")
+        return BoxCoder(priors, clip=True, **self.choice)
 
 
 def build_detector(name: str, weights: str | None, key: str | None = None) -> tuple[nn.Module, InputSpec, str]:

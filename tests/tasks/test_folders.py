@@ -141,9 +141,9 @@ def test_splits_are_never_two_classes(there, tmp_path):
 def test_a_split_is_found_whatever_its_case_and_one_that_is_not_there_is_refused(tmp_path):
     make(tmp_path / "Val", "a", "b", images=3)
     assert len(image_folder(str(tmp_path), "val", SPEC, 2)[0]) == 6
-    with pytest.raises(UserError, match="no split 'test' in .*; pass --split with one that is there: Val"):
+    with pytest.raises(UserError, match=r"no split 'test' in .*; pass --split with one that is there: Val"):
         labels(str(tmp_path), 2, split="test")
-    with pytest.raises(UserError, match="no split 'test' in .*leave out --split"):
+    with pytest.raises(UserError, match=r"no split 'test' in .*leave out --split"):
         labels(make(tmp_path / "plain", "a", "b"), 2, split="test")
 
 

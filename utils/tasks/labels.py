@@ -51,11 +51,16 @@ def _folders(folder: Path) -> list[str]:
 def find_list(root: Path, folder: Path, given: str | None) -> Path | None:
     """The file that names the classes in the network's order: the given one, or one beside the data."""
     if given is not None:
-        if not Path(given).is_file():
-            raise UserError(f"no file at --classes {given!r}; it must name the network's classes, one a line, in order")
-        return Path(given)
+        return given_list(given)
     places = [folder, root] + ([root.parent] if root.name.lower() in SPLITS else [])
     return next((place / name for place in places for name in LISTS if (place / name).is_file()), None)
+
+
+def given_list(path: str) -> Path:
+    """The file of --classes."""
+    if not Path(path).is_file():
+        raise UserError(f"no file at --classes {path!r}; it must name the network's classes, one a line, in order")
+    return Path(path)
 
 
 def read_names(file: Path, separator: str = r"\n") -> list[str]:
