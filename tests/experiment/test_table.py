@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import dfq
 import main_cls
 import main_det
 from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment.records import identity, read_lines
+from utils.quantization.recipe import TABLE
 from utils.tasks.data import Batches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +38,8 @@ def comparable(line):
 
 
 def test_names_of_the_rows():
-    assert len(dfq.TABLE) == 22
-    assert list(dfq.TABLE)[:8] == [
+    assert len(TABLE) == 22
+    assert list(TABLE)[:8] == [
         "Original",
         "+ReLU",
         "+ReLU+LE",
@@ -54,7 +54,7 @@ def test_names_of_the_rows():
 def test_a_row_is_what_its_own_command_gives(table, tmp_path, capsys):
     main_cls.main([*table, "--rows", *ROWS])
     rows = read_lines(tmp_path / "runs.jsonl")
-    assert [dfq.TABLE[name].words for name in ROWS] == [
+    assert [TABLE[name].words for name in ROWS] == [
         ["--quantize"],
         ["--relu", "--equalize", "--quantize"],
         ["--equalize", "--quantize", "--correction"],

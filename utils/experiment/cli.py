@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from utils.calibration.distillation import Distillation, distilled
-from utils.calibration.observers import METHODS
 from utils.core import distributed
 from utils.core.cache import cache_folder
 from utils.core.errors import UserError
@@ -23,6 +22,7 @@ from utils.core.input_spec import InputSpec
 from utils.experiment.evaluation import tune_allocator
 from utils.experiment.pictures import make_folder
 from utils.experiment.records import Loaded, check_writable
+from utils.quantization.recipe import DISTILLED, OF_A_ROW, SETTINGS, add_recipe_flags, check_settings, given
 
 
 class Demo(Protocol):
@@ -73,58 +73,7 @@ def shared_flags() -> argparse.ArgumentParser:
     )
     group.add_argument("--skip_bad_images", action="store_true", help="count and skip images that cannot be read")
 
-    group = flags.add_argument_group("passes, in the order in which they run")
-    group.add_argument(
-        "--relu", action="store_true", help="replace every ReLU6 by ReLU (the published method; may cost accuracy)"
-    )
-    group.add_argument(
-        "--clear_dead", action="store_true", help="zero the weights that read dead channels (part of --equalize)"
-    )
-    group.add_argument(
-        "--equalize", action="store_true", help="cross-layer equalization; keeps ReLU6 exact without --relu"
-    )
-    group.add_argument(
-        "--absorption", action="store_true", help="absorb high biases into the next layer; needs --equalize"
-    )
-    group.add_argument(
-        "--clip_weight",
-        type=_positive,
-        nargs="?",
-        const=15.0,
-        metavar="W",
-        help="clip weights to [-W, W] (15 if no value is given)",
-    )
-    group.add_argument("--quantize", action="store_true", help="quantize weights, biases and activations")
-    group.add_argument(
-        "--correction", action="store_true", help="correct the biases for the shift that quantized weights cause"
-    )
-
-    group = flags.add_argument_group("distilled data: images made from BatchNorm statistics, see the README")
-    group.add_argument(
-        "--distill_equalize",
-        action="store_true",
-        help="scale channels so that rounding adds least to the output on distilled images, as far as that is nearer to float; needs --equalize --quantize",
-    )
-    group.add_argument(
-        "--distill_correction",
-        action="store_true",
-        help="correct biases by what distilled images show instead of by statistics; needs --correction",
-    )
-    group.add_argument(
-        "--distill_rounding",
-        action="store_true",
-        help="round a layer's weights so that their errors on distilled images make up for each other, as GPTQ does; "
-        "needs --distill_correction",
-    )
-    group.add_argument(
-        "--distill_range", action="store_true", help="activation ranges from distilled images; needs --quantize"
-    )
-    group.add_argument(
-        "--range_method",
-        choices=METHODS,
-        default="minmax",
-        help="range of an activation: all that was seen, all but 1e-5 at either end, or least squared error (default: minmax)",
-    )
+    group = add_recipe_flags(flags)[DISTILLED]
     group.add_argument(
         "--fidelity",
         action="store_true",
@@ -156,27 +105,6 @@ def shared_flags() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="folder to keep distilled images in (default: distilled in $DFQ_CACHE or the user's cache folder)",
-    )
-
-    group = flags.add_argument_group("quantizers")
-    group.add_argument(
-        "--bits_weight", type=_bits, default=8, metavar="B", help="bits of weights, 2 to 16 (default: 8)"
-    )
-    group.add_argument(
-        "--bits_activation", type=_bits, default=8, metavar="B", help="bits of activations, 2 to 16 (default: 8)"
-    )
-    group.add_argument(
-        "--bits_bias",
-        type=int,
-        choices=(8, 16, 32),
-        default=32,
-        help="bits of biases; 32: on the grid of the accumulator (default)",
-    )
-    group.add_argument(
-        "--per_channel", action="store_true", help="one weight scale per output channel instead of per tensor"
-    )
-    group.add_argument(
-        "--asymmetric", action="store_true", help="weights with a zero point instead of a symmetric range"
     )
 
     group = flags.add_argument_group("deployment")
@@ -228,31 +156,16 @@ def shared_flags() -> argparse.ArgumentParser:
     return flags
 
 
-PASSES = (
-    "relu",
-    "clear_dead",
-    "equalize",
-    "absorption",
-    "clip_weight",
-    "quantize",
-    "correction",
-    "distill_equalize",
-    "distill_correction",
-    "distill_rounding",
-    "distill_range",
-)
-
-
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Refuse combinations of the shared flags that cannot mean anything."""
     if args.rows and not args.table:
         parser.error("--rows needs --table")
-    if args.table:
-        said = [flag for flag in (*PASSES, "per_channel", "asymmetric") if getattr(args, flag) not in (False, None)]
-        if said:
-            parser.error(f"--table runs the passes of each of its rows; leave out --{said[0]}")
-    own = [*PASSES, "per_channel", "asymmetric", "weights", "image_size", "mean", "std", "table", "save"]
-    if args.load and (said := [flag for flag in own if getattr(args, flag) not in (False, None)]):
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    of_a_row = [name for name in given(settings) if name in OF_A_ROW]
+    if args.table and of_a_row:
+        parser.error(f"--table runs the passes of each of its rows; leave out --{of_a_row[0]}")
+    own = [flag for flag in ("weights", "image_size", "mean", "std", "table", "save") if getattr(args, flag)]
+    if args.load and (said := of_a_row + own):
         parser.error(f"--load takes the network, its input and its passes from the file; leave out --{said[0]}")
     to_int8 = [flag for flag in ("export", "save") if getattr(args, flag)]
     if to_int8 and args.table:
@@ -266,29 +179,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
             f"--{'export' if args.export else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
             "and biases of 32; leave out --bits_weight, --bits_activation and --bits_bias"
         )
-    needs = {
-        "absorption": "equalize",
-        "correction": "quantize",
-        "clip_weight": "quantize",
-        "per_channel": "quantize",
-        "asymmetric": "quantize",
-        "distill_equalize": "equalize",
-        "distill_correction": "correction",
-        "distill_rounding": "distill_correction",
-        "distill_range": "quantize",
-        "fidelity": "quantize",
-    }
-    for flag, other in needs.items():
-        there = getattr(args, other) or (args.table and other == "quantize")
-        if getattr(args, flag) not in (False, None) and not there:
-            parser.error(f"--{flag} needs --{other}")
-    if args.distill_equalize and not args.quantize:
-        parser.error("--distill_equalize needs --quantize")
-    if args.range_method != "minmax" and not args.distill_range:
-        parser.error("--range_method needs --distill_range")
-    for flag in ("bits_weight", "bits_activation", "bits_bias"):
-        if getattr(args, flag) != parser.get_default(flag) and not (args.quantize or args.table):
-            parser.error(f"--{flag} needs --quantize")
+    try:
+        check_settings(settings, there=("quantize",) if args.table else ())
+    except UserError as error:
+        parser.error(str(error))
+    if args.fidelity and not (args.quantize or args.table):
+        parser.error("--fidelity needs --quantize")
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image_size takes one number, or height and width, not {len(args.image_size)} numbers")
     if args.std and min(args.std) <= 0:
@@ -436,19 +332,3 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
-
-
-def _bits(text: str) -> int:
-    if not text.isdigit() or not 2 <= int(text) <= 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits from 2 to 16")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
