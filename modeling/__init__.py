@@ -36,7 +36,7 @@ def build_model(name: str, weights: str | None = None, task: str = "classificati
     name: a network of the project, 'torchvision:NAME', 'timm:NAME' or 'package.module:factory'.
     weights: path or URL; None: the official weights (a factory's own).
     """
-    with distributed.first_before_others():  # weights that are not there yet are downloaded once
+    with distributed.main_process_first():  # weights that are not there yet are downloaded once
         model, spec, source = _BUILDERS[task](name, weights)
     check_finite(model)
     return Network(model.eval(), spec, name, source)

@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 
 from utils.calibration.distillation import Distillation, distilled
 from utils.core import distributed
+from utils.core.arguments import Parser, at_least
 from utils.core.cache import cache_folder
 from utils.core.errors import UserError
-from utils.core.files import check_target
+from utils.core.files import check_target, make_folder
 from utils.core.input_spec import InputSpec
 from utils.experiment.evaluation import tune_allocator
-from utils.experiment.pictures import make_folder
 from utils.experiment.records import Loaded, check_writable
 from utils.quantization.recipe import DISTILLED, OF_A_ROW, SETTINGS, add_recipe_flags, check_settings, given
+from utils.tasks.base import Task
 
 
 class Demo(Protocol):
@@ -32,21 +34,34 @@ class Demo(Protocol):
     note: str
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags are typed in full, and whose errors are one line, without the usage."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+# ------------------------------------------------------------------------------------------ flags
 
 
-def shared_flags() -> argparse.ArgumentParser:
-    """A parser to pass in parents=[...]: every flag that means the same in the three scripts."""
-    flags = argparse.ArgumentParser(add_help=False)
+def parser_of(task: Task) -> Parser:
+    """The parser of a task's script: the flags that all scripts share, and its own."""
+    parser = Parser(prog=task.program, description=task.summary)
+    add_input_flags(parser)
+    add_distillation_flags(add_recipe_flags(parser)[DISTILLED])
+    add_deployment_flags(parser)
+    add_run_flags(parser)
+    task.add_flags(parser)
+    return parser
 
-    group = flags.add_argument_group("network and data")
+
+def parse(task: Task, argv: Sequence[str] | None) -> Namespace:
+    """The flags of a task's script; combinations that mean nothing end it."""
+    parser = parser_of(task)
+    return check(parser, parser.parse_args(argv))
+
+
+def defaults(task: Task) -> dict[str, Any]:
+    """The default of every flag of a task's script."""
+    parser = parser_of(task)
+    return {action.dest: parser.get_default(action.dest) for action in parser._actions if action.dest != "help"}
+
+
+def add_input_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("network and data")
     group.add_argument(
         "--weights", metavar="PATH|URL", help="checkpoint to load (default: the network's official weights)"
     )
@@ -66,14 +81,15 @@ def shared_flags() -> argparse.ArgumentParser:
         type=float,
         nargs=3,
         metavar="S",
-        help="per-channel deviation of pixels in [0, 1] (default: the network's)",
+        help="per-channel standard deviation of pixels in [0, 1] (default: the network's)",
     )
     group.add_argument(
         "--limit", type=at_least(1), metavar="N", help="evaluate on N images, evenly spread over the data"
     )
     group.add_argument("--skip_bad_images", action="store_true", help="count and skip images that cannot be read")
 
-    group = add_recipe_flags(flags)[DISTILLED]
+
+def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fidelity",
         action="store_true",
@@ -98,7 +114,7 @@ def shared_flags() -> argparse.ArgumentParser:
         type=at_least(1),
         default=Distillation.steps,
         metavar="N",
-        help="optimizer's steps (default: %(default)s)",
+        help="steps of the optimizer (default: %(default)s)",
     )
     group.add_argument(
         "--distill_cache",
@@ -107,7 +123,9 @@ def shared_flags() -> argparse.ArgumentParser:
         help="folder to keep distilled images in (default: distilled in $DFQ_CACHE or the user's cache folder)",
     )
 
-    group = flags.add_argument_group("deployment")
+
+def add_deployment_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("deployment")
     group.add_argument(
         "--export",
         type=Path,
@@ -125,16 +143,20 @@ def shared_flags() -> argparse.ArgumentParser:
         "--load", type=Path, metavar="FILE", help="a network that --save kept, in place of --weights and the passes"
     )
 
-    group = flags.add_argument_group("run")
+
+def add_run_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
     group.add_argument(
         "--table",
         action="store_true",
-        help="all rows of the result tables in place of the passes above; the same command goes on where it was stopped",
+        help="all rows of the result tables in place of the passes above; the same command resumes where it was stopped",
     )
     group.add_argument(
         "--rows", nargs="+", metavar="ROW", help="these rows of --table alone, by name, such as Original +LE+BC"
     )
-    group.add_argument("--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: 32)")
+    group.add_argument(
+        "--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: %(default)s)"
+    )
     group.add_argument(
         "--workers", type=at_least(0), default=2, metavar="N", help="processes that load images (default: 2)"
     )
@@ -148,16 +170,18 @@ def shared_flags() -> argparse.ArgumentParser:
         help="file that gets one JSON line (default: results/runs.jsonl)",
     )
     group.add_argument(
-        "--report", type=Path, metavar="DIR", help="folder for pictures of images and of what each network says"
+        "--report", type=Path, metavar="DIR", help="folder for a page with pictures of images and predictions"
     )
     group.add_argument(
-        "--verbose", action="store_true", help="list what each pass did to each layer, and what it left out and why"
+        "--verbose", action="store_true", help="list what each pass did to each layer, and what it skipped and why"
     )
-    return flags
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse combinations of the shared flags that cannot mean anything."""
+# ----------------------------------------------------------------------------------------- checks
+
+
+def check(parser: ArgumentParser, args: Namespace) -> Namespace:
+    """Refuse combinations of the shared flags that mean nothing."""
     if args.rows and not args.table:
         parser.error("--rows needs --table")
     settings = {name: getattr(args, name) for name in SETTINGS}
@@ -167,6 +191,19 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     own = [flag for flag in ("weights", "image_size", "mean", "std", "table", "save") if getattr(args, flag)]
     if args.load and (said := of_a_row + own):
         parser.error(f"--load takes the network, its input and its passes from the file; leave out --{said[0]}")
+    _check_engine(parser, args)
+    try:
+        check_settings(settings, there=("quantize",) if args.table else ())
+    except UserError as error:
+        parser.error(str(error))
+    if args.fidelity and not (args.quantize or args.table):
+        parser.error("--fidelity needs --quantize")
+    _check_input(parser, args)
+    return args
+
+
+def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
+    """What writes or runs an INT8 network needs one, and an engine computes with 8 bits."""
     to_int8 = [flag for flag in ("export", "save") if getattr(args, flag)]
     if to_int8 and args.table:
         parser.error(f"--{to_int8[0]} writes one network; leave out --table")
@@ -179,34 +216,43 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
             f"--{'export' if args.export else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
             "and biases of 32; leave out --bits_weight, --bits_activation and --bits_bias"
         )
-    try:
-        check_settings(settings, there=("quantize",) if args.table else ())
-    except UserError as error:
-        parser.error(str(error))
-    if args.fidelity and not (args.quantize or args.table):
-        parser.error("--fidelity needs --quantize")
+
+
+def _check_input(parser: ArgumentParser, args: Namespace) -> None:
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image_size takes one number, or height and width, not {len(args.image_size)} numbers")
     if args.std and min(args.std) <= 0:
         parser.error(f"--std must be positive, not {min(args.std)}")
-    args.model_given = args.model != parser.get_default("model")
-    return args
 
 
-def input_spec(args: argparse.Namespace, spec: InputSpec) -> InputSpec:
+# ---------------------------------------------------------------------------- from flags to things
+
+
+def input_spec(args: Namespace, spec: InputSpec) -> InputSpec:
     """The network's input, changed as the flags say; a network that was saved has its own."""
     if args.load:
         return spec
-    if args.image_size:
-        height, width = args.image_size[0], args.image_size[-1]
+    return changed_spec(spec, args.image_size, getattr(args, "resize", None), args.mean, args.std)
+
+
+def changed_spec(
+    spec: InputSpec,
+    image_size: Sequence[int] | None = None,
+    resize: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> InputSpec:
+    """The input with those parts changed that are given, in the words of the flags."""
+    if image_size:
+        height, width = image_size[0], image_size[-1]
         spec = replace(spec, size=(height, width), resize=min(height, width))
-    if getattr(args, "resize", None):
-        spec = replace(spec, resize=args.resize)
-    return replace(spec, mean=tuple(args.mean or spec.mean), std=tuple(args.std or spec.std))
+    if resize:
+        spec = replace(spec, resize=resize)
+    return replace(spec, mean=tuple(mean or spec.mean), std=tuple(std or spec.std))
 
 
 def distilled_images(
-    args: argparse.Namespace, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
+    args: Namespace, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
 ) -> Tensor | None:
     """Images for the recipe or for --fidelity, as the flags say; None where neither needs any."""
     if not (needed or args.fidelity):
@@ -215,13 +261,13 @@ def distilled_images(
     return distilled(model, spec, settings, device, args.distill_cache or cache_folder() / "distilled")
 
 
-def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argparse.Namespace:
+def with_demo(task: Task, args: Namespace, open_demo: Callable[[str], Demo]) -> Namespace:
     """The flags as they are; or, where they name neither data nor weights, those of the embedded demo.
 
     A network that was asked for by name needs data that only the user has, unless it is only to be written.
     args.demo says which it was.
     """
-    own = args.weights is not None or args.model_given
+    own = args.weights is not None or args.model != defaults(task)["model"]
     args.demo = args.data is None and not ((own or args.load) and (args.export or args.save))
     if not args.demo:
         return args
@@ -230,15 +276,15 @@ def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argpar
             "no data to evaluate on; pass --data DIR, or --export or --save to write the INT8 network alone "
             "(or neither --data, --weights nor --model for the embedded demo)"
         )
-    with distributed.first_before_others():
-        demo = open_demo()
+    with distributed.main_process_first():
+        demo = open_demo(task.name)
     print(demo.note)
     for flag, value in demo.flags.items():
         setattr(args, flag, value)
     return args
 
 
-def prepare(args: argparse.Namespace) -> torch.device:
+def prepare(args: Namespace) -> torch.device:
     """Check what can fail early, seed, set the allocator; returns the device."""
     device = open_device(args.device)
     check_writable(args.results)
@@ -276,6 +322,9 @@ def open_device(name: str) -> torch.device:
     return device
 
 
+# ---------------------------------------------------------------------------------- what is printed
+
+
 def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | None = None) -> str:
     """The command line that started this run, to be typed again; or of one row of its table, with that row's passes."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -288,13 +337,13 @@ def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | No
         words += passes
     start = (
         ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
-        if distributed.processes() > 1
+        if distributed.world_size() > 1
         else ["python"]
     )
     return shlex.join([*start, program, *words])
 
 
-def headline(args: argparse.Namespace, network: Loaded, samples: int, recipe: str) -> str:
+def headline(args: Namespace, network: Loaded, samples: int, recipe: str) -> str:
     """What is about to be evaluated, in a line."""
     subset = ", evenly spread," if args.limit else ""
     return f"{network.name}, weights {_short(network.weights)}; {samples:,} images{subset} of {_short(args.data)}; {recipe}"
@@ -308,9 +357,12 @@ def _short(path: str) -> str:
     return path
 
 
+# ------------------------------------------------------------------------------------------ running
+
+
 def run(main: Callable[[Sequence[str] | None], None], program: str) -> None:
     """Run a script's main, on all processes where torchrun has started some: a UserError becomes one line and exit code 2."""
-    with distributed.joined():
+    with distributed.process_group():
         try:
             main(None)
         except UserError as error:
@@ -320,15 +372,6 @@ def run(main: Callable[[Sequence[str] | None], None], program: str) -> None:
 
 
 def _fail(program: str, message: str, code: int) -> int:
-    which = "" if distributed.is_first() else f" (process {distributed.rank()})"
+    which = "" if distributed.is_main_process() else f" (process {distributed.rank()})"
     print(f"{program}{which}: error: {message}", file=sys.stderr)
     return code
-
-
-def at_least(lowest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.lstrip("+-").isdigit() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
-        return int(text)
-
-    return parse

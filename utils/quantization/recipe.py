@@ -8,14 +8,14 @@ Python API are all made from it, so that a new setting is one field here.
 from __future__ import annotations
 
 import argparse
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from utils.calibration.observers import METHODS
+from utils.core.arguments import POSITIVE, Number
 from utils.core.errors import UserError
 
 Value = bool | int | float | str | None
@@ -39,27 +39,7 @@ class Abbreviation:
     unless: str | None = None
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What values a number may take. convert: from text. valid: whether a value may be used. expected: in words."""
-
-    convert: Callable[[str], float]
-    valid: Callable[[Any], bool]
-    expected: str
-
-    def __call__(self, text: str) -> float:
-        """The value of a flag's text; the `type` of argparse."""
-        try:
-            value = self.convert(text)
-        except ValueError:
-            value = None
-        if value is None or not self.valid(value):
-            raise ArgumentTypeError(f"{text!r} is not {self.expected}")
-        return value
-
-
-BITS = Kind(int, lambda value: type(value) is int and 2 <= value <= 16, "a number of bits from 2 to 16")
-POSITIVE = Kind(float, lambda value: 0 < value < float("inf"), "a positive number")
+BITS = Number(int, lambda value: type(value) is int and 2 <= value <= 16, "a number of bits from 2 to 16")
 
 
 def setting(
@@ -299,7 +279,7 @@ def check_settings(settings: dict[str, Value], there: tuple[str, ...] = ()) -> N
     for name, value in chosen.items():
         about = SETTINGS[name].metadata
         kind, choices = about["argument"].get("type"), about["argument"].get("choices")
-        if isinstance(kind, Kind) and not kind.valid(value):
+        if isinstance(kind, Number) and not kind.valid(value):
             raise UserError(f"argument --{name}: {str(value)!r} is not {kind.expected}")
         if choices and value not in choices:
             raise UserError(

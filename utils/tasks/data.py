@@ -148,7 +148,7 @@ class Batches:
         room: int = 0,
     ):
         whole = list(BatchSampler(range(len(samples)), batch_size, drop_last=False))
-        self.samples, self.indices = samples, distributed.share(whole)
+        self.samples, self.indices = samples, distributed.shard(whole)
         self.workers, self.seed, self.collate, self.room = workers, seed, collate, room
         self._kept: list[Batch] = []  # the first ones
 

@@ -1,20 +1,30 @@
-"""Detection data in VOC's folder format: pictures, and the boxes that their annotations hold."""
+"""Detection: classes and boxes of objects, scored by mean average precision; annotations from a VOC folder."""
 
+import csv
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.core.predictions import prior_predictions
 from utils.core.torchvision_compat import torchvision
-from utils.tasks.boxes import Objects
-from utils.tasks.data import Guarded, load_rgb
-from utils.tasks.voc import CLASSES, VocSplit
+from utils.tasks import pictures
+from utils.tasks.base import Data, Task
+from utils.tasks.boxes import BoxCoder, Objects
+from utils.tasks.data import BadSample, Guarded, evenly, load_rgb
+from utils.tasks.metrics import MeanAveragePrecision
+from utils.tasks.voc import CLASSES, VocSplit, open_voc
+
+_SHOWN = 0.3  # score from which a detection is drawn
 
 # What COCO calls those of VOC's classes that have another name there.
 _COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle"}
@@ -142,3 +152,103 @@ def _number(entry: ElementTree.Element, path: str) -> float | None:
     except ValueError:
         return None
     return value if abs(value) < float("inf") else None
+
+
+# ---------------------------------------------------------------------------------------- the task
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="ssd_lite_mobilenet_v2",
+        metavar="NAME",
+        help="ssd_lite_mobilenet_v2 (default), torchvision:ssdlite320_mobilenet_v3_large, torchvision:ssd300_vgg16, "
+        "package.module:factory",
+    )
+    parser.add_argument("--split", help="list in ImageSets/Main (default: test of VOC2007, otherwise val)")
+    parser.add_argument(
+        "--metric",
+        choices=("voc07", "voc12"),
+        help="mean average precision by 11 points of recall, or by area (default: as the data's year has it, else voc12)",
+    )
+    parser.set_defaults(distill_images=32)
+
+
+def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[str, Any]) -> Data:
+    """extras: "coder", the fields of the network's BoxCoder."""
+    coder = BoxCoder(**extras["coder"])
+    split = open_voc(args.data, "Main", args.split)
+    samples, labels = voc_detection(split, spec, classes)
+    samples = evenly(samples, args.limit)
+    rule = args.metric or ("voc07" if split.year == 2007 else "voc12")
+
+    def metric(reference: MeanAveragePrecision | None) -> MeanAveragePrecision:
+        return MeanAveragePrecision(labels, coder, rule, reference, keep=args.table)
+
+    show = partial(draw, samples=samples, coder=coder, labels=labels, spec=spec)
+    return Data(samples, metric, show, {label: name for name, label in labels.items()}, stack)
+
+
+def draw(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    metrics: Mapping[str, MeanAveragePrecision],
+    device: torch.device,
+    samples: Dataset,
+    coder: BoxCoder,
+    labels: Mapping[str, int],
+    spec: InputSpec,
+    count: int = 8,
+) -> list[Path]:
+    """Draw the annotated objects and each network's detections side by side, and write precision and
+    recall as CSV; returns the files.
+
+    Drawn are images evenly spread over samples, and detections that a user would trust: scores of
+    0.3 and more. networks, metrics: by caption. labels: the network's output for each class name.
+    """
+    names = {label: name for name, label in labels.items()}
+    files = []
+    for index in range(0, len(samples), max(1, len(samples) // count)):
+        if len(files) == count or isinstance(sample := samples[index], BadSample):
+            continue
+        image, objects = sample
+        picture = pictures.denormalise(image, spec)
+        marks = [" (difficult)" if difficult else "" for difficult in objects.difficult.tolist()]
+        captions = [names[label] + mark for label, mark in zip(objects.labels.tolist(), marks, strict=True)]
+        panels = {"truth": pictures.draw_boxes(picture, objects.boxes, objects.labels, captions)}
+        for name, model in networks.items():
+            with torch.inference_mode():
+                found = coder.detect(model(image[None].to(device)))[0]
+            shown = [
+                i for i, score in enumerate(found.scores.tolist()) if score >= _SHOWN and int(found.labels[i]) in names
+            ]
+            captions = [f"{names[int(found.labels[i])]} {found.scores[i]:.2f}" for i in shown]
+            panels[name] = pictures.draw_boxes(picture, found.boxes[shown], found.labels[shown], captions)
+        files.append(folder / f"{len(files) + 1}_{pictures.sample_name(samples, index)}.png")
+        sheet = [pictures.captioned(panel, [caption]) for caption, panel in panels.items()]
+        pictures.grid(sheet, columns=len(sheet)).save(files[-1])
+    files.append(folder / "precision_recall.csv")
+    write_curves(files[-1], metrics)
+    return files
+
+
+def write_curves(file: Path, metrics: Mapping[str, MeanAveragePrecision]) -> None:
+    """Precision and recall of every class and network at each of its detections' scores, as CSV."""
+    with file.open("w", newline="", encoding="utf-8") as text:
+        rows = csv.writer(text)
+        rows.writerow(("network", "class", "score", "precision", "recall"))
+        for network, metric in metrics.items():
+            for name, curve in metric.curves().items():
+                points = torch.stack([curve.scores, curve.precision, curve.recall], 1).tolist()
+                rows.writerows((network, name, *(f"{value:.6f}" for value in point)) for point in points)
+
+
+TASK = Task(
+    name="detection",
+    program="main_det.py",
+    summary="Data-free quantization of a detection network, evaluated on VOC detection or any folder in its format.",
+    add_flags=add_flags,
+    open_data=open_data,
+    class_axis=2,
+    predictions=prior_predictions,
+)

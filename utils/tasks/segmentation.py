@@ -1,18 +1,25 @@
-"""Images and their class masks from a VOC folder."""
+"""Segmentation: a class for every pixel, scored by mean IoU; images and their masks from a VOC folder."""
 
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.core.predictions import channel_predictions
 from utils.core.torchvision_compat import torchvision
-from utils.tasks.data import Guarded, load_rgb
-from utils.tasks.metrics import VOID
+from utils.tasks import pictures
+from utils.tasks.base import Data, Task
+from utils.tasks.data import Guarded, evenly, load_rgb
+from utils.tasks.metrics import VOID, ConfusionMatrix
 from utils.tasks.voc import CLASSES, open_voc
 
 
@@ -95,3 +102,71 @@ def cover(
 
 def _wide_high(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
+
+
+# ---------------------------------------------------------------------------------------- the task
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="deeplabv3plus_mobilenet_v2",
+        metavar="NAME",
+        help="deeplabv3plus_mobilenet_v2 (default), torchvision:NAME, package.module:factory",
+    )
+    parser.add_argument("--split", help="list in ImageSets/Segmentation (default: test of VOC2007, otherwise val)")
+    parser.set_defaults(batch_size=4, distill_images=8, distill_batch=8)
+
+
+def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[str, Any]) -> Data:
+    samples, names = voc_segmentation(args.data, args.split, spec, classes)
+    samples = evenly(samples, args.limit)
+    return Data(
+        samples, lambda _: ConfusionMatrix(names), partial(draw, samples=samples, spec=spec), dict(enumerate(names))
+    )
+
+
+def draw(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    metrics: Mapping[str, ConfusionMatrix],
+    device: torch.device,
+    samples: Dataset,
+    spec: InputSpec,
+    count: int = 4,
+) -> list[Path]:
+    """Draw image, truth and each network's prediction side by side; returns the PNG files.
+
+    Drawn are the first images, and those where the last network scores worst against the first one
+    (with one network: where it scores worst). networks, metrics: by caption, as they were evaluated
+    on samples.
+    """
+    scores = torch.tensor([metrics[name].per_image for name in networks]).nan_to_num()
+    harm = scores[-1] - scores[0] if len(scores) > 1 else scores[0]
+    scored = pictures.scored_samples(samples, len(harm))
+    chosen = {"first": range(min(count, len(harm))), "worst": harm.argsort(stable=True)[:count].tolist()}
+
+    files = []
+    for kind, positions in chosen.items():
+        for rank, position in enumerate(positions, start=1):
+            image, mask = samples[scored[position]]
+            panels = {"image": pictures.denormalise(image, spec), "truth": pictures.paint_classes(mask)}
+            for name, model, score in zip(networks, networks.values(), scores[:, position], strict=True):
+                with torch.inference_mode():
+                    prediction = channel_predictions(model(image[None].to(device)))[0]
+                panels[f"{name}: mIoU {score:.1f}"] = pictures.paint_classes(prediction)
+            files.append(folder / f"{kind}_{rank}_{pictures.sample_name(samples, scored[position])}.png")
+            sheet = [pictures.captioned(panel, [caption]) for caption, panel in panels.items()]
+            pictures.grid(sheet, columns=len(sheet)).save(files[-1])
+    return files
+
+
+TASK = Task(
+    name="segmentation",
+    program="main_seg.py",
+    summary="Data-free quantization of a segmentation network, evaluated on VOC segmentation or any folder in its format.",
+    add_flags=add_flags,
+    open_data=open_data,
+    class_axis=1,
+    predictions=channel_predictions,
+)
