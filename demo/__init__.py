@@ -34,7 +34,7 @@ def open(task: str, cache: str | None = None) -> Demo:
     from demo import render, weights  # slow to import, and needed by the demo alone
 
     files = {"data": str(render.rendered(SCENES[task], cache)), "weights": str(weights.checked(task))}
-    count = render.RECIPES[SCENES[task]].images
+    count = render.KINDS[SCENES[task]].images
     return Demo(
         files | flags(task),
         f"demo: a small {MODELS[task]} on {count} rendered scenes; for your own network and data pass --weights FILE and --data DIR",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from utils.backends.onnxruntime.graph import integers_of
 from utils.core.errors import UserError
 from utils.core.predictions import Agreement, Predictions, channel_predictions
 from utils.graph.capture import module_of
@@ -24,6 +23,11 @@ TIE = 0.01
 SHARE = 200e-6  # of a layer's values may be one step off elsewhere
 OUTPUT_STEPS = 0.1  # by which an output that is not quantized may differ, in steps of 1/255 of its range
 AGREEMENT = 0.99  # of all predictions on evaluation images must be the same
+
+
+def integers_of(node: fx.Node) -> str:
+    """The name of the uint8 tensor that a quantizer's node has become."""
+    return f"{node.name}_uint8"
 
 
 @dataclass

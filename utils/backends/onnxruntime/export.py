@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx
 
-from utils.backends.onnxruntime.graph import integers_of, onnx_model
+from utils.backends.onnxruntime.graph import onnx_model
 from utils.backends.onnxruntime.session import Kernels, OnnxNetwork, find_kernels
-from utils.backends.parity import Parity, compare, results
+from utils.backends.parity import Parity, compare, integers_of, results
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.core.input_spec import InputSpec
