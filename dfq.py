@@ -14,7 +14,7 @@ import copy
 import math
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from typing import Protocol
 
@@ -76,126 +76,11 @@ from utils.quantization.quantizer import (
     quantize_weight,
     weight_grid,
 )
+from utils.quantization.recipe import Recipe, recipes_of
 
 LISTENERS = 16  # images on which the output's sensitivity is measured
 CONTRADICTED = 3  # times as wide or as narrow as on images: so far off, a range that statistics promise is wrong
 TOLERANCE = 1e-3  # by how much of its largest value an exact pass may move an output; float32 alone moves some by 1e-4
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Which passes run, and on what grids; the names are those of the command line."""
-
-    relu: bool = False
-    clear_dead: bool = False
-    equalize: bool = False
-    absorption: bool = False
-    clip_weight: float | None = None
-    quantize: bool = False
-    correction: bool = False
-    bits_weight: int = 8
-    bits_activation: int = 8
-    bits_bias: int = 32
-    per_channel: bool = False
-    asymmetric: bool = False
-    distill_equalize: bool = False
-    distill_correction: bool = False
-    distill_rounding: bool = False
-    distill_range: bool = False
-    range_method: str = "minmax"
-
-    @classmethod
-    def of(cls, args: Namespace) -> Recipe:
-        """The recipe that flags of the same names ask for."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
-
-    @property
-    def settings(self) -> dict[str, bool | int | float | str | None]:
-        return asdict(self)
-
-    @property
-    def words(self) -> list[str]:
-        """The flags of its passes, as one would type them."""
-        flags = [
-            f"--{name}" for name, value in self.settings.items() if value is True or (name == "clip_weight" and value)
-        ]
-        return flags + (["--range_method", self.range_method] if self.range_method != "minmax" else [])
-
-    @property
-    def needs_images(self) -> bool:
-        return self.distill_equalize or self.distill_correction or self.distill_rounding or self.distill_range
-
-    @property
-    def changes_float(self) -> bool:
-        """Whether the row's float network differs from the one that was loaded."""
-        return self.relu or self.absorption
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """What a table calls the networks that the row evaluates."""
-        changed = replace(self, correction=False, clip_weight=None, distill_rounding=False, distill_range=False)
-        bits = self.bits_weight, self.bits_activation
-        grids = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
-        return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {changed}", "quantized": f"{grids} {self}"}
-
-    def __str__(self) -> str:
-        """The row's name as in the published tables, such as +ReLU+LE+BC +clip_15."""
-        parts = [
-            ("+ReLU", self.relu),
-            ("+DC", self.clear_dead and not self.equalize),
-            ("+DLE" if self.distill_equalize else "+LE", self.equalize),
-            ("+HBA", self.absorption),
-            ("+GPTQ", self.distill_rounding),
-            ("+DBC" if self.distill_correction else "+BC", self.correction),
-            (f" +clip_{self.clip_weight or 0:g}", self.clip_weight),
-            (" +DR" if self.range_method == "minmax" else f" +DR_{self.range_method}", self.distill_range),
-        ]
-        return "".join(name for name, there in parts if there).strip() or "Original"
-
-
-def _row(*passes: str) -> Recipe:
-    return Recipe(quantize=True, **{name: 15.0 if name == "clip_weight" else True for name in passes})
-
-
-TABLE = {
-    f"{recipe}{' per channel' if recipe.per_channel else ''}": recipe
-    for recipe in (
-        _row(),  # the published ones
-        _row("relu"),
-        _row("relu", "equalize"),
-        _row("relu", "equalize", "distill_range"),
-        _row("correction"),
-        _row("correction", "clip_weight"),
-        _row("relu", "equalize", "correction"),
-        _row("relu", "equalize", "correction", "distill_range"),
-        _row("clear_dead"),  # and ours
-        _row("clear_dead", "correction"),
-        _row("equalize"),
-        _row("equalize", "correction"),
-        _row("equalize", "correction", "distill_range"),
-        _row("equalize", "correction", "distill_correction"),
-        _row("equalize", "correction", "distill_correction", "distill_range"),
-        _row("equalize", "correction", "distill_equalize", "distill_range"),
-        _row("equalize", "correction", "distill_equalize", "distill_correction", "distill_range"),
-        _row("equalize", "correction", "distill_rounding", "distill_correction", "distill_range"),
-        _row("equalize", "correction", "distill_equalize", "distill_rounding", "distill_correction", "distill_range"),
-        _row("equalize", "absorption", "correction"),
-        _row("per_channel"),
-        _row("per_channel", "equalize", "correction"),
-    )
-}
-
-
-def recipes_of(args: Namespace) -> list[Recipe]:
-    """The recipe that the flags ask for; with --table those of its rows, or of --rows, at the bits that the flags say."""
-    base = Recipe.of(args)
-    if not args.table:
-        return [base]
-    unknown = [name for name in args.rows or () if name not in TABLE]
-    if unknown:
-        raise UserError(f"--rows: there is no row {unknown[0]!r}; choose from {', '.join(map(repr, TABLE))}")
-    bits = {f"bits_{kind}": getattr(base, f"bits_{kind}") for kind in ("weight", "activation", "bias")}
-    return [replace(TABLE[name], **bits) for name in args.rows or TABLE]
 
 
 @dataclass(frozen=True)
@@ -222,6 +107,7 @@ def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images
     A network that cannot be traced, or lacks what a pass needs, is a UserError; so is a pass that
     should be exact and changes the output of a probe batch.
     """
+    recipe.check_images(images)
     journal = Journal()
     probe = spec.probe()
     network = trace(model, spec)

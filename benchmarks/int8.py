@@ -137,10 +137,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--relu", action="store_true", help="replace ReLU6 by ReLU: no caps per channel to keep")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args(arguments)
-    args.resize = args.mean = args.std = args.load = None
     tune_allocator()
     network = build_model(args.model, args.weights)
-    spec = cli.input_spec(args, network.spec)
+    spec = cli.changed_spec(network.spec, args.image_size)
     recipe = replace(RECIPE, relu=args.relu)
     quantized = quantize_data_free(network.model, spec, recipe)
     print(f"{args.model} {spec.size[0]}x{spec.size[1]}, {recipe}")

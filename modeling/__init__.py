@@ -39,7 +39,7 @@ def build_model(
     weights: path or URL; None: the official weights (a factory's own). checkpoint_key: as read_checkpoint takes it.
     A network whose images have other channels than its usual input gets ImageNet's mean and deviation for them.
     """
-    with distributed.first_before_others():  # weights that are not there yet are downloaded once
+    with distributed.main_process_first():  # weights that are not there yet are downloaded once
         model, spec, source = _BUILDERS[task](name, weights, checkpoint_key)
     check_finite(model)
     channels = input_channels(model, len(spec.mean))

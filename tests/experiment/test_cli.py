@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import chain, settle
+from networks import Head, Twice, chain, settle
 from PIL import Image
 from torch import nn
 
@@ -32,10 +32,18 @@ def without_batchnorm():
     return nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def twice():
+    return nn.Sequential(Twice(), Head(3))
+
+
 def untraceable():
     class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = tiny()
+
         def forward(self, x):
-            return x if x.sum() > 0 else -x
+            return self.network(x if x.sum() > 0 else -x)
 
     return Branching()
 
@@ -142,7 +150,7 @@ def failure(argv, capsys) -> str:
         (["--model", "mobilenet"], "did you mean mobilenet_v2"),
         (["--model", "test_cli:untraceable"], "torch.fx cannot trace the network"),
         (["--model", "test_cli:with_nan"], "'0.0.weight' hold 27 NaN"),
-        (["--model", "networks:Twice"], "layer 'shared' is used 2 times"),
+        (["--model", "test_cli:twice"], "layer '0.shared' is used 2 times"),
         (
             ["--model", "test_cli:without_batchnorm", "--quantize"],
             "no BatchNorm, whose statistics --quantize would need",

@@ -11,7 +11,7 @@ from torch import nn
 import main_cls
 from dfq import Recipe, quantize_data_free
 from utils.experiment import charts, page
-from utils.experiment.pictures import network_pictures
+from utils.experiment.report import network_sections
 from utils.passes.log import Journal
 
 LINE = {
@@ -58,8 +58,8 @@ def test_weights_are_kept_after_every_pass(tmp_path):
     steps = stages["quantized"]["1.0"] / grid.scale
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
     near = quantize_data_free(model, SPEC, Recipe(quantize=True), SPEC.probe(4)).fidelity
-    sections = network_pictures(tmp_path, stages, result.simulated, near)
-    assert [section.title for section in sections] == ["Weights", "Activations", "Noise"]
+    sections = network_sections(tmp_path, stages, result.simulated, near)
+    assert [section.title for section in sections] == ["Weights", "Activations", "Quantization noise"]
     assert all(picture.file.stat().st_size > 1000 for section in sections for picture in section.pictures)
 
 
@@ -80,5 +80,5 @@ def test_the_demo_is_reported(flags, tmp_path, capsys):
     else:
         assert pages == {"report.html"}
         text = (folder / "report.html").read_text()
-        assert ("<h2>Noise</h2>" in text) == ("--quantize" in flags)
+        assert ("<h2>Quantization noise</h2>" in text) == ("--quantize" in flags)
         assert text.count("data:image/png") == len(list(folder.glob("*.png")))

@@ -20,11 +20,11 @@ from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
 from utils.experiment.evaluation import evaluate
-from utils.experiment.pictures import detection_pictures
 from utils.graph.capture import trace
 from utils.tasks.boxes import BoxCoder, Detections, Objects, PriorSpec, box_convert
 from utils.tasks.data import Batches
 from utils.tasks.detection import class_labels, read_annotation, stack, voc_detection
+from utils.tasks.detection import draw as detection_pictures
 from utils.tasks.metrics import RULES, MeanAveragePrecision, match
 from utils.tasks.voc import open_voc
 

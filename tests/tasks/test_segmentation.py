@@ -14,12 +14,14 @@ from torch import Tensor, fx, nn
 from modeling import build_model
 from modeling.deeplab import STAGES, DeepLab
 from utils.core.errors import UserError
+from utils.core.files import make_folder
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
 from utils.experiment.evaluation import evaluate
-from utils.experiment.pictures import denormalise, make_folder, segmentation_pictures, voc_palette
 from utils.tasks.data import BadSample, Batches, evenly
 from utils.tasks.metrics import VOID, ConfusionMatrix, iou
+from utils.tasks.pictures import denormalise, voc_palette
+from utils.tasks.segmentation import draw as segmentation_pictures
 from utils.tasks.segmentation import voc_segmentation
 from utils.tasks.voc import open_voc
 

@@ -100,7 +100,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _passes(journal: Journal) -> str:
-    """What was done and left out, the notes, and the whole list folded away."""
+    """What was applied and skipped, the notes, and the whole list folded away."""
     rows = "".join(
         f"<tr><td>{escape(action)}</td><td>{count['done']}</td><td>{count['left_out'] or ''}</td>"
         f'<td class="text">{escape("; ".join(journal.reasons(action)))}</td></tr>'
@@ -108,7 +108,7 @@ def _passes(journal: Journal) -> str:
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in journal.notes)
     return (
-        f'<table><tr><th>pass</th><th>layers</th><th>left out</th><th class="text">commonest reasons</th></tr>{rows}</table>'
+        f'<table><tr><th>pass</th><th>layers</th><th>skipped</th><th class="text">commonest reasons</th></tr>{rows}</table>'
         + (f"<ul>{notes}</ul>" if notes else "")
         + f"<details><summary>Every layer</summary><pre>{escape(journal.listing())}</pre></details>"
     )

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import get_overridable_functions
 
 from utils.core.errors import UserError
-from utils.core.files import whole
+from utils.core.files import atomic_write
 from utils.core.input_spec import InputSpec
 from utils.graph.capture import module_of, propagate_shapes, tidy
 from utils.graph.layers import CappedReLU
@@ -73,7 +73,7 @@ def save(file: Path, saved: Saved) -> None:
         "weights": saved.weights,
         "extras": saved.extras,
     }
-    with whole(file) as beside:
+    with atomic_write(file) as beside:
         torch.save(content, beside)
 
 

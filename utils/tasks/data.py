@@ -108,6 +108,13 @@ def _left_out(beside: Sequence[str]) -> str:
     return f" (left out, as no class: {', '.join(beside)})" if beside else ""
 
 
+def tell(samples: Guarded) -> Guarded:
+    """Print the notes of a data set."""
+    for note in samples.notes:
+        print(note)
+    return samples
+
+
 def evenly(samples: Dataset, limit: int | None) -> Dataset:
     """At most `limit` samples, evenly spread over the data set."""
     if limit is None or limit >= len(samples):
@@ -132,7 +139,7 @@ class Batches:
         room: int = 0,
     ):
         whole = list(BatchSampler(range(len(samples)), batch_size, drop_last=False))
-        self.samples, self.indices = samples, distributed.share(whole)
+        self.samples, self.indices = samples, distributed.shard(whole)
         self.workers, self.seed, self.collate, self.room = workers, seed, collate, room
         self._kept: list[Batch] = []  # the first ones
 

@@ -1,23 +1,31 @@
-"""Detection data in VOC's folder format: pictures, and the boxes that their annotations hold."""
+"""Detection: classes and boxes of objects, scored by mean average precision; annotations from a VOC folder."""
 
+import csv
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.core.predictions import prior_predictions
 from utils.core.torchvision_compat import torchvision
-from utils.core.unpickling import printable, reason
-from utils.tasks.boxes import Objects
-from utils.tasks.data import Guarded
+from utils.tasks import pictures
+from utils.tasks.annotations import Annotation, BadAnnotation, read_annotation
+from utils.tasks.base import Data, Task
+from utils.tasks.boxes import BoxCoder, Objects
+from utils.tasks.data import BadSample, Guarded, evenly, tell
 from utils.tasks.images import check_channels, load_image
-from utils.tasks.voc import CLASSES, VocSplit
+from utils.tasks.metrics import MeanAveragePrecision
+from utils.tasks.voc import CLASSES, VocSplit, open_voc
+
+_SHOWN = 0.3  # score from which a detection is drawn
 
 # What COCO calls those of VOC's classes that have another name there.
 _COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle"}
@@ -124,88 +132,106 @@ def stack(samples: list[tuple[Tensor, Objects]]) -> tuple[Tensor, list[Objects]]
     return torch.stack(images), list(objects)
 
 
-@dataclass(frozen=True)
-class Annotation:
-    """size: the image's width and height. clipped, swapped: boxes that were put right."""
-
-    objects: Objects
-    size: tuple[int, int]
-    clipped: int
-    swapped: int
+# ---------------------------------------------------------------------------------------- the task
 
 
-class BadAnnotation(ValueError):
-    """A mistake in one image's annotation, in a line that names the file."""
-
-
-def read_annotation(
-    file: Path, labels: Mapping[str, int], image: Path | None = None, pixel_inclusive: bool = False
-) -> Annotation:
-    """The objects of a VOC annotation; corners count pixels from 1.
-
-    Boxes that reach at most a pixel outside the image, whether pixels count from 0 or from 1, are clipped; swapped
-    corners are put in order. Any other mistake is a BadAnnotation. image: what tells the size where the file does not.
-    """
-    try:
-        root = ElementTree.parse(file).getroot()
-    except Exception as error:  # the parser raises several kinds on damaged bytes
-        raise BadAnnotation(f"annotation {str(file)!r} is no valid XML: {reason(error)}") from None
-    width, height = _size(root, file, image)
-    boxes, found, difficult, clipped, swapped = [], [], [], 0, 0
-    for index, entry in enumerate(root.findall("object"), 1):
-        name = (entry.findtext("name") or "").strip()
-        where = f"annotation {str(file)!r}, object {index} ({printable(name) or 'without a name'})"
-        if name not in labels:
-            raise UserError(
-                f"{where}: unknown class; the classes are {', '.join(labels)} (labels.txt in the folder, or --classes, names others)"
-            )
-        said = _corners(entry, where)
-        (x1, x2), (y1, y2) = sorted(said[::2]), sorted(said[1::2])
-        box = [min(max(x1, 1), width), min(max(y1, 1), height), min(max(x2, 1), width), min(max(y2, 1), height)]
-        shown = f"box {', '.join(f'{value:g}' for value in said)} (xmin, ymin, xmax, ymax)"
-        if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
-            raise BadAnnotation(f"{where}: {shown} reaches outside the image of {width}x{height}")
-        if box[0] >= box[2] or box[1] >= box[3]:
-            raise BadAnnotation(f"{where}: {shown} is empty")
-        swapped += [x1, y1, x2, y2] != said
-        clipped += [x1, y1, x2, y2] != box
-        boxes.append([(side - 1) / whole for side, whole in zip(box, (width, height) * 2, strict=True)])
-        found.append(labels[name])
-        difficult.append(_number(entry, "difficult") == 1)
-    objects = Objects(
-        torch.tensor(boxes).reshape(-1, 4),
-        torch.tensor(found, dtype=torch.long),
-        torch.tensor(difficult, dtype=torch.bool),
-        (1 / width, 1 / height) if pixel_inclusive else (0.0, 0.0),
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="ssd_lite_mobilenet_v2",
+        metavar="NAME",
+        help="ssd_lite_mobilenet_v2 (default), torchvision:ssdlite320_mobilenet_v3_large, torchvision:ssd300_vgg16, "
+        "package.module:factory",
     )
-    return Annotation(objects, (width, height), clipped, swapped)
+    parser.add_argument("--split", help="list in ImageSets/Main (default: test of VOC2007, otherwise val)")
+    parser.add_argument(
+        "--metric",
+        choices=("voc07", "voc12"),
+        help="mean average precision by 11 points of recall, or by area (default: as the data's year has it, else voc12)",
+    )
+    parser.add_argument(
+        "--pixel_inclusive",
+        action="store_true",
+        help="match boxes with the pixels of their far edges (+1), as VOC's development kit does (default: without)",
+    )
+    parser.set_defaults(distill_images=32)
 
 
-def _size(root: ElementTree.Element, file: Path, image: Path | None) -> tuple[int, int]:
-    """Width and height that the annotation states, or else those of the image."""
-    stated = [_number(root, f"size/{side}") for side in ("width", "height")]
-    if all(side and side >= 1 for side in stated):
-        return int(stated[0]), int(stated[1])
-    try:
-        with Image.open(image) as picture:
-            return picture.size
-    except Exception as error:  # PIL raises some ten kinds on damaged bytes
-        raise BadAnnotation(
-            f"annotation {str(file)!r} does not state the image's <size>, and the image cannot be read ({reason(error)})"
-        ) from None
+def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[str, Any]) -> Data:
+    """extras: "coder", the fields of the network's BoxCoder."""
+    coder = BoxCoder(**extras["coder"])
+    split = open_voc(args.data, "Main", args.split, args.classes, args.skip_bad_images)
+    samples, labels = voc_detection(split, spec, classes, args.skip_bad_images, args.pixel_inclusive)
+    samples = evenly(tell(samples), args.limit)
+    rule = args.metric or ("voc07" if split.year == 2007 else "voc12")
+
+    def metric(reference: MeanAveragePrecision | None) -> MeanAveragePrecision:
+        return MeanAveragePrecision(labels, coder, rule, reference, keep=args.table)
+
+    show = partial(draw, samples=samples, coder=coder, labels=labels, spec=spec)
+    return Data(samples, metric, show, {label: name for name, label in labels.items()}, stack)
 
 
-def _corners(entry: ElementTree.Element, where: str) -> list[float]:
-    corners = [_number(entry, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-    if None in corners:
-        raise BadAnnotation(f"{where}: no <bndbox> with numbers for xmin, ymin, xmax and ymax")
-    return corners
+def draw(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    metrics: Mapping[str, MeanAveragePrecision],
+    device: torch.device,
+    samples: Dataset,
+    coder: BoxCoder,
+    labels: Mapping[str, int],
+    spec: InputSpec,
+    count: int = 8,
+) -> list[Path]:
+    """Draw the annotated objects and each network's detections side by side, and write precision and
+    recall as CSV; returns the files.
+
+    Drawn are images evenly spread over samples, and detections that a user would trust: scores of
+    0.3 and more. networks, metrics: by caption. labels: the network's output for each class name.
+    """
+    names = {label: name for name, label in labels.items()}
+    files = []
+    for index in range(0, len(samples), max(1, len(samples) // count)):
+        if len(files) == count or isinstance(sample := samples[index], BadSample):
+            continue
+        image, objects = sample
+        picture = pictures.denormalise(image, spec)
+        marks = [" (difficult)" if difficult else "" for difficult in objects.difficult.tolist()]
+        captions = [names[label] + mark for label, mark in zip(objects.labels.tolist(), marks, strict=True)]
+        panels = {"truth": pictures.draw_boxes(picture, objects.boxes, objects.labels, captions)}
+        for name, model in networks.items():
+            with torch.inference_mode():
+                found = coder.detect(model(image[None].to(device)))[0]
+            shown = [
+                i for i, score in enumerate(found.scores.tolist()) if score >= _SHOWN and int(found.labels[i]) in names
+            ]
+            captions = [f"{names[int(found.labels[i])]} {found.scores[i]:.2f}" for i in shown]
+            panels[name] = pictures.draw_boxes(picture, found.boxes[shown], found.labels[shown], captions)
+        files.append(folder / f"{len(files) + 1}_{pictures.sample_name(samples, index)}.png")
+        sheet = [pictures.captioned(panel, [caption]) for caption, panel in panels.items()]
+        pictures.grid(sheet, columns=len(sheet)).save(files[-1])
+    files.append(folder / "precision_recall.csv")
+    write_curves(files[-1], metrics)
+    return files
 
 
-def _number(entry: ElementTree.Element, path: str) -> float | None:
-    """The finite number at a path of tags, None where there is none."""
-    try:
-        value = float(entry.findtext(path) or "")
-    except ValueError:
-        return None
-    return value if abs(value) < float("inf") else None
+def write_curves(file: Path, metrics: Mapping[str, MeanAveragePrecision]) -> None:
+    """Precision and recall of every class and network at each of its detections' scores, as CSV."""
+    with file.open("w", newline="", encoding="utf-8") as text:
+        rows = csv.writer(text)
+        rows.writerow(("network", "class", "score", "precision", "recall"))
+        for network, metric in metrics.items():
+            for name, curve in metric.curves().items():
+                points = torch.stack([curve.scores, curve.precision, curve.recall], 1).tolist()
+                rows.writerows((network, name, *(f"{value:.6f}" for value in point)) for point in points)
+
+
+TASK = Task(
+    name="detection",
+    program="main_det.py",
+    summary="Data-free quantization of a detection network, evaluated on VOC detection or any folder in its format.",
+    add_flags=add_flags,
+    open_data=open_data,
+    class_axis=2,
+    predictions=prior_predictions,
+)

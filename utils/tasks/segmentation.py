@@ -1,59 +1,28 @@
-"""Images and their class masks from a VOC folder."""
+"""Segmentation: a class for every pixel, scored by mean IoU; images and their masks from a VOC folder."""
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.core.predictions import channel_predictions
 from utils.core.torchvision_compat import torchvision
-from utils.core.unpickling import reason
-from utils.tasks.data import Guarded
+from utils.tasks import pictures
+from utils.tasks.base import Data, Task
+from utils.tasks.data import Guarded, evenly, tell
 from utils.tasks.images import check_channels, cover, load_image
-from utils.tasks.metrics import VOID
+from utils.tasks.masks import MOST_CLASSES, MaskValues, check_binary, load_mask, parse_mask_values, parse_void
+from utils.tasks.metrics import VOID, ConfusionMatrix
 from utils.tasks.voc import CLASSES, open_voc
-
-_CHECKED = 1000  # masks that are looked through for what 255 means, at most
-_VALUES = 2**16  # that a pixel of a mask can have
-_MOST = 255  # classes: the labels of a mask's pixels are 8 bits, and VOID is one of them
-
-
-@dataclass(frozen=True)
-class MaskValues:
-    """What the values of a mask's pixels mean.
-
-    classes: of the network. mapping: the class (or VOID) of each value; None: values are classes. void: the value of
-    pixels that do not count, None where all do; a value of the mapping means what the mapping says.
-    """
-
-    classes: int
-    mapping: Mapping[int, int] | None = None
-    void: int | None = VOID
-
-    def labels(self, values: np.ndarray) -> np.ndarray:
-        """Class indices and VOID, uint8, of whole numbers [H, W]; a value without a meaning is a ValueError."""
-        pairs = dict(self.mapping) if self.mapping is not None else {index: index for index in range(self.classes)}
-        if self.void is not None and (self.mapping is None or self.void not in pairs):
-            pairs[self.void] = VOID
-        table = np.full(_VALUES, -1)
-        table[list(pairs)] = list(pairs.values())
-        inside = (values >= 0) & (values < _VALUES)
-        labels = np.where(inside, table[values * inside], -1)
-        if labels.min(initial=0) < 0:
-            raise ValueError(f"holds the label {values[labels < 0][0]}; {self._known()}")
-        return labels.astype(np.uint8)
-
-    def _known(self) -> str:
-        if self.mapping is not None:
-            return f"--mask_values names {', '.join(map(str, self.mapping))}"
-        void = "no value is void" if self.void is None else f"{self.void} is void"
-        return f"the network has {self.classes} classes, 0 to {self.classes - 1}, and {void}"
 
 
 class SegmentationSet(Dataset):
@@ -93,9 +62,9 @@ def voc_segmentation(
     where the network has two classes. skip_bad: whether images and masks may be missing.
     """
     check_channels(spec)
-    if not 2 <= outputs <= _MOST:
+    if not 2 <= outputs <= MOST_CLASSES:
         raise UserError(
-            f"the network has {outputs} class(es) a pixel; a segmentation network must have 2 to {_MOST}, one score each"
+            f"the network has {outputs} class(es) a pixel; a segmentation network must have 2 to {MOST_CLASSES}, one score each"
         )
     voc = open_voc(root, "Segmentation", split, classes, skip_bad)
     names = voc.labels or ("background", *CLASSES)
@@ -115,50 +84,94 @@ def voc_segmentation(
         )
     masks = voc.annotations("SegmentationClass", ".png", skip_bad)
     if values is None and outputs == 2:
-        _check_binary(masks, str(voc.folder))
+        check_binary(masks, str(voc.folder))
     samples = SegmentationSet(voc.images, masks, spec, values or MaskValues(outputs))
     return Guarded(samples, [str(path) for path in voc.images], voc.notes), names
 
 
-def _check_binary(masks: list[Path], folder: str) -> None:
-    """Refuse masks of 0 and 255 alone: their second class would be taken for void, and all else be right."""
-    white = False
-    for file in masks[:: -(-len(masks) // _CHECKED)]:
-        try:
-            values = set(np.unique(read_mask(file)).tolist())
-        except ValueError:
-            continue  # told, or skipped, when its turn comes
-        if values - {0, VOID}:
-            return
-        white |= VOID in values
-    if white:
-        raise UserError(
-            f"the masks of {folder!r} hold 0 and {VOID} alone, and the network has 2 classes; pass --mask_values "
-            f"0=0,{VOID}=1 if {VOID} is the second class, or --void {VOID} if such pixels do not count"
-        )
-
-
-def load_mask(path: Path, values: MaskValues) -> Image.Image:
-    """The class indices and VOID of a mask, as an 8-bit greyscale image; what is no such mask is a ValueError."""
-    try:
-        return Image.fromarray(values.labels(read_mask(path)))
-    except ValueError as error:
-        raise ValueError(f"mask {str(path)!r} {error}") from None
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """The values [H, W] of a palette, greyscale or 1-bit picture; anything else is a ValueError."""
-    try:
-        with Image.open(path) as image:
-            mode, values = image.mode, np.asarray(image)
-    except Exception as error:  # PIL raises some ten kinds on damaged bytes
-        raise ValueError(f"cannot be read: {reason(error)}") from None
-    if values.ndim != 2 or values.dtype.kind == "f":
-        raise ValueError(
-            f"is a colour picture ({mode}); a mask holds one class index for each pixel, in a palette or greyscale PNG"
-        )
-    return values.astype(np.int64)
-
-
 def _wide_high(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
+
+
+# ---------------------------------------------------------------------------------------- the task
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="deeplabv3plus_mobilenet_v2",
+        metavar="NAME",
+        help="deeplabv3plus_mobilenet_v2 (default), torchvision:NAME, package.module:factory",
+    )
+    parser.add_argument("--split", help="list in ImageSets/Segmentation (default: test of VOC2007, otherwise val)")
+    parser.add_argument(
+        "--mask_values",
+        type=parse_mask_values,
+        metavar="VALUE=CLASS,...",
+        help="class (or void) of each value in the masks, as 0=0,255=1 (default: values are classes)",
+    )
+    parser.add_argument(
+        "--void",
+        type=parse_void,
+        metavar="N|none",
+        help=f"value of pixels that do not count, or none (default: {VOID}, unless --mask_values names it)",
+    )
+    parser.set_defaults(batch_size=4, distill_images=8, distill_batch=8)
+
+
+def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[str, Any]) -> Data:
+    values = None
+    if args.mask_values or args.void is not None:
+        values = MaskValues(classes, args.mask_values, VOID if args.void is None else args.void.value)
+    skip_bad = args.skip_bad_images
+    samples, names = voc_segmentation(args.data, args.split, spec, classes, values, args.classes, skip_bad)
+    samples = evenly(tell(samples), args.limit)
+    return Data(
+        samples, lambda _: ConfusionMatrix(names), partial(draw, samples=samples, spec=spec), dict(enumerate(names))
+    )
+
+
+def draw(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    metrics: Mapping[str, ConfusionMatrix],
+    device: torch.device,
+    samples: Dataset,
+    spec: InputSpec,
+    count: int = 4,
+) -> list[Path]:
+    """Draw image, truth and each network's prediction side by side; returns the PNG files.
+
+    Drawn are the first images, and those where the last network scores worst against the first one
+    (with one network: where it scores worst). networks, metrics: by caption, as they were evaluated
+    on samples.
+    """
+    scores = torch.tensor([metrics[name].per_image for name in networks]).nan_to_num()
+    harm = scores[-1] - scores[0] if len(scores) > 1 else scores[0]
+    scored = pictures.scored_samples(samples, len(harm))
+    chosen = {"first": range(min(count, len(harm))), "worst": harm.argsort(stable=True)[:count].tolist()}
+
+    files = []
+    for kind, positions in chosen.items():
+        for rank, position in enumerate(positions, start=1):
+            image, mask = samples[scored[position]]
+            panels = {"image": pictures.denormalise(image, spec), "truth": pictures.paint_classes(mask)}
+            for name, model, score in zip(networks, networks.values(), scores[:, position], strict=True):
+                with torch.inference_mode():
+                    prediction = channel_predictions(model(image[None].to(device)))[0]
+                panels[f"{name}: mIoU {score:.1f}"] = pictures.paint_classes(prediction)
+            files.append(folder / f"{kind}_{rank}_{pictures.sample_name(samples, scored[position])}.png")
+            sheet = [pictures.captioned(panel, [caption]) for caption, panel in panels.items()]
+            pictures.grid(sheet, columns=len(sheet)).save(files[-1])
+    return files
+
+
+TASK = Task(
+    name="segmentation",
+    program="main_seg.py",
+    summary="Data-free quantization of a segmentation network, evaluated on VOC segmentation or any folder in its format.",
+    add_flags=add_flags,
+    open_data=open_data,
+    class_axis=1,
+    predictions=channel_predictions,
+)

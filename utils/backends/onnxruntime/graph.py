@@ -32,11 +32,6 @@ OPSET, IR_VERSION = 20, 9  # of October 2023
 INPUT = "images"
 
 
-def integers_of(node: fx.Node) -> str:
-    """The name of the uint8 tensor that a quantizer's node has become."""
-    return f"{node.name}_uint8"
-
-
 def onnx_model(
     simulated: fx.GraphModule,
     weight_grids: Mapping[str, QParams],
