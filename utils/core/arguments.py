@@ -39,3 +39,13 @@ def at_least(lowest: int) -> Number:
 
 
 POSITIVE = Number(float, lambda value: 0 < value < float("inf"), "a positive number")
+
+
+def as_text(parse: Callable[[str], Any]) -> Callable[[str], str]:
+    """The `type` of a flag that stays text, as records want it, and is refused where parse() refuses it."""
+
+    def check(text: str) -> str:
+        parse(text)
+        return text
+
+    return check

@@ -57,22 +57,15 @@ class MaskValues:
         return f"the network has {self.classes} classes, 0 to {self.classes - 1}, and {void}"
 
 
-@dataclass(frozen=True)
-class Void:
+def parse_void(text: str) -> int | None:
     """What --void says: a value, or None for none."""
-
-    value: int | None
-
-
-def parse_void(text: str) -> Void:
-    """The `type` of --void."""
     if text != "none" and not (re.fullmatch("[0-9]+", text) and int(text) < _VALUES):
         raise ArgumentTypeError(f"{text!r} is neither a value of a mask, 0 to {_VALUES - 1}, nor none")
-    return Void(None if text == "none" else int(text))
+    return None if text == "none" else int(text)
 
 
 def parse_mask_values(text: str) -> dict[int, int]:
-    """The `type` of --mask_values: "0=0,255=1" or "7=void"."""
+    """What --mask_values says, as "0=0,255=1" or "7=void": the class, or VOID, of each value."""
     pairs = [re.fullmatch(r"\s*([0-9]{1,5})\s*=\s*([0-9]{1,3}|void)\s*", pair) for pair in text.split(",")]
     values = {int(pair[1]): VOID if pair[2] == "void" else int(pair[2]) for pair in pairs if pair}
     if len(values) != len(pairs) or max(values) >= _VALUES or max(values.values()) > VOID:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from utils.core.arguments import as_text
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.predictions import channel_predictions
@@ -106,13 +107,13 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--split", help="list in ImageSets/Segmentation (default: test of VOC2007, otherwise val)")
     parser.add_argument(
         "--mask_values",
-        type=parse_mask_values,
+        type=as_text(parse_mask_values),
         metavar="VALUE=CLASS,...",
         help="class (or void) of each value in the masks, as 0=0,255=1 (default: values are classes)",
     )
     parser.add_argument(
         "--void",
-        type=parse_void,
+        type=as_text(parse_void),
         metavar="N|none",
         help=f"value of pixels that do not count, or none (default: {VOID}, unless --mask_values names it)",
     )
@@ -122,7 +123,8 @@ def add_flags(parser: ArgumentParser) -> None:
 def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[str, Any]) -> Data:
     values = None
     if args.mask_values or args.void is not None:
-        values = MaskValues(classes, args.mask_values, VOID if args.void is None else args.void.value)
+        mapping = parse_mask_values(args.mask_values) if args.mask_values else None
+        values = MaskValues(classes, mapping, VOID if args.void is None else parse_void(args.void))
     skip_bad = args.skip_bad_images
     samples, names = voc_segmentation(args.data, args.split, spec, classes, values, args.classes, skip_bad)
     samples = evenly(tell(samples), args.limit)
