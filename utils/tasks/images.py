@@ -44,7 +44,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith(("I", "F")):
         return image
     pixels = np.asarray(image)
-    low, high = pixels.min(initial=0), pixels.max(initial=0)
+    low, high = pixels.min(), pixels.max()
     full = 1.0 if image.mode == "F" else 65535
     if not (low >= 0 and high <= full):
         raise ValueError(
