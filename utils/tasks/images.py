@@ -1,5 +1,6 @@
 """Pictures as people have them, as the network takes them."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def load_image(path: str | Path, channels: int = 3) -> Image.Image:
     alpha. A rotation in EXIF is ignored, as torchvision does. A file that is no picture is a ValueError of one line.
     """
     try:
-        with Image.open(path) as image:
+        # PIL warns about damaged metadata, which is none of the pixels
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             image.load()
             return _to_mode(_to_eight_bits(image), MODES[channels])
     except Exception as error:  # PIL raises some ten kinds on damaged bytes

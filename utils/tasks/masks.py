@@ -1,6 +1,7 @@
 """Class masks as people have them, as class indices."""
 
 import re
+import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def load_mask(path: Path, values: MaskValues) -> Image.Image:
 def read_mask(path: Path) -> np.ndarray:
     """The values [H, W] of a palette, greyscale or 1-bit picture; anything else is a ValueError."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             mode, values = image.mode, np.asarray(image)
     except Exception as error:  # PIL raises some ten kinds on damaged bytes
         raise ValueError(f"cannot be read: {reason(error)}") from None
