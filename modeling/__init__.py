@@ -46,4 +46,5 @@ def build_model(
     if channels != len(spec.mean):
         mean, std = natural_pixels(channels)
         spec = replace(spec, mean=mean, std=std)
+        print(f"{name}: images of {channels} channel(s), mean {mean}, std {std}; --mean and --std change them")
     return Network(model.eval(), spec, name, source)

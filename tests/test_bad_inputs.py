@@ -4,13 +4,14 @@ import re
 
 import bad_inputs
 import pytest
+from odd_files import outcome
 
 
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=f"{group}: {row.given}") for group, rows in bad_inputs.ROWS.items() for row in rows]
 )
 def test_what_happens_is_what_the_page_says(row, tmp_path):
-    happened = bad_inputs.outcome(row, tmp_path)
+    happened = outcome(row, tmp_path)
     assert re.fullmatch(re.escape(row.happens).replace("…", ".*"), happened), happened
     assert happened.isprintable()
 

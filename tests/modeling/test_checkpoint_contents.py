@@ -5,6 +5,8 @@ import datetime
 import os
 import pathlib
 import pickle
+import sys
+import types
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
 
@@ -63,6 +65,37 @@ BESIDE = {
 def test_what_stands_beside_the_tensors_does_not_hinder(kind, zipped, tmp_path):
     content = {"best_pred": BESIDE[kind], "state_dict": TENSORS}
     assert same(read_checkpoint(saved(tmp_path, content, _use_new_zipfile_serialization=zipped)))
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["easydict.EasyDict", "yacs.config.CfgNode", "pytorch_lightning.utilities.parsing.AttributeDict"],
+)
+def test_dicts_of_other_libraries_are_read_without_them(place, tmp_path, monkeypatch):
+    module, _, name = place.rpartition(".")
+    kind = type(name, (dict,), {"__module__": module})
+    parts = module.split(".")
+    for i in range(len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType(parts[i]))
+    setattr(sys.modules[module], name, kind)
+    file = saved(tmp_path, {"hyper_parameters": kind(lr=0.1, inner=kind(a=1)), "state_dict": TENSORS})
+    monkeypatch.undo()
+    assert same(read_checkpoint(file))
+
+
+def test_a_checkpoint_is_downloaded_once(tmp_path, monkeypatch):
+    torch.save(TENSORS, tmp_path / "published.pth")
+    asked = []
+
+    def download(url, file, *args, **kwargs):
+        asked.append(url)
+        pathlib.Path(file).write_bytes((tmp_path / "published.pth").read_bytes())
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    for _ in range(2):
+        assert same(read_checkpoint("https://example.org/some/net.pth?download=1"))
+    assert asked == ["https://example.org/some/net.pth?download=1"]
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

@@ -287,6 +287,12 @@ def test_missing_files_are_refused_or_skipped(missing, detection):
     assert isinstance(samples[1], BadSample) and len(samples) == 3
 
 
+def test_a_line_with_a_whole_path_that_is_not_there_is_skipped(detection):
+    write_list(detection, "a\n/no/such/place/b.jpg 1\nc", "Main")
+    samples = opened(detection, skip_bad=True)
+    assert [isinstance(samples[i], BadSample) for i in range(3)] == [False, True, False]
+
+
 def test_an_unknown_class_is_no_bad_image(detection):
     (detection / "Annotations/b.xml").write_text(xml(entry((1, 1, 5, 9), name="dog")))
     with pytest.raises(UserError, match=re.escape("object 1 (dog): unknown class; the classes are cat (labels.txt")):

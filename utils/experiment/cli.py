@@ -77,7 +77,11 @@ def add_input_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--limit", type=at_least(1), metavar="N", help="evaluate on N images, evenly spread over the data"
     )
-    group.add_argument("--skip_bad_images", action="store_true", help="count and skip images that cannot be read")
+    group.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="count and skip images, masks and annotations that cannot be read",
+    )
 
 
 def data_flags(group: argparse._ArgumentGroup) -> None:

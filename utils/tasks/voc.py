@@ -81,7 +81,7 @@ def open_voc(
             f"split {split!r} of {str(folder)!r} names {len(absent)} image(s) that {_PICTURES} does not hold, "
             f"first {absent[0]!r}; mend it, or pass --skip_bad_images"
         )
-    files = list(dict.fromkeys(file or pictures / line for line, file in zip(lines, found, strict=True)))
+    files = list(dict.fromkeys(file or pictures / line.lstrip("/") for line, file in zip(lines, found, strict=True)))
     again = len(lines) - len(files)
     notes = (f"{again} line(s) of {split}.txt name an image again; every image counts once",) if again else ()
     labels = tuple(read_names(given_list(classes), r"[,\n]")) if classes else _labels(folder)
