@@ -163,7 +163,9 @@ def wished(wish: str) -> str:
 
 def update(text: str) -> str:
     """A page's text with the tables between its markers made anew."""
-    return _MARKER.sub(lambda found: f"<!-- table: {found['wish']} -->\n{wished(found['wish'])}\n<!-- /table -->", text)
+    return _MARKER.sub(
+        lambda found: f"<!-- table: {found['wish']} -->\n\n{wished(found['wish'])}\n\n<!-- /table -->", text
+    )
 
 
 def stale(lines: Sequence[Line]) -> Counter:

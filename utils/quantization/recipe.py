@@ -133,7 +133,7 @@ class Recipe:
         metavar="B",
     )
     bits_bias: int = setting(
-        "bits of biases; 32: on the grid of the accumulator (default: 32)",
+        "bits of biases; 32: on the scale of the accumulator (default: 32)",
         QUANTIZERS,
         default=32,
         requires=("quantize",),
