@@ -98,6 +98,7 @@ def run_rows(
     data: None where the network is only to be written.
     """
     args, defaults = run.args, cli.defaults(run.task)
+    evaluator = Evaluator(data, args, run.device) if data else None
     lines = [run.line(recipe) for recipe in recipes]
     done = _recorded(run, defaults)
     missing = [i for i, line in enumerate(lines) if records.identity(line, defaults) not in done]
@@ -106,7 +107,6 @@ def run_rows(
     images = cli.distilled_images(
         args, run.network.model, run.spec, run.device, any(recipes[i].needs_images for i in missing)
     )
-    evaluator = Evaluator(data, args, run.device) if data else None
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
         quantized = quantize(run.network.model, run.spec, recipes[i], images)
