@@ -5,7 +5,7 @@
 Seconds are medians over rounds in which every variant ran once, one after the other, with the
 quartiles beside them. quantize_static is ONNX Runtime's own quantizer on the same network, calibrated on
 real images. torch.compile needs a C++ compiler, OpenVINO (pip install openvino) its package; what is
-not there is left out, and that is said.
+not there is skipped, and that is said.
 """
 
 import argparse

@@ -50,7 +50,8 @@ def _flags(actions: Sequence[argparse.Action], parsers: dict[str, argparse.Argum
         defaults = {program: parser.get_default(action.dest) for program, parser in parsers.items()}
         differs = len({str(value) for value in defaults.values()}) > 1
         remark = " (" + ", ".join(f"{program}: {value}" for program, value in defaults.items()) + ")" if differs else ""
-        text = (action.help or "") % {"default": action.default}
+        text = action.help or ""
+        text = text.replace(" (default: %(default)s)", "") if differs else text % {"default": action.default}
         rows.append([f"`{_usage(action)}`", (text + remark).replace("|", "\\|"), _part_of_name(action.dest)])
     if not any(row[2] for row in rows):
         return table(["flag", "what it does"], [row[:2] for row in rows])

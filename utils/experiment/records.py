@@ -171,8 +171,8 @@ def recover(file: Path) -> list[dict[str, Any]]:
 
 def name_of(line: Mapping[str, Any]) -> str:
     """The row's name in a table."""
-    grid = " per channel" if line["flags"]["per_channel"] else ""
-    return line["recipe"] + grid + (" in ONNX Runtime" if line["engine"] == "onnxruntime" else "")
+    scales = " per channel" if line["flags"]["per_channel"] else ""
+    return line["recipe"] + scales + (" in ONNX Runtime" if line["engine"] == "onnxruntime" else "")
 
 
 def file_name(line: Mapping[str, Any]) -> str:

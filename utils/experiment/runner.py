@@ -97,16 +97,16 @@ def run_rows(
 
     data: None where the network is only to be written.
     """
-    args = run.args
+    args, defaults = run.args, cli.defaults(run.task)
+    evaluator = Evaluator(data, args, run.device) if data else None
     lines = [run.line(recipe) for recipe in recipes]
-    done = _recorded(run)
-    missing = [i for i, line in enumerate(lines) if records.identity(line, cli.defaults(run.task)) not in done]
+    done = _recorded(run, defaults)
+    missing = [i for i, line in enumerate(lines) if records.identity(line, defaults) not in done]
     if args.table:
         print(f"{len(recipes)} rows, {len(recipes) - len(missing)} of them in {args.results} already")
     images = cli.distilled_images(
         args, run.network.model, run.spec, run.device, any(recipes[i].needs_images for i in missing)
     )
-    evaluator = Evaluator(data, args, run.device) if data else None
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
         quantized = quantize(run.network.model, run.spec, recipes[i], images)
@@ -124,7 +124,7 @@ def run_rows(
             left = seconds / count * (len(missing) - count)
             print(f"\nrow {count} of {len(missing)} after {_minutes(seconds)}; about {_minutes(left)} left\n")
     if args.table:
-        _finish_table(run, [done.get(records.identity(line, cli.defaults(run.task)), line) for line in lines])
+        _finish_table(run, [done.get(records.identity(line, defaults), line) for line in lines])
 
 
 def evaluate_row(
@@ -165,11 +165,10 @@ def evaluate_row(
     return Row(recipe, quantized, distilled, networks, metrics, labels, found, line)
 
 
-def _recorded(run: Run) -> dict[str, dict[str, Any]]:
+def _recorded(run: Run, defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Of a table, the lines that the results file holds already, by identity."""
     own = {}
     if run.args.table and distributed.is_main_process():
-        defaults = cli.defaults(run.task)
         lines = records.recover(run.args.results)
         own = {records.identity(line, defaults): line for line in lines if line["task"] == run.task.name}
     return distributed.all_gather(own)[0]  # other machines may not see the file

@@ -56,7 +56,7 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _grids(line: Line, group: Group) -> str:
+def _bits(line: Line, group: Group) -> str:
     return "{weight}/{activation}/{bias}".format(**line["bits"]) if line["bits"] else "-"
 
 
@@ -74,7 +74,7 @@ def _own_flags(line: Line, group: Group) -> str:
 
 COLUMNS: dict[str, Callable[[Line, Group], str]] = {
     "row": lambda line, group: name_of(line),
-    "W/A/bias": _grids,
+    "W/A/bias": _bits,
     "published": lambda line, group: _figure(_published(line, group)),
     "published change": lambda line, group: change(_published(line, group), group.source.fp32),
     "FP32": lambda line, group: _figure(line["fp32"]),
@@ -88,7 +88,8 @@ COLUMNS: dict[str, Callable[[Line, Group], str]] = {
 
 def grouped(lines: Sequence[Line]) -> list[Group]:
     """The lines by network and images; of a row that was recorded more than once the last line."""
-    latest = {identity(line, cli.defaults(TASKS[line["task"]])): line for line in lines}
+    defaults = {name: cli.defaults(task) for name, task in TASKS.items()}
+    latest = {identity(line, defaults[line["task"]]): line for line in lines}
     groups: dict[tuple, list[Line]] = {}
     for line in latest.values():
         key = tuple(line[name] for name in ("task", "model", "weights", "data", "samples", "metric"))
@@ -163,7 +164,9 @@ def wished(wish: str) -> str:
 
 def update(text: str) -> str:
     """A page's text with the tables between its markers made anew."""
-    return _MARKER.sub(lambda found: f"<!-- table: {found['wish']} -->\n{wished(found['wish'])}\n<!-- /table -->", text)
+    return _MARKER.sub(
+        lambda found: f"<!-- table: {found['wish']} -->\n\n{wished(found['wish'])}\n\n<!-- /table -->", text
+    )
 
 
 def stale(lines: Sequence[Line]) -> Counter:

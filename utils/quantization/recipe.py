@@ -66,7 +66,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which passes run, and on what grids. The names are those of the flags.
+    """Which passes run, and with what quantizers. The names are those of the flags.
 
     A combination that means nothing is a UserError, here as on the command line.
     """
@@ -133,7 +133,7 @@ class Recipe:
         metavar="B",
     )
     bits_bias: int = setting(
-        "bits of biases; 32: on the grid of the accumulator (default: 32)",
+        "bits of biases; 32: on the scale of the accumulator (default: 32)",
         QUANTIZERS,
         default=32,
         requires=("quantize",),
@@ -222,7 +222,7 @@ class Recipe:
     @property
     def float_settings(self) -> dict[str, Value]:
         """What decides which float network the row has: the passes on it, and all that they look at."""
-        if self.distill_equalize:  # whose scales depend on the grids
+        if self.distill_equalize:  # whose scales depend on the quantizers
             return self.settings
         return {name: value for name, value in self.settings.items() if SETTINGS[name].metadata["exact"]}
 
@@ -231,8 +231,8 @@ class Recipe:
         """What a table calls the networks that the row evaluates."""
         exact = {name: value for name, value in self._given().items() if SETTINGS[name].metadata["exact"]}
         bits = self.bits_weight, self.bits_activation
-        grids = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
-        return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {_name(exact)}", "quantized": f"{grids} {self}"}
+        widths = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
+        return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {_name(exact)}", "quantized": f"{widths} {self}"}
 
     def check_images(self, images: Tensor | None) -> None:
         """Refuse to run without images what looks at them."""
