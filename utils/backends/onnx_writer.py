@@ -37,11 +37,6 @@ INPUT = "images"
 aten = torch.ops.aten
 
 
-def integers_of(node: fx.Node) -> str:
-    """The name of the uint8 tensor that a quantizer's node has become."""
-    return f"{node.name}_uint8"
-
-
 def onnx_model(
     simulated: fx.GraphModule, spec: InputSpec, metadata: Mapping[str, Any], opset: int | None = None
 ) -> onnx.ModelProto:
