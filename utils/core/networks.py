@@ -50,7 +50,7 @@ def other_type(model: nn.Module) -> str | None:
 class Scored(nn.Module):
     """A network that hands out its tensors as one, or as a tuple, the scored one first. names: of the outputs, in that order.
 
-    flatten: hand [N, C, 1, 1] out as [N, C].
+    flatten: hand [N, C, 1, 1] out as [N, C], and what lost its batch of one image too.
     """
 
     def __init__(self, network: nn.Module, names: tuple[str, ...], flatten: bool):
@@ -61,7 +61,7 @@ class Scored(nn.Module):
         outputs = dict(_leaves(self.network(images)))
         first, *others = (outputs[name] for name in self.names)
         if self.flatten:
-            first = first.flatten(1)
+            first = first.reshape(len(images), -1)
         return (first, *others) if others else first
 
 
@@ -74,13 +74,13 @@ def scored(model: nn.Module, spec: InputSpec, dims: int) -> nn.Module:
     images = spec.probe(2)
     try:
         with torch.inference_mode():
-            result = model(images)
+            result, alone = model(images), model(images[:1])
     except Exception as error:  # the user's network may raise anything
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
             f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}"
         ) from error
-    if isinstance(result, Tensor) and result.dim() == dims:
+    if isinstance(result, Tensor) and result.dim() == alone.dim() == dims:
         return model
     outputs = dict(_leaves(result))
     fitting = [name for name, value in outputs.items() if _fits(value, dims)]
@@ -95,7 +95,7 @@ def scored(model: nn.Module, spec: InputSpec, dims: int) -> nn.Module:
     names = (first, *(name for name in outputs if name != first))
     if len(names) > 1:
         print(f"outputs {', '.join(outputs)}: {first} is scored, all are exported")
-    return Scored(model, names, flatten=dims == 2 and outputs[first].dim() == 4)
+    return Scored(model, names, flatten=dims == 2)
 
 
 def _fits(value: Tensor, dims: int) -> bool:
