@@ -65,12 +65,14 @@ class Scored(nn.Module):
         return (first, *others) if others else first
 
 
-def scored(model: nn.Module, spec: InputSpec, dims: int) -> nn.Module:
+def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
     """The network as it is where it returns one tensor of that many dimensions; else wrapped so that it comes first.
 
-    dims: 2 for logits [N, C], for which [N, C, 1, 1] will do, or 4 for maps [N, C, H, W]. A network that fails on an
+    dims: 2 for logits [N, C], for which [N, C, 1, 1] will do, or 4 for maps [N, C, H, W]; None: as it is. A network that fails on an
     image of its input, or returns nothing of that kind, is a UserError; which of several outputs is scored is said.
     """
+    if dims is None:
+        return model
     images = spec.probe(2)
     try:
         with torch.inference_mode():
