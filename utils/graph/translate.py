@@ -159,8 +159,27 @@ class Translator:
         size = list(size_of(source))
         if (start, stop, step) == (0, size[axis], 1):
             return source
+        if step == 1 and _is_call(source, torch.ops.aten.cat.default) and source.args[1] == axis:
+            parts = self._parts_between(source, axis, start, stop)
+            if parts:
+                size[axis] = stop - start
+                return parts[0] if len(parts) == 1 else self.emit(torch.ops.aten.cat.default, (parts, axis), size=size)
         size[axis] = len(range(start, stop, step))
         return self.emit(torch.ops.aten.slice.Tensor, (source, axis, start, stop, step), size=size)
+
+    def _parts_between(self, concat: fx.Node, axis: int, start: int, stop: int) -> list[fx.Node]:
+        """The whole parts of a concat that a slice of it consists of; none where it cuts one."""
+        parts, place = [], 0
+        for part in concat.args[0]:
+            side = size_of(part)[axis]
+            if isinstance(side, torch.SymInt):
+                return []
+            if start < place + side and place < stop:
+                if place < start or place + side > stop:
+                    return []
+                parts.append(part)
+            place += side
+        return parts
 
     def size(self) -> Size:
         """Of the value that is being written."""
