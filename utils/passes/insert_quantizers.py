@@ -1,13 +1,12 @@
 """Activation quantizers: one wherever an integer engine writes a tensor."""
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 from utils.calibration.moments import Unknown
 from utils.calibration.ranges import RangeOf
 from utils.graph.capture import insert_module, is_tensor, module_of, shape, tidy
-from utils.graph.layers import CLIPS
+from utils.graph.layers import CLIPS, WEIGHTED
 from utils.passes.log import PassLog
 from utils.quantization.placement import keeps_qparams, value_sources
 from utils.quantization.qparams import affine_qparams
@@ -21,8 +20,8 @@ def insert_quantizers(model: fx.GraphModule, range_of: RangeOf, bits: int, log: 
 
     That is: the network's input, a layer's output behind its ReLU or ReLU6, sums, products and other
     functions, average pooling and interpolation. What only moves values keeps its input's parameters. The
-    inputs of a concat share theirs if nothing else reads them; otherwise its output is quantized. The
-    network's output is left as it is where that costs an engine nothing: linear layers, interpolation.
+    inputs of a concat share theirs if nothing else reads them; otherwise its output is quantized. What the network
+    hands out is left as it is, whatever made it: a range would cut it, and 256 steps would make classes tie.
     """
     for node, (low, high) in _tensor_ranges(model, range_of, log).items():
         quantizer = Quantizer(affine_qparams(torch.tensor(low), torch.tensor(high), bits))
@@ -47,7 +46,10 @@ def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> di
         else:
             ranges[node] = known
     for node in model.graph.nodes:
-        if node.target is torch.cat and not isinstance(together := range_of(node), Unknown):
+        if node.target is torch.cat and not handed_out(model, node):
+            together = range_of(node)
+            if isinstance(together, Unknown):
+                continue
             sources = {source for part in node.args[0] for source in value_sources(model, part)}
             if all(source in ranges and _feeds_only(model, source, node) for source in sources):
                 ranges.update(dict.fromkeys(sources, together))
@@ -61,8 +63,25 @@ def written_tensors(model: fx.GraphModule) -> list[fx.Node]:
     return [node for node in model.graph.nodes if _is_written(model, node)]
 
 
+def quantized_tensors(model: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that get a quantizer if their ranges are known, in the graph's order; of concats the output stands for its inputs too."""
+    return [
+        node
+        for node in model.graph.nodes
+        if _is_written(model, node) or (node.target is torch.cat and not handed_out(model, node))
+    ]
+
+
+def averaged_into_output(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the network hands out what is made of this value without any layer."""
+    readers = list(node.users)
+    return bool(readers) and all(
+        user.op != "output" and not isinstance(module_of(model, user), WEIGHTED) and handed_out(model, user)
+        for user in readers
+    )
+
+
 def _is_written(model: fx.GraphModule, node: fx.Node) -> bool:
-    module = module_of(model, node)
     if node.op in ("output", "get_attr") or not is_tensor(node) or not shape(node) or not node.users:
         return False
     if keeps_qparams(model, node) or node.target is torch.cat:
@@ -70,11 +89,16 @@ def _is_written(model: fx.GraphModule, node: fx.Node) -> bool:
     readers = [module_of(model, user) for user in node.users]
     if len(readers) == 1 and isinstance(readers[0], CLIPS):
         return False  # one kernel with its activation
-    only_output = all(user.op == "output" for user in node.users)
-    if only_output and isinstance(module, nn.Linear):
-        return False  # an integer engine hands out its accumulator, scaled
-    interpolates = isinstance(module, nn.Upsample | nn.UpsamplingBilinear2d) or node.target is F.interpolate
-    return not (interpolates and only_output)  # nothing computes with it any more
+    return node.op == "placeholder" or not handed_out(model, node)
+
+
+def handed_out(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether all that reads a value is the network's output, past whatever only moves values."""
+    moving = (user.target is torch.cat or keeps_qparams(model, user) for user in node.users)
+    return bool(node.users) and all(
+        user.op == "output" or (moves and handed_out(model, user))
+        for user, moves in zip(node.users, moving, strict=True)
+    )
 
 
 def _feeds_only(model: fx.GraphModule, node: fx.Node, concat: fx.Node) -> bool:
