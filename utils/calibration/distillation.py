@@ -50,7 +50,7 @@ class Distillation:
     robust: bool = True
     jitter: bool = False
     evidence: float = 0.05
-    margin: float = 20.0
+    margin: float = 10.0
 
 
 @dataclass(frozen=True)
