@@ -46,8 +46,10 @@ from utils.calibration.ranges import (
 )
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import module_of, run_in_place, trace, weighted_nodes
-from utils.graph.regions import find_links
+from utils.graph.capture import capture
+from utils.graph.in_place import run_in_place
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.graph.regions import find_regions
 from utils.passes.bias_absorption import absorb_high_biases
 from utils.passes.bias_correction import analytical_bias_correction, empirical_bias_correction, round_and_correct
 from utils.passes.clip_weights import clip_weights
@@ -57,7 +59,7 @@ from utils.passes.exactness import Reference, check_unchanged, deviation, output
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.insert_quantizers import averaged_into_output, insert_quantizers, quantized_tensors
 from utils.passes.log import PassLog
-from utils.passes.noise_equalization import NoiseGrid, choose_nearest, noise_optimal_scales, observe_on_images
+from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_optimal_scales, observe_on_images
 from utils.passes.quantize_bias import quantize_biases
 from utils.passes.quantize_weights import quantizable_layers, quantize_weights, weight_ranges
 from utils.passes.relu6 import replace_relu6
@@ -212,9 +214,9 @@ def quantize_data_free(
     should be exact and changes the output of a probe batch.
     """
     log, probe = PassLog(), spec.probe()
-    network = trace(model, spec)
+    network = capture(model, spec)
     reference = Reference(probe, outputs_of(model, probe), model)
-    check_unchanged("tracing", network, reference, log)
+    check_unchanged("capture", network, reference, log)
     if images is not None:
         log.note(describe_fit(statistics_fit(model, spec, images), len(images)))
 
@@ -276,7 +278,7 @@ def quantize(
     if not recipe.quantize:
         return Quantized(run_in_place(network), None, log)
 
-    # Activation ranges from BatchNorm statistics, section 4.3, or from distilled images.
+    # Activation ranges from BatchNorm statistics, section 5, or from distilled images.
     moments = propagate(network, spec, statistics)
     range_of = _activation_ranges(network, spec, statistics, moments, recipe, few if images is None else images, log)
     simulated = copy.deepcopy(network)
@@ -347,7 +349,7 @@ def _quantize_nearest(start: _Start) -> Quantized:
         noise_optimal_scales,
         statistics=start.statistics,
         observed=observe_on_images(network, start.images),
-        grid=NoiseGrid(recipe.bits_weight, recipe.bits_activation, recipe.per_channel, not recipe.asymmetric),
+        scheme=QuantScheme(recipe.bits_weight, recipe.bits_activation, recipe.per_channel, not recipe.asymmetric),
     )
     ways = {
         "none": partial(_quantize_equalized, start, None),
@@ -355,8 +357,8 @@ def _quantize_nearest(start: _Start) -> Quantized:
         "noise-optimal scales": partial(_quantize_equalized, start, noise_optimal),
         "noise-optimal scales, through sums": partial(_quantize_equalized, start, noise_optimal, True),
     }
-    readers = {reader.name for region in find_links(network)[0] for reader in region.readers}
-    chosen, why = choose_nearest(ways, attrgetter("fidelity"), readers)
+    sinks = {sink.name for region in find_regions(network)[0] for sink in region.sinks}
+    chosen, why = choose_nearest(ways, attrgetter("fidelity"), sinks)
     chosen.log.note(why)
     return chosen
 

@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.calibration.moments import Statistics
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import trace
+from utils.graph.capture import capture
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
 
@@ -40,7 +40,7 @@ def settle(model: nn.Module, spec: InputSpec = SPEC, images: int = 64) -> nn.Mod
 
 def folded(model: nn.Module) -> tuple[fx.GraphModule, Statistics]:
     """The captured network with its BatchNorm folded, and what that knew."""
-    traced = trace(model, SPEC)
+    traced = capture(model, SPEC)
     return traced, fold_batchnorm(traced, PassLog())
 
 

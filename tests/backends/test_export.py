@@ -27,7 +27,7 @@ from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment import runner as experiment
 from utils.experiment.records import read_lines
-from utils.graph.capture import weighted_nodes
+from utils.graph.nodes import weighted_nodes
 from utils.graph.layers import WEIGHTED, IntegerSum
 from utils.passes.exactness import outputs_of
 

@@ -6,12 +6,12 @@ from networks import SPEC
 from torch import nn
 
 from utils.calibration.fidelity import classes, fidelity
-from utils.graph.capture import trace
+from utils.graph.capture import capture
 
 
 def test_fidelity_measures_a_known_noise():
-    first = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 24 * 24, 3)), SPEC)
-    second = trace(first, SPEC)
+    first = capture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 24 * 24, 3)), SPEC)
+    second = capture(first, SPEC)
     images = SPEC.probe(20)
     same = fidelity(first, second, images)
     assert same.agreement == 100 and same.output > 200

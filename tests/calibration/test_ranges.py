@@ -8,7 +8,7 @@ from dfq import Recipe, quantize_data_free
 from utils.calibration.moments import SIGMAS, Unknown, propagate
 from utils.calibration.observers import histograms
 from utils.calibration.ranges import analytic_ranges, batchnorm_ranges, describe_contradictions, observed_ranges
-from utils.graph.capture import module_of
+from utils.graph.nodes import module_of
 from utils.quantization.quantizer import Quantizer
 
 

@@ -44,7 +44,7 @@ def test_errors_of_weights_reach_the_output_as_predicted(name):
             layer.bias.add_(shift)
             measured.append(float((found - model(IMAGES)).square().sum()) / len(IMAGES))
     predicted = float(sensitivity.sum()) * size**2
-    # A depthwise convolution pads with zeros: its taps see a mean of their own, which a bias takes back in part alone.
+    # A depthwise convolution pads with zeros: its grouped_weight see a mean of their own, which a bias takes back in part alone.
     assert sum(measured) / 60 == pytest.approx(predicted, rel=0.35)
 
 

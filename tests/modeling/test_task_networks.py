@@ -11,8 +11,9 @@ from modeling.ssd_lite import SSDLite
 from utils.backends.lowering import lower_to_integers
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
-from utils.graph.capture import classes_of, trace
-from utils.graph.regions import find_links
+from utils.graph.nodes import classes_of
+from utils.graph.capture import capture
+from utils.graph.regions import find_regions
 from utils.passes.exactness import deviation, outputs_of
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
@@ -68,14 +69,14 @@ def test_every_layer_is_quantized_and_stays_close(name):
 
 
 def test_classes_come_from_the_shape_of_the_output():
-    assert classes_of(trace(randomise(deeplab()), SPEC)) == 4
-    assert classes_of(trace(randomise(ssd_lite()), SPEC)) == 3
+    assert classes_of(capture(randomise(deeplab()), SPEC)) == 4
+    assert classes_of(capture(randomise(ssd_lite()), SPEC)) == 3
 
 
 def test_the_tap_is_equalized_with_all_of_its_readers():
-    traced = trace(randomise(ssd_lite()), SPEC)
+    traced = capture(randomise(ssd_lite()), SPEC)
     fold_batchnorm(traced, PassLog())
-    readers = {link.producer: [port.name for port in link.readers] for link in find_links(traced)[0]}
+    readers = {link.producer: [port.name for port in link.readers] for link in find_regions(traced)[0]}
     assert readers["base_net.14.conv.0.0"] == [
         "base_net.14.conv.1.0",
         "classification_headers.0.0",

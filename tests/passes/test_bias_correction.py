@@ -7,7 +7,8 @@ from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.calibration.observers import layer_means
-from utils.graph.capture import trace, weighted_nodes
+from utils.graph.capture import capture
+from utils.graph.nodes import weighted_nodes
 from utils.passes.bias_correction import empirical_bias_correction, round_and_correct
 from utils.passes.log import PassLog
 from utils.passes.quantize_weights import quantize_weights
@@ -41,7 +42,7 @@ def test_correction_counts_padding_as_zeros():
 
 def rounded(exact, bits: int = 3):
     """A copy with rounded weights."""
-    model = trace(exact, SPEC)
+    model = capture(exact, SPEC)
     names = {node.target for node in weighted_nodes(model)}
     quantize_weights(model, names, bits, False, True, 32, PassLog())
     return model

@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from utils.calibration.moments import Statistics
 from utils.calibration.ranges import batchnorm_ranges
-from utils.graph.layers import taps
-from utils.graph.regions import find_links
+from utils.graph.layers import grouped_weight
+from utils.graph.regions import find_regions
 from utils.passes.equalization import cle_scales, equalization_scale, equalize
 from utils.passes.log import PassLog
 
@@ -26,8 +26,8 @@ def cle(model: fx.GraphModule, statistics: Statistics) -> Statistics:
 def spread(model: fx.GraphModule) -> float:
     """The mean over regions of how far the channels' weight ranges are apart, as a ratio."""
     ratios = []
-    for region in find_links(model)[0]:
-        widths = taps(model.get_submodule(region.producer)).abs().amax((2, 3))
+    for region in find_regions(model)[0]:
+        widths = grouped_weight(model.get_submodule(region.source)).abs().amax((2, 3))
         ratios.append(float(widths.max() / widths.min()))
     return sum(ratios) / len(ratios)
 
@@ -48,10 +48,10 @@ def test_equalization_keeps_the_output_and_evens_the_ranges(name):
 def test_equalized_pairs_have_equal_ranges():
     traced, _ = folded(randomise(chain(nn.ReLU)))
     cle(traced, {})  # without statistics nothing limits a factor
-    for region in find_links(traced)[0]:
-        first, second = traced.get_submodule(region.producer), traced.get_submodule(region.readers[0].name)
-        r1 = taps(first).abs().amax((2, 3)).reshape(-1)
-        r2 = taps(second).abs().amax((1, 3)).reshape(-1)
+    for region in find_regions(traced)[0]:
+        first, second = traced.get_submodule(region.source), traced.get_submodule(region.sinks[0].name)
+        r1 = grouped_weight(first).abs().amax((2, 3)).reshape(-1)
+        r2 = grouped_weight(second).abs().amax((1, 3)).reshape(-1)
         torch.testing.assert_close(r1, r2, rtol=5e-3, atol=0)
 
 

@@ -5,7 +5,7 @@ import torch
 from networks import SPEC, Branches, Residual, chain, conv_bn, folded, randomise
 from torch import nn
 
-from utils.graph.capture import trace
+from utils.graph.capture import capture
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
 
@@ -40,7 +40,7 @@ def test_a_batchnorm_alone_becomes_a_depthwise_layer():
 def test_a_batchnorm_without_statistics_is_skipped_and_said():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     log = PassLog()
-    assert not fold_batchnorm(trace(model, SPEC), log)
+    assert not fold_batchnorm(capture(model, SPEC), log)
     assert [(entry.where, entry.detail) for entry in log.entries if entry.skipped] == [
         ("1", "it keeps no running statistics")
     ]

@@ -10,8 +10,8 @@ from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.calibration.distillation import as_pixels, natural_noise
-from utils.graph.capture import weighted_nodes
-from utils.graph.layers import taps
+from utils.graph.nodes import weighted_nodes
+from utils.graph.layers import grouped_weight
 from utils.passes.gptq import gptq_round, second_moment
 from utils.quantization.qparams import choose_weight_qparams
 
@@ -44,7 +44,7 @@ def correlated(layer: nn.Module, count: int = 8) -> torch.Tensor:
 def test_second_moment_predicts_the_power_of_the_output(name):
     layer = build(name)
     x = correlated(layer)
-    view = taps(layer).double().flatten(2)
+    view = grouped_weight(layer).double().flatten(2)
     predicted = torch.einsum("god,gde,goe->go", view, second_moment(layer, x), view).flatten()
     y = layer(x).double()
     y = (y if isinstance(layer, nn.Linear) else y.movedim(1, -1).flatten(0, -2)) - layer.bias
@@ -57,7 +57,7 @@ def test_second_moment_predicts_the_power_of_the_output(name):
 def test_errors_compensate_each_other(name, per_channel, asymmetric):
     layer = build(name)
     qparams = choose_weight_qparams(layer, 4, per_channel, not asymmetric)
-    spread, exact = second_moment(layer, correlated(layer)), taps(layer).double()
+    spread, exact = second_moment(layer, correlated(layer)), grouped_weight(layer).double()
     rounded = gptq_round(exact, spread, qparams)
     scale, zero = (
         part.double().expand(layer.weight.shape[0]).view(*exact.shape[:2], 1)
@@ -78,7 +78,7 @@ def test_errors_compensate_each_other(name, per_channel, asymmetric):
 def test_inputs_that_have_nothing_in_common_are_rounded_to_the_nearest():
     layer = build("dense")
     qparams = choose_weight_qparams(layer, 4, False, True)
-    exact = taps(layer).double()
+    exact = grouped_weight(layer).double()
     rounded = gptq_round(exact, torch.eye(54).double()[None], qparams)
     torch.testing.assert_close(
         rounded, (exact.flatten(2) / qparams.scale).round() * qparams.scale.double(), rtol=0, atol=1e-6
@@ -88,7 +88,7 @@ def test_inputs_that_have_nothing_in_common_are_rounded_to_the_nearest():
 def test_an_input_that_never_varies_is_no_obstacle():
     layer = build("dense")
     qparams = choose_weight_qparams(layer, 4, False, True)
-    assert gptq_round(taps(layer).double(), torch.zeros(1, 54, 54).double(), qparams).isfinite().all()
+    assert gptq_round(grouped_weight(layer).double(), torch.zeros(1, 54, 54).double(), qparams).isfinite().all()
 
 
 @pytest.mark.parametrize("network", [chain, Residual, Branches])

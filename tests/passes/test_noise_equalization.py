@@ -12,23 +12,24 @@ from utils.calibration.distillation import as_pixels, natural_noise
 from utils.calibration.fidelity import Fidelity
 from utils.calibration.moments import Gaussian, Statistics
 from utils.calibration.ranges import batchnorm_ranges
-from utils.graph.capture import module_of, trace
-from utils.graph.layers import taps
-from utils.graph.regions import find_links, stored_nodes
+from utils.graph.nodes import module_of
+from utils.graph.capture import capture
+from utils.graph.layers import grouped_weight
+from utils.graph.regions import find_regions, stored_nodes
 from utils.passes.equalization import ScalesOf, activation_reach, cle_scales, equalize
 from utils.passes.exactness import outputs_of
 from utils.passes.log import PassLog
-from utils.passes.noise_equalization import NoiseGrid, choose_nearest, noise_optimal_scales, observe_on_images
+from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_optimal_scales, observe_on_images
 
 IMAGES = as_pixels(natural_noise(SPEC, 16, torch.Generator().manual_seed(0)), SPEC)
 NETWORKS = [chain, Residual, Branches]
-INT8 = NoiseGrid(8, 8)
+INT8 = QuantScheme(8, 8)
 
 
-def noise_optimal(model: fx.GraphModule, statistics: Statistics, grid: NoiseGrid = INT8) -> ScalesOf:
+def noise_optimal(model: fx.GraphModule, statistics: Statistics, scheme: QuantScheme = INT8) -> ScalesOf:
     """As quantize_data_free has it, with what the network does on the images."""
     observed = observe_on_images(model, IMAGES)
-    return partial(noise_optimal_scales, statistics=statistics, observed=observed, grid=grid)
+    return partial(noise_optimal_scales, statistics=statistics, observed=observed, scheme=scheme)
 
 
 @pytest.mark.parametrize("through_sums", [False, True])
@@ -54,7 +55,7 @@ def wide() -> nn.Module:
 
 def fidelity_after(model: fx.GraphModule, statistics: Statistics, scales_of: ScalesOf, recipe: Recipe) -> float:
     """In dB, of the network quantized after an equalization."""
-    scaled = trace(model, SPEC)
+    scaled = capture(model, SPEC)
     known = equalize(scaled, statistics, scales_of, PassLog())
     return quantize(scaled, SPEC, known, recipe, IMAGES, PassLog()).fidelity.output
 
@@ -68,7 +69,7 @@ def test_they_leave_less_noise_than_cle_scales(per_channel):
     for seed in range(3):  # single roundings have luck
         model, statistics = unlike(wide, seed)
         recipe = Recipe(**FLAGS, per_channel=per_channel)
-        ours = noise_optimal(model, statistics, NoiseGrid(8, 8, per_channel))
+        ours = noise_optimal(model, statistics, QuantScheme(8, 8, per_channel))
         cle = partial(cle_scales, ranges=batchnorm_ranges(statistics))
         gains.append(fidelity_after(model, statistics, ours, recipe) - fidelity_after(model, statistics, cle, recipe))
     assert sum(gains) / 3 > 0.5
@@ -88,9 +89,9 @@ def one_sided() -> nn.Module:
 def test_the_step_of_asymmetric_weights_is_that_of_their_range():
     """Scales that are optimal for asymmetric steps leave less noise of these than those for symmetric ones."""
     model, statistics = unlike(one_sided)
-    regions, _ = find_links(model)
+    regions, _ = find_regions(model)
     scales = {
-        symmetric: noise_optimal(model, statistics, NoiseGrid(4, 16, symmetric=symmetric))(model, regions, PassLog())
+        symmetric: noise_optimal(model, statistics, QuantScheme(4, 16, symmetric=symmetric))(model, regions, PassLog())
         for symmetric in (True, False)
     }
     assert any(not torch.allclose(a, b, rtol=0.01) for a, b in zip(scales[True], scales[False], strict=True))
@@ -103,11 +104,11 @@ def test_the_step_of_asymmetric_weights_is_that_of_their_range():
 
 def test_a_channel_that_no_image_activates_is_not_stretched():
     model, statistics = unlike(partial(chain, nn.ReLU))
-    (region, *others), _ = find_links(model)
+    (region, *others), _ = find_regions(model)
     reach = activation_reach(model, region, batchnorm_ranges(statistics))[0]
     asleep = int(reach.argsort()[-2])  # its range from BatchNorm is nearly as wide as any
     layer = model.get_submodule("0.0")
-    taps(layer)[0, asleep] *= 1e-3
+    grouped_weight(layer)[0, asleep] *= 1e-3
     layer.bias[asleep] = -10.0
     scales = noise_optimal(model, statistics)(model, [region, *others], PassLog())
     stretched = reach / scales[0]
@@ -116,7 +117,7 @@ def test_a_channel_that_no_image_activates_is_not_stretched():
 
 def test_ranges_from_batchnorm_that_images_contradict_do_not_count():
     model, statistics = unlike(partial(chain, nn.ReLU))
-    regions, _ = find_links(model)
+    regions, _ = find_regions(model)
     known = statistics["0.0"]
     wrong = statistics | {"0.0": Gaussian(100 * known.mean.abs(), 1e4 * known.variance)}
     without = {name: each for name, each in statistics.items() if name != "0.0"}
@@ -131,7 +132,7 @@ def test_without_a_region_there_is_no_scale():
 
 def test_tensors_that_an_engine_stores():
     model, _ = unlike(Residual)
-    stored = {link.producer: stored_nodes(model, link) for link in find_links(model, through_sums=True)[0]}
+    stored = {link.producer: stored_nodes(model, link) for link in find_regions(model, through_sums=True)[0]}
     assert stored["inner.0"] == {"inner_2": "inner.0"}
     assert stored["stem.0"] == {"stem_2": "stem.0", "outer_0": "outer.0", "relu_1": None}
 

@@ -4,7 +4,7 @@ import torch
 from networks import SPEC, chain, settle
 
 from dfq import Recipe, quantize_data_free
-from utils.graph.capture import module_of, weighted_nodes
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.log import PassLog
 from utils.passes.quantize_bias import quantize_biases
 from utils.quantization.placement import quantizer_before

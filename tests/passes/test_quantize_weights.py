@@ -9,8 +9,9 @@ from dfq import Recipe, quantize_data_free
 from utils.calibration.moments import propagate
 from utils.calibration.ranges import analytic_ranges
 from utils.core.errors import UserError
-from utils.graph.capture import module_of, trace, weighted_nodes
-from utils.graph.layers import taps
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.graph.capture import capture
+from utils.graph.layers import grouped_weight
 from utils.passes.insert_quantizers import insert_quantizers
 from utils.passes.log import PassLog
 from utils.passes.quantize_bias import quantize_biases
@@ -36,7 +37,7 @@ def with_huge_bias():
     model = settle(chain(nn.ReLU))
     traced, statistics = folded(model)
     layer = traced.get_submodule("2.0")
-    taps(layer)[0, 0] *= 1e-9 / taps(layer)[0, 0].abs().max()
+    grouped_weight(layer)[0, 0] *= 1e-9 / grouped_weight(layer)[0, 0].abs().max()
     layer.bias[0] = 5.0
     insert_quantizers(traced, analytic_ranges(propagate(traced, SPEC, statistics)), 8, PassLog())
     return traced
@@ -44,7 +45,7 @@ def with_huge_bias():
 
 def test_a_bias_that_would_overflow_gets_room_before_the_weights_are_rounded():
     model, log = with_huge_bias(), PassLog()
-    exact = taps(model.get_submodule("2.0")).clone()
+    exact = grouped_weight(model.get_submodule("2.0")).clone()
     names = {node.target for node in weighted_nodes(model)}
     quantize_weights(model, names, 8, per_channel=True, symmetric=True, bits_bias=32, log=log)
     fitted = [entry.where for entry in log.entries if entry.action == "fitted biases to int32"]
@@ -52,7 +53,7 @@ def test_a_bias_that_would_overflow_gets_room_before_the_weights_are_rounded():
     layer = model.get_submodule("2.0")
     scale = layer.weight_qparams.scale
     torch.testing.assert_close(scale[1:], exact[0, 1:].abs().amax((1, 2)) / 127)
-    torch.testing.assert_close(taps(layer)[0, 0], (exact[0, 0] / scale[0]).round() * scale[0])
+    torch.testing.assert_close(grouped_weight(layer)[0, 0], (exact[0, 0] / scale[0]).round() * scale[0])
     kept = {name: model.get_submodule(name).weight.clone() for name in names}
     quantize_biases(model, 32, log)
     assert layer.bias_qparams is not None and layer.bias[0] == pytest.approx(5.0, rel=1e-6)
@@ -76,7 +77,7 @@ def test_a_layer_behind_something_unknown_is_skipped_and_said():
         def forward(self, x):
             return self.last(torch.cumsum(self.conv(x), 2))
 
-    traced, log = trace(Odd().eval(), SPEC), PassLog()
+    traced, log = capture(Odd().eval(), SPEC), PassLog()
     known = analytic_ranges(propagate(traced, SPEC, {}))
     assert quantizable_layers(traced, known, log) == {"conv"}
     assert log.reasons("quantized weights")[0].startswith("1 nothing is known of its input")
@@ -85,6 +86,6 @@ def test_a_layer_behind_something_unknown_is_skipped_and_said():
 
 
 def test_weight_ranges_are_those_of_every_channel():
-    traced = trace(settle(chain()), SPEC)
+    traced = capture(settle(chain()), SPEC)
     weight = traced.get_submodule("1.0").weight.flatten(1)
     torch.testing.assert_close(weight_ranges(traced)["1.0"], torch.stack([weight.amin(1), weight.amax(1)], 1))

@@ -30,7 +30,7 @@ LAYERS = {
 @pytest.mark.parametrize("channelwise", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_weights_lie_on_their_grid(kind, symmetric, channelwise, bits):
+def test_weights_lie_on_their_steps(kind, symmetric, channelwise, bits):
     layer = LAYERS[kind]().requires_grad_(False)
     before = layer.weight.clone()
     qparams = choose_weight_qparams(layer, bits, channelwise, symmetric)
@@ -48,7 +48,7 @@ def test_weights_lie_on_their_grid(kind, symmetric, channelwise, bits):
         assert (qparams.zero_point == 0).all()
 
 
-def test_per_channel_grid_of_a_transposed_convolution_runs_along_its_output():
+def test_per_channel_scales_of_a_transposed_convolution_run_along_its_output():
     layer = nn.ConvTranspose2d(4, 6, 2, groups=2).requires_grad_(False)
     layer.weight.normal_()
     layer.weight[:2, 1] *= 10  # group 0, output 1
@@ -73,7 +73,7 @@ def test_narrow_bias_has_few_values(bits):
     assert (rounded - bias).abs().max() <= bias.abs().max() / (2 ** (bits - 1) - 1) * 0.5001
 
 
-def test_wide_bias_lies_on_the_grid_of_the_accumulator():
+def test_wide_bias_lies_on_the_steps_of_the_accumulator():
     bias, scale = torch.randn(64), torch.rand(64) * 1e-4 + 1e-6
     rounded = round_bias(bias, choose_bias_qparams(bias, 32, scale))
     steps = rounded.double() / scale.double()
@@ -81,7 +81,7 @@ def test_wide_bias_lies_on_the_grid_of_the_accumulator():
     assert ((rounded - bias).abs() <= scale * 0.51 + 1e-7).all()
 
 
-def test_grids_hold_zero_even_where_the_range_does_not():
+def test_zero_is_exact_even_where_the_range_does_not_hold_it():
     for low, high in ((1.0, 3.0), (-3.0, -1.0), (0.0, 0.0)):
         qparams = affine_qparams(torch.tensor(low), torch.tensor(high), 8)
         assert fake_quantize(torch.zeros(1), qparams) == 0

@@ -10,7 +10,8 @@ from torch import nn
 from dfq import Recipe, quantize_data_free
 from utils.backends.lowering import lower_to_integers
 from utils.core.errors import UserError
-from utils.graph.capture import module_of, trace, weighted_nodes
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.graph.capture import capture
 from utils.passes.exactness import outputs_of
 from utils.quantization import serialization as artifact
 
@@ -21,7 +22,7 @@ RECIPE = Recipe(quantize=True, equalize=True, correction=True)
 def saved(network, file, recipe=RECIPE):
     result = quantize_data_free(network, SPEC, recipe)
     parts = result.float, result.simulated
-    artifact.save(file, artifact.Saved(trace(network, SPEC), *parts, asdict(recipe), SPEC, TASK, "net", "here"))
+    artifact.save(file, artifact.Saved(capture(network, SPEC), *parts, asdict(recipe), SPEC, TASK, "net", "here"))
     return result
 
 
@@ -81,7 +82,7 @@ class Attention(nn.Module):
 
 
 def test_a_layer_of_layers_is_refused_before_the_file_is_there(tmp_path):
-    network = trace(Attention().eval(), SPEC)
+    network = capture(Attention().eval(), SPEC)
     parts = network, network, network, {}
     with pytest.raises(UserError, match="'attention' is a MultiheadAttention, made of further layers"):
         artifact.save(tmp_path / "net.dfq", artifact.Saved(*parts, SPEC, TASK, "net", "here"))

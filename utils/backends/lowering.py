@@ -8,33 +8,65 @@ same way in both, and a whole network of integer kernels gives the same integers
 
 import copy
 import math
-import operator
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
 
-from utils.graph.capture import ASKS_SHAPE, module_of, run_in_place, shape, tidy
+from utils.graph.in_place import run_in_place
 from utils.graph.layers import (
     WEIGHTED,
-    IntegerSum,
-    PositionSum,
     channels_in,
     channels_out,
+    grouped_weight,
     per_channel,
     scale_inputs,
     scale_outputs,
-    taps,
 )
-from utils.quantization.placement import keeps_qparams, quantizer_before, value_sources
+from utils.graph.nodes import module_of, shape, tidy
+from utils.graph.ops import is_size, keeps_grid
+from utils.quantization.placement import is_concat, quantizer_before, value_sources
 from utils.quantization.quantizer import Quantizer
+
+aten = torch.ops.aten
+
+
+class IntegerSum(nn.Module):
+    """The sum of two tensors of steps, in steps of a third grid, as ONNX Runtime's QLinearAdd rounds it.
+
+    first, second, total: scale and zero point of each uint8 grid; steps are counted from the zero point. That
+    kernel multiplies and adds in float32, fused: fixed + ratio * unsigned second + ratio * unsigned first.
+    """
+
+    makes_new_tensor = True
+
+    def __init__(self, first: tuple[float, int], second: tuple[float, int], total: tuple[float, int]):
+        super().__init__()
+        scales = torch.tensor([first[0], second[0], total[0]])
+        self.ratios = (scales[:2] / scales[2]).tolist()
+        self.zero_points = first[1], second[1], total[1]
+        offset = torch.tensor(self.ratios[1]) * self.zero_points[1]
+        offset = (self.ratios[0] * self.zero_points[0] + offset.double()).float()  # one rounding: fused
+        self.register_buffer("fixed", self.zero_points[2] - offset, persistent=False)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        sum_ = torch.add(self.fixed, second + self.zero_points[1], alpha=self.ratios[1])
+        sum_.add_(first + self.zero_points[0], alpha=self.ratios[0])
+        return sum_.round_().sub_(self.zero_points[2])
+
+
+class PositionSum(nn.Module):
+    """[N, C, ...] -> [N, C, 1, ...], the sum of each channel's values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(list(range(2, x.dim())), keepdim=True)
 
 
 class QuantizeToSteps(nn.Module):
     """A quantizer as an engine computes it, which hands its steps on, or values if what reads it needs them.
 
-    quantizer: of the simulation. multiplier: what the input is multiplied by before rounding, [] or [C, 1, ...]; None to
-    divide it by the scale, as an engine's QuantizeLinear does; 1.0 where it is in steps already.
+    quantizer: of the simulation. multiplier: what the input is multiplied by before rounding, [] or [C, 1, ...]; None
+    to divide it by the scale, as an engine's QuantizeLinear does; 1.0 where it is in steps already.
     to_steps: hand out steps, counted from the zero point, instead of values.
     """
 
@@ -93,15 +125,15 @@ def _in_steps(model: fx.GraphModule) -> set[fx.Node]:
 
 def _reads_steps(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> bool:
     """Whether a value is handed on in steps of one quantizer."""
-    return quantizer_before(model, node) is not None and value_sources(model, node)[0] in steps
+    return quantizer_before(model, node) is not None and value_sources(node)[0] in steps
 
 
 def _readers(model: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     """What reads a value, past whatever only moves it."""
     for user in node.users:
-        if keeps_qparams(model, user) or user.target is torch.cat:
+        if keeps_grid(user) or is_concat(user):
             yield from _readers(model, user)
-        elif user.target not in ASKS_SHAPE:
+        elif not is_size(user):
             yield user
 
 
@@ -109,7 +141,7 @@ def _takes_steps(model: fx.GraphModule, reader: fx.Node, chosen: set[fx.Node]) -
     """Whether a reader can compute on the steps of quantizers, all its operands being of the chosen ones."""
     if not (isinstance(module_of(model, reader), WEIGHTED) or _is_sum(model, reader) or _is_average(model, reader)):
         return False
-    operands = [value_sources(model, operand) for operand in reader.all_input_nodes]
+    operands = [value_sources(operand) for operand in reader.all_input_nodes]
     return all(
         set(sources) <= chosen and len({module_of(model, source).scale for source in sources}) == 1
         for sources in operands
@@ -119,7 +151,7 @@ def _takes_steps(model: fx.GraphModule, reader: fx.Node, chosen: set[fx.Node]) -
 def _is_sum(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node adds two quantized tensors of one shape for a quantizer."""
     return (
-        node.target is operator.add
+        node.target is aten.add.Tensor
         and all(isinstance(part, fx.Node) and shape(part) == shape(node) for part in node.args)
         and all(quantizer_before(model, part) is not None for part in node.args)
         and [type(module_of(model, user)) for user in node.users] == [Quantizer]
@@ -129,8 +161,9 @@ def _is_sum(model: fx.GraphModule, node: fx.Node) -> bool:
 def _is_average(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node averages all positions of a quantized tensor for a quantizer."""
     return (
-        isinstance(module_of(model, node), nn.AdaptiveAvgPool2d)
-        and math.prod(shape(node)[2:]) == 1 < math.prod(shape(node.args[0])[2:])
+        node.target is aten.mean.dim
+        and list(node.args[1]) == list(range(2, len(shape(node))))
+        and math.prod(shape(node.args[0])[2:]) > 1
         and quantizer_before(model, node.args[0]) is not None
         and [type(module_of(model, user)) for user in node.users] == [Quantizer]
     )
@@ -160,7 +193,7 @@ def _lower_layer(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> d
 def _to_integers(layer: nn.Module, input_scale: float) -> None:
     """Replace a layer's weights and biases by their integers."""
     scale = layer.weight_qparams.scale.double().expand(channels_out(layer))
-    view = taps(layer)
+    view = grouped_weight(layer)
     view.copy_((view.double() / scale.view(view.shape[0], -1, 1, 1)).round())
     layer.bias.data.copy_((layer.bias.double() / (scale * input_scale)).round())
 
@@ -179,6 +212,8 @@ def _lower_average(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, float 
     """Add steps up over all positions, and let the quantizer behind divide by their number too."""
     user = next(iter(node.users))
     before, after = quantizer_before(model, node.args[0]), module_of(model, user)
-    model.set_submodule(node.target, PositionSum())
+    name = f"{node.name}_of_steps"
+    model.add_submodule(name, PositionSum())
+    node.op, node.target, node.args = "call_module", name, (node.args[0],)
     positions = math.prod(shape(node.args[0])[2:])
     return {user: float(torch.tensor(before.scale) / (torch.tensor(after.scale) * positions))}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from utils.calibration.observers import BATCH, Observer
-from utils.graph.capture import module_of
 from utils.graph.layers import WEIGHTED
+from utils.graph.nodes import module_of
 from utils.quantization.quantizer import Quantizer
 
 LEAST_SATURATION = 0.01  # percent of a tensor's values, below which a report does not name it

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from utils.graph.capture import module_of
 from utils.graph.layers import WEIGHTED
+from utils.graph.nodes import module_of
 
 BATCH = 16  # images that run at once; on every network's activations at full size, a few hundred megabytes
 BINS = 2048
@@ -125,7 +125,7 @@ def histograms(model: fx.GraphModule, images: Tensor) -> dict[str, Histogram]:
 
 
 def channel_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Smallest and largest value [C] of the channels of every node's output [N, C, ...] on the images, by the node's name."""
+    """Smallest and largest value [C] of every node's output channels on the images, by the node's name."""
     extremes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:

@@ -18,9 +18,9 @@ from utils.calibration.moments import Unknown
 from utils.calibration.observers import Observer, channel_mean, layer_means, observe, run_layers
 from utils.calibration.ranges import RangeOf
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import module_of
 from utils.graph.layers import WEIGHTED
 from utils.graph.layers import per_channel as per_channel_view
+from utils.graph.nodes import module_of, outputs_of
 from utils.quantization.qparams import affine_qparams, choose_weight_qparams, round_weight
 from utils.quantization.quantizer import Quantizer
 
@@ -168,7 +168,7 @@ class Rerun:
         observer = Observer(self.model, lambda node, value: None)
         observer.garbage_collect_values = False
         with torch.inference_mode():
-            self.outputs = _outputs(observer.run(images))
+            self.outputs = outputs_of(observer.run(images))
         self.values = {node.name: value for node, value in observer.env.items()}
         self.power = [float(output.double().square().sum().clamp_min(1e-30)) for output in self.outputs]
 
@@ -183,7 +183,7 @@ class Rerun:
                     continue
                 interpreter.env = {source: changed.get(source.name, self.values.get(source.name)) for source in sources}
                 changed[node.name] = interpreter.run_node(node)
-        outputs = _outputs(changed.get("output", tuple(self.outputs)))
+        outputs = outputs_of(changed.get("output", tuple(self.outputs)))
         return sum(
             float((after - before).double().square().sum()) / power
             for before, after, power in zip(self.outputs, outputs, self.power, strict=True)
@@ -204,8 +204,8 @@ def weight_noise(model: fx.GraphModule, images: Tensor, bits: int, per_channel: 
         return result - (shift if isinstance(layer, nn.Linear) else per_channel_view(shift, result.dim()))
 
     with torch.no_grad():
-        expected = _outputs(_without_overwriting(model)(images))
-    pairs = zip(expected, _outputs(run_layers(rounded, images, run)), strict=True)
+        expected = outputs_of(_without_overwriting(model)(images))
+    pairs = zip(expected, outputs_of(run_layers(rounded, images, run)), strict=True)
     return sum(float((a - b).double().square().sum() / a.double().square().sum().clamp_min(1e-30)) for a, b in pairs)
 
 
@@ -280,7 +280,3 @@ def _without_overwriting(model: fx.GraphModule) -> fx.GraphModule:
         if hasattr(module, "inplace"):
             module.inplace = False
     return model
-
-
-def _outputs(result: object) -> list[Tensor]:
-    return list(result) if isinstance(result, tuple | list) else [result]

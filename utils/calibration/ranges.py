@@ -53,7 +53,7 @@ def batchnorm_ranges(statistics: Statistics, sigmas: float = SIGMAS) -> ChannelR
 def describe_contradictions(
     nodes: Iterable[fx.Node], observed: RangeOf, analytic: RangeOf, factor: float = CONTRADICTED
 ) -> str | None:
-    """A line on the nodes whose range on images is far from that from BatchNorm, of which one is wrong; None without."""
+    """A line on the nodes whose range on images is far from that from BatchNorm; None without. One of the two is wrong."""
     ratios = {}
     for node in nodes:
         pair = observed(node), analytic(node)

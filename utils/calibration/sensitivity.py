@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.calibration.observers import Observer
-from utils.graph.capture import module_of, weighted_nodes
-from utils.graph.layers import taps
+from utils.graph.layers import grouped_weight
+from utils.graph.nodes import module_of, weighted_nodes
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def output_sensitivity(model: fx.GraphModule, images: Tensor, means: dict[str, T
     model = copy.deepcopy(model).requires_grad_(True)
     layers = {node.target: module_of(model, node) for node in weighted_nodes(model)}
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.zeros(taps(layer).shape[:3]) for name, layer in layers.items()}
+    weights = {name: torch.zeros(grouped_weight(layer).shape[:3]) for name, layer in layers.items()}
     activations: dict[str, Tensor] = {}
     for image in images.split(1):
         model.zero_grad()
@@ -66,7 +66,7 @@ def _backpropagate(model: fx.GraphModule, image: Tensor, generator: torch.Genera
 
 def _weight_power(layer: nn.Module, mean: Tensor) -> Tensor:
     """Squared gradients [groups, out, in] of a layer's weights, less what a shift of the mean does. mean: [C_in]."""
-    gradient = taps(layer, layer.weight.grad)
+    gradient = grouped_weight(layer, layer.weight.grad)
     groups, out = gradient.shape[:2]
     of_mean = layer.bias.grad.view(groups, out, 1, 1) * mean.view(groups, 1, -1, 1)
     return (gradient - of_mean).square().sum(3)

@@ -16,7 +16,7 @@ from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.experiment import charts
 from utils.experiment.page import Picture, Section
-from utils.graph.capture import module_of
+from utils.graph.nodes import module_of
 from utils.quantization.quantizer import Quantizer
 from utils.tasks.boxes import BoxCoder
 from utils.tasks.data import BadSample

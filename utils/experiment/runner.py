@@ -23,7 +23,7 @@ from utils.experiment import records as results
 from utils.experiment.evaluation import evaluate
 from utils.experiment.page import Picture, Section
 from utils.experiment.pictures import distilled_pictures, make_folder, network_pictures
-from utils.graph.capture import trace
+from utils.graph.capture import capture
 from utils.passes.log import PassLog
 from utils.quantization import serialization as artifact
 from utils.tasks.data import BadSample, Batches
@@ -181,7 +181,7 @@ class Experiment:
             return
         if args.save:
             parts = quantized.float, quantized.simulated
-            model, name, weights = trace(self.network.model, self.spec), self.network.name, self.network.weights
+            model, name, weights = capture(self.network.model, self.spec), self.network.name, self.network.weights
             extras = {**self.extras, "names": dict(self._names())}
             artifact.save(
                 args.save,

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, fx
 
 from utils.calibration.moments import Gaussian, Statistics
-from utils.graph.capture import tidy
-from utils.graph.layers import channels_in, input_sums
-from utils.graph.regions import Link, find_links
+from utils.graph.layers import input_sums
+from utils.graph.nodes import tidy
+from utils.graph.regions import Region, find_regions
 from utils.passes.log import PassLog
 from utils.passes.relu6 import channel_caps, lower_caps
 
@@ -14,14 +14,14 @@ ACTION = "absorbed high biases"
 
 
 def absorb_high_biases(model: fx.GraphModule, statistics: Statistics, log: PassLog) -> Statistics:
-    """Move c = max(0, mean - 3 std) from a layer's bias to its readers'; returns the statistics after that.
+    """Move c = max(0, mean - 3 std) from a layer's bias to its sinks'; returns the statistics after that.
 
-    relu(x - c) = relu(x) - c for all but 0.1 % of x. Only where every reader sees the constant at every tap: zero
+    relu(x - c) = relu(x) - c for all but 0.1 % of x. Only where every sink sees the constant at every tap: zero
     padding would make the border wrong.
     """
     moved = dict(statistics)
-    for region in find_links(model)[0]:
-        name, known = region.producer, statistics.get(region.producer)
+    for region in find_regions(model)[0]:
+        name, known = region.source, statistics.get(region.source)
         reason = _why_not(region, known)
         if reason:
             log.skipped(ACTION, name, reason)
@@ -39,20 +39,20 @@ def absorb_high_biases(model: fx.GraphModule, statistics: Statistics, log: PassL
     return moved
 
 
-def _why_not(region: Link, known: Gaussian | None) -> str | None:
+def _why_not(region: Region, known: Gaussian | None) -> str | None:
     if known is None:
         return "no BatchNorm statistics"
     if not region.rectified:
-        return "no ReLU on the way to its readers"
-    if not all(reader.keeps_constants for reader in region.readers):
-        return "a reader sees zero padding"
+        return "no ReLU on the way to its sinks"
+    if not all(sink.keeps_constants for sink in region.sinks):
+        return "a sink sees zero padding"
     return None
 
 
-def _move_bias(model: fx.GraphModule, region: Link, excess: Tensor) -> None:
-    model.get_submodule(region.producer).bias.data.sub_(excess)
-    for reader in region.readers:
-        layer = model.get_submodule(reader.name)
-        layer.bias.data.add_(input_sums(layer, reader.across(channels_in(layer), excess, elsewhere=0)))
+def _move_bias(model: fx.GraphModule, region: Region, excess: Tensor) -> None:
+    model.get_submodule(region.source).bias.data.sub_(excess)
+    for sink in region.sinks:
+        layer = model.get_submodule(sink.name)
+        layer.bias.data.add_(input_sums(layer, sink.gather(excess, elsewhere=0)))
     for clip in region.clips:
         lower_caps(model, clip, excess)

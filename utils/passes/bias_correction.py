@@ -5,8 +5,8 @@ from torch import Tensor, fx, nn
 
 from utils.calibration.moments import Moments, Unknown
 from utils.calibration.observers import channel_mean, run_layers
-from utils.graph.capture import module_of, weighted_nodes
 from utils.graph.layers import per_channel
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.gptq import gptq_round_layer
 from utils.passes.log import PassLog
 
@@ -18,7 +18,7 @@ def analytical_bias_correction(
 ) -> None:
     """Take the mean shift that follows from BatchNorm statistics out of the biases; equation 16.
 
-    E[(W + e) x] - E[W x] = e * E[x], with the mean of x at every position, so that taps over zero padding
+    E[(W + e) x] - E[W x] = e * E[x], with the mean of x at every position, so that grouped_weight over zero padding
     count as zeros at the border. reference: the float network, before clipping and rounding; moments: of its nodes.
     """
     for node in weighted_nodes(reference):

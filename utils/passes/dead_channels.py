@@ -12,9 +12,9 @@ from torch import Tensor, fx
 
 from utils.calibration.moments import Gaussian, Moments, Statistics, propagate
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import module_of, weighted_nodes
-from utils.graph.layers import channels_in, input_sums, scale_inputs, taps
-from utils.graph.regions import Link, Port, find_links
+from utils.graph.layers import grouped_weight, input_sums, scale_inputs
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.graph.regions import ChannelSlice, Region, find_regions
 from utils.passes.log import PassLog
 from utils.passes.relu6 import channel_caps
 
@@ -34,14 +34,14 @@ class _Constants:
 def clear_dead_channels(model: fx.GraphModule, spec: InputSpec, statistics: Statistics, log: PassLog) -> Statistics:
     """Zero the weights that read constant channels, keeping the output as it is; returns the true statistics.
 
-    A channel that is constantly 0 can be cleared anywhere; another constant is moved to the reader's bias where no
+    A channel that is constantly 0 can be cleared anywhere; another constant is moved to the sink's bias where no
     padding interferes.
     """
     moments = propagate(model, spec, statistics)
     nodes = {node.target: node for node in weighted_nodes(model)}
     corrected = dict(statistics)
-    for region in find_links(model)[0]:
-        name = region.producer
+    for region in find_regions(model)[0]:
+        name = region.source
         source = moments.get(nodes[name].args[0].name)
         if not isinstance(source, Moments) or not region.rectified:
             continue
@@ -52,17 +52,17 @@ def clear_dead_channels(model: fx.GraphModule, spec: InputSpec, statistics: Stat
             known, bias = statistics[name], module_of(model, nodes[name]).bias
             mean = torch.where(constant & ~found.zero, bias, known.mean)
             corrected[name] = Gaussian(mean, known.variance.masked_fill(constant, 0))
-        for reader in region.readers:
-            _clear(model, reader, found, log)
+        for sink in region.sinks:
+            _clear(model, sink, found, log)
     return corrected
 
 
-def activation_bounds(model: fx.GraphModule, node: fx.Node, source: Moments, region: Link) -> tuple[Tensor, Tensor]:
+def activation_bounds(model: fx.GraphModule, node: fx.Node, source: Moments, region: Region) -> tuple[Tensor, Tensor]:
     """The smallest and largest value [C] that a layer's channels can take behind their activation,
     whatever its inputs do within their own ranges."""
     layer = module_of(model, node)
     largest = torch.maximum(source.low.abs().max(), source.high.abs().max())  # of any channel: ranges are estimates
-    reach = taps(layer).abs().sum((2, 3)).reshape(-1) * largest
+    reach = grouped_weight(layer).abs().sum((2, 3)).reshape(-1) * largest
     low, high = ((layer.bias + side * reach).clamp_min(0) for side in (-1, 1))
     for clip in region.clips:
         cap = channel_caps(model, clip, region.channels)
@@ -70,18 +70,18 @@ def activation_bounds(model: fx.GraphModule, node: fx.Node, source: Moments, reg
     return low, high
 
 
-def _clear(model: fx.GraphModule, reader: Port, found: _Constants, log: PassLog) -> None:
-    """Clear a reader's columns of the channels that are constantly 0, or constant where that is exact."""
-    layer = model.get_submodule(reader.name)
-    clearable = found.constant if reader.keeps_constants else found.zero
+def _clear(model: fx.GraphModule, sink: ChannelSlice, found: _Constants, log: PassLog) -> None:
+    """Clear a sink's columns of the channels that are constantly 0, or constant where that is exact."""
+    layer = model.get_submodule(sink.name)
+    clearable = found.constant if sink.keeps_constants else found.zero
     for channel in (found.constant & ~clearable).nonzero().flatten().tolist():
-        reason = "constant is not 0 and the reader pads with zeros"
-        log.skipped(ACTION, f"{found.layer}[{channel}] in {reader.name}", reason)
+        reason = "constant is not 0 and the sink pads with zeros"
+        log.skipped(ACTION, f"{found.layer}[{channel}] in {sink.name}", reason)
     if not clearable.any():
         return
     moved = torch.where(clearable & ~found.zero, found.value, torch.zeros_like(found.value))
-    layer.bias.data.add_(input_sums(layer, reader.across(channels_in(layer), moved, elsewhere=0)))
-    scale_inputs(layer, reader.across(channels_in(layer), (~clearable).float(), elsewhere=1))
+    layer.bias.data.add_(input_sums(layer, sink.gather(moved, elsewhere=0)))
+    scale_inputs(layer, sink.gather((~clearable).float(), elsewhere=1))
     for channel in clearable.nonzero().flatten().tolist():
         constant = f"constant {float(found.value[channel]):.3g}"
-        log.applied(ACTION, f"{found.layer}[{channel}] in {reader.name}", constant)
+        log.applied(ACTION, f"{found.layer}[{channel}] in {sink.name}", constant)

@@ -2,14 +2,15 @@
 
 What a layer reads is correlated: neighbouring pixels are alike, and so are channels. The nearest steps are then not
 the best ones. What each rounding does to the output is passed on to the inputs that are still to come, as well as
-these can compensate for it (Frantar et al., Optimal Brain Compression, NeurIPS 2022; GPTQ, ICLR 2023, arXiv 2210.17323).
+these can compensate for it (Frantar et al., Optimal Brain Compression, NeurIPS 2022; GPTQ, ICLR 2023,
+arXiv 2210.17323).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.graph.layers import padding, taps
+from utils.graph.layers import grouped_weight, padding
 from utils.passes.log import PassLog
 from utils.quantization.qparams import QParams
 
@@ -32,7 +33,7 @@ def gptq_round_layer(name: str, layer: nn.Module, exact: Tensor, x: Tensor, log:
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         log.skipped(ACTION, name, f"not written for {type(layer).__name__}")
         return
-    nearest, wanted = taps(layer), taps(layer, exact).double()
+    nearest, wanted = grouped_weight(layer), grouped_weight(layer, exact).double()
     moment = second_moment(layer, x)
     rounded = gptq_round(wanted, moment, qparams).view(nearest.shape)
     before, after = (_output_noise(weights - wanted, moment) for weights in (nearest, rounded))

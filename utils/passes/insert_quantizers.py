@@ -5,10 +5,11 @@ from torch import fx
 
 from utils.calibration.moments import Unknown
 from utils.calibration.ranges import RangeOf
-from utils.graph.capture import insert_module, is_tensor, module_of, shape, tidy
-from utils.graph.layers import CLIPS, WEIGHTED
+from utils.graph.layers import WEIGHTED, Clip
+from utils.graph.nodes import insert_module, is_tensor, module_of, shape, tidy
+from utils.graph.ops import keeps_grid
 from utils.passes.log import PassLog
-from utils.quantization.placement import keeps_qparams, value_sources
+from utils.quantization.placement import is_concat, value_sources
 from utils.quantization.qparams import affine_qparams
 from utils.quantization.quantizer import Quantizer
 
@@ -24,16 +25,21 @@ def insert_quantizers(model: fx.GraphModule, range_of: RangeOf, bits: int, log: 
     hands out is left as it is, whatever made it: a range would cut it, and 256 steps would make classes tie.
     """
     for node, (low, high) in _tensor_ranges(model, range_of, log).items():
-        quantizer = Quantizer(affine_qparams(torch.tensor(low), torch.tensor(high), bits))
-        activation = module_of(model, node)
-        if isinstance(activation, CLIPS) and quantizer.step_min == 0:
-            cap = getattr(activation, "cap", None)
-            quantizer = Quantizer(quantizer.qparams, None if cap is None or bool((cap >= high).all()) else cap)
+        qparams = affine_qparams(torch.tensor(low), torch.tensor(high), bits)
+        clip = module_of(model, node)
+        if isinstance(clip, Clip) and _clips_alike(clip, low):
+            quantizer = Quantizer(qparams, None if bool((clip.high >= high).all()) else clip.high)
             model.set_submodule(node.target, quantizer)
         else:
+            quantizer = Quantizer(qparams)
             insert_module(model, node, f"{node.name}_quantizer", quantizer)
         log.applied(ACTION, node.name, quantizer.extra_repr())
     tidy(model)
+
+
+def _clips_alike(clip: Clip, low: float) -> bool:
+    """Whether a quantizer over a range from there also is the clip's lower bound."""
+    return clip.low.dim() == 0 and float(clip.low) <= min(low, 0.0)
 
 
 def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> dict[fx.Node, tuple[float, float]]:
@@ -46,12 +52,12 @@ def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> di
         else:
             ranges[node] = known
     for node in model.graph.nodes:
-        if node.target is torch.cat and not handed_out(model, node):
+        if is_concat(node) and node.users and not handed_out(node):
             together = range_of(node)
             if isinstance(together, Unknown):
                 continue
-            sources = {source for part in node.args[0] for source in value_sources(model, part)}
-            if all(source in ranges and _feeds_only(model, source, node) for source in sources):
+            sources = {source for part in node.args[0] for source in value_sources(part)}
+            if all(source in ranges and _feeds_only(source, node) for source in sources):
                 ranges.update(dict.fromkeys(sources, together))
             else:
                 ranges[node] = together
@@ -68,7 +74,7 @@ def quantized_tensors(model: fx.GraphModule) -> list[fx.Node]:
     return [
         node
         for node in model.graph.nodes
-        if _is_written(model, node) or (node.target is torch.cat and not handed_out(model, node))
+        if _is_written(model, node) or (is_concat(node) and node.users and not handed_out(node))
     ]
 
 
@@ -76,32 +82,29 @@ def averaged_into_output(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the network hands out what is made of this value without any layer."""
     readers = list(node.users)
     return bool(readers) and all(
-        user.op != "output" and not isinstance(module_of(model, user), WEIGHTED) and handed_out(model, user)
+        user.op != "output" and not isinstance(module_of(model, user), WEIGHTED) and handed_out(user)
         for user in readers
     )
 
 
 def _is_written(model: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op in ("output", "get_attr") or not is_tensor(node) or not shape(node) or not node.users:
+    if node.op in ("output", "get_attr") or not node.users or not is_tensor(node) or not shape(node):
         return False
-    if keeps_qparams(model, node) or node.target is torch.cat:
+    if keeps_grid(node) or is_concat(node) or not node.meta["tensor_meta"].dtype.is_floating_point:
         return False
     readers = [module_of(model, user) for user in node.users]
-    if len(readers) == 1 and isinstance(readers[0], CLIPS):
+    if len(readers) == 1 and isinstance(readers[0], Clip):
         return False  # one kernel with its activation
-    return node.op == "placeholder" or not handed_out(model, node)
+    return node.op == "placeholder" or not handed_out(node)
 
 
-def handed_out(model: fx.GraphModule, node: fx.Node) -> bool:
+def handed_out(node: fx.Node) -> bool:
     """Whether all that reads a value is the network's output, past whatever only moves values."""
-    moving = (user.target is torch.cat or keeps_qparams(model, user) for user in node.users)
     return bool(node.users) and all(
-        user.op == "output" or (moves and handed_out(model, user))
-        for user, moves in zip(node.users, moving, strict=True)
+        user.op == "output" or ((is_concat(user) or keeps_grid(user)) and handed_out(user)) for user in node.users
     )
 
 
-def _feeds_only(model: fx.GraphModule, node: fx.Node, concat: fx.Node) -> bool:
+def _feeds_only(node: fx.Node, concat: fx.Node) -> bool:
     """Whether every reader of a value, past whatever only moves it, is this concat."""
-    users = node.users
-    return all(user is concat or (keeps_qparams(model, user) and _feeds_only(model, user, concat)) for user in users)
+    return all(user is concat or (keeps_grid(user) and _feeds_only(user, concat)) for user in node.users)

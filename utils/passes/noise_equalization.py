@@ -1,6 +1,6 @@
 """Noise-optimal equalization: scales under which rounding adds least noise to the output.
 
-Scales between channels move precision: dividing a channel by s and multiplying its readers' weights by s leaves the
+Scales between channels move precision: dividing a channel by s and multiplying its sinks' weights by s leaves the
 network as it is, and changes what share of each tensor's 2^bits steps the channel gets. To first order, rounding adds
 to the output the sum over all tensors of step^2 / 12 times the output's sensitivity to it. Over the logarithms of
 the scales that sum is convex (maxima and sums of exponentials), so gradient descent minimises it. Not in the paper.
@@ -19,9 +19,9 @@ from utils.calibration.moments import Statistics
 from utils.calibration.observers import channel_extremes, input_means
 from utils.calibration.ranges import CONTRADICTED, ChannelRanges, batchnorm_ranges
 from utils.calibration.sensitivity import Sensitivity, output_sensitivity
-from utils.graph.capture import module_of, weighted_nodes
-from utils.graph.layers import taps
-from utils.graph.regions import Link, stored_nodes
+from utils.graph.layers import grouped_weight
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.graph.regions import Region, stored_nodes
 from utils.passes.equalization import activation_reach
 from utils.passes.log import PassLog
 
@@ -30,8 +30,8 @@ ITERATIONS, LEARNING_RATE = 300, 0.03  # of Adam over the logarithms of the scal
 
 
 @dataclass(frozen=True)
-class NoiseGrid:
-    """How tensors are to be quantized, as far as their noise depends on it."""
+class QuantScheme:
+    """How weights and activations are to be quantized, as far as their noise depends on it."""
 
     bits_weight: int
     bits_activation: int
@@ -60,11 +60,11 @@ def observe_on_images(model: fx.GraphModule, images: Tensor) -> Observed:
 
 def noise_optimal_scales(
     model: fx.GraphModule,
-    regions: list[Link],
+    regions: list[Region],
     log: PassLog,
     statistics: Statistics,
     observed: Observed,
-    grid: NoiseGrid,
+    scheme: QuantScheme,
 ) -> list[Tensor]:
     """For every region the scales [C] under which rounding weights and activations adds least to the output.
 
@@ -73,14 +73,14 @@ def noise_optimal_scales(
     """
     if not regions:
         return []
-    model_of_noise = _Noise(model, regions, _activation_reaches(model, regions, statistics, observed), observed, grid)
+    model_of_noise = _Noise(model, regions, _activation_reaches(model, regions, statistics, observed), observed, scheme)
     scales, (before, after) = _minimise(model_of_noise)
     log.note(f"noise-optimal equalization: predicted quantization noise at the output {after - before:+.1f} dB")
     return scales
 
 
 def _activation_reaches(
-    model: fx.GraphModule, regions: Sequence[Link], statistics: Statistics, observed: Observed
+    model: fx.GraphModule, regions: Sequence[Region], statistics: Statistics, observed: Observed
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """How far the channels [C] of every stored tensor reach below and above 0, by node."""
     from_batchnorm = batchnorm_ranges(statistics)
@@ -90,7 +90,7 @@ def _activation_reaches(
         for name, producer in stored_nodes(model, region).items():
             smallest, largest = observed.ranges[name]
             low, high = (side.clamp_min(0) for side in (-smallest, largest))
-            reach = None if known is None or not producer else known[region.producers.index(producer)]
+            reach = None if known is None or not producer else known[region.sources.index(producer)]
             if reach is not None and reach.max() < CONTRADICTED * torch.maximum(low, high).max():
                 low, high = low if region.rectified else torch.maximum(low, reach), torch.maximum(high, reach)
             reaches[name] = low, high
@@ -102,7 +102,7 @@ def _weight_reaches(layer: nn.Module, symmetric: bool) -> list[Tensor]:
 
     One tensor where the range is symmetric; else two, below 0 and above it, whose sum is the range.
     """
-    view = taps(layer)
+    view = grouped_weight(layer)
     sides = [view.abs().amax(3)] if symmetric else [-view.amin(3), view.amax(3)]
     return [side.clamp_min(1e-30).log() for side in sides]
 
@@ -113,45 +113,45 @@ class _Noise:
     def __init__(
         self,
         model: fx.GraphModule,
-        regions: Sequence[Link],
+        regions: Sequence[Region],
         reaches: dict[str, tuple[Tensor, Tensor]],
         observed: Observed,
-        grid: NoiseGrid,
+        scheme: QuantScheme,
     ):
         layers = {node.target: module_of(model, node) for node in weighted_nodes(model)}
-        names = (name for region in regions for name in (*region.producers, *(r.name for r in region.readers)))
-        self.weights = {name: _weight_reaches(layers[name], grid.symmetric) for name in dict.fromkeys(names)}
+        names = (name for region in regions for name in (*region.sources, *(r.name for r in region.sinks)))
+        self.weights = {name: _weight_reaches(layers[name], scheme.symmetric) for name in dict.fromkeys(names)}
         self.activations = [  # by the region's number, its sensitivity and how far it reaches below and above 0
             (k, observed.sensitivity.activations[name], reaches[name])
             for k, region in enumerate(regions)
             for name in stored_nodes(model, region)
             if name in observed.sensitivity.activations
         ]
-        self.regions, self.sensitivity, self.grid = regions, observed.sensitivity.weights, grid
+        self.regions, self.sensitivity, self.scheme = regions, observed.sensitivity.weights, scheme
 
     def __call__(self, logs: Sequence[Tensor]) -> Tensor:
         """logs: [C] for every region."""
         read = {name: torch.zeros(self.sensitivity[name].shape[::2]) for name in self.weights}  # [groups, in]
         made = {name: torch.zeros(self.sensitivity[name].shape[:2]) for name in self.weights}  # [groups, out]
         for region, log in zip(self.regions, logs, strict=True):
-            for name in region.producers:
+            for name in region.sources:
                 made[name] = made[name] + log.view(made[name].shape)
-            for reader in region.readers:
-                inputs = read[reader.name]
-                read[reader.name] = inputs + reader.across(inputs.numel(), log, 0).view_as(inputs)
+            for sink in region.sinks:
+                inputs = read[sink.name]
+                read[sink.name] = inputs + sink.gather(log, elsewhere=0).view_as(inputs)
         terms = [self._of_weights(name, read[name], made[name]) for name in self.weights]
         terms += [self._of_activation(logs[k], *tensor) for k, *tensor in self.activations]
         return torch.stack(terms).sum()
 
     def _of_weights(self, name: str, read: Tensor, made: Tensor) -> Tensor:
-        sides = [_largest(side, read, made, self.grid.per_channel) for side in self.weights[name]]
-        step = torch.stack(sides).logsumexp(0) - math.log(self.grid.weight_steps)
+        sides = [_largest(side, read, made, self.scheme.per_channel) for side in self.weights[name]]
+        step = torch.stack(sides).logsumexp(0) - math.log(self.scheme.weight_steps)
         power = self.sensitivity[name] @ (-2 * read).exp()[:, :, None]
         return ((2 * (step + made)).exp() * power[:, :, 0]).sum()
 
     def _of_activation(self, log: Tensor, sensitivity: Tensor, reaches: tuple[Tensor, Tensor]) -> Tensor:
         low, high = (reach * (-log).exp() for reach in reaches)
-        step = (low.amax() + high.amax()) / (2**self.grid.bits_activation - 1)
+        step = (low.amax() + high.amax()) / (2**self.scheme.bits_activation - 1)
         return step.square() * (sensitivity * (2 * log).exp()).sum()
 
 
@@ -191,22 +191,22 @@ Result = TypeVar("Result")
 def choose_nearest(
     ways: dict[str, Callable[..., Result]],
     fidelity_of: Callable[[Result], Fidelity],
-    readers: set[str],
+    sinks: set[str],
     rounds: int = 6,
 ) -> tuple[Result, str]:
     """Of several equalizations the one whose quantized output on images is nearest to the float one's; and why.
 
     ways: by description, what quantizes after one, given the layers to leave out as `without`; the first is without any
     equalization. The best of them is tried again without the layer that it harms most, as long as that helps: one
-    reader of unlike branches can lose what all other layers win. readers: the layers that can be left out.
+    reader of unlike branches can lose what all other layers win. sinks: the layers that can be left out.
     """
     tried = {name: way() for name, way in ways.items()}
     none, *others = ways
     best = max(others, key=lambda name: fidelity_of(tried[name]).output)
     before, current = fidelity_of(tried[none]).layers, fidelity_of(tried[best])
     without: frozenset[str] = frozenset()
-    for _ in range(min(rounds, len(readers))):
-        harmed = min(readers - without, key=lambda name: current.layers[name] - before[name])
+    for _ in range(min(rounds, len(sinks))):
+        harmed = min(sinks - without, key=lambda name: current.layers[name] - before[name])
         without |= {harmed}
         name = f"{best}, without {', '.join(sorted(without))}"
         tried[name] = ways[best](without=without)

@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from utils.graph.capture import module_of, weighted_nodes
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.log import PassLog
 from utils.quantization.placement import quantizer_before
 from utils.quantization.qparams import choose_bias_qparams, overflows, round_bias

@@ -6,8 +6,8 @@ from torch import Tensor, fx
 from utils.calibration.moments import Unknown
 from utils.calibration.ranges import RangeOf
 from utils.core.errors import UserError
-from utils.graph.capture import module_of, weighted_nodes
-from utils.graph.layers import taps
+from utils.graph.layers import grouped_weight
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.log import PassLog
 from utils.quantization.placement import quantizer_before
 from utils.quantization.qparams import choose_weight_qparams, fit_bias_to_int32, round_weight
@@ -54,5 +54,5 @@ def quantize_weights(
 
 def weight_ranges(model: fx.GraphModule) -> dict[str, Tensor]:
     """The smallest and largest weight [C_out, 2] of every channel, by layer."""
-    views = {node.target: taps(module_of(model, node)) for node in weighted_nodes(model)}
+    views = {node.target: grouped_weight(module_of(model, node)) for node in weighted_nodes(model)}
     return {name: torch.stack([view.amin((2, 3)), view.amax((2, 3))], -1).flatten(0, 1) for name, view in views.items()}

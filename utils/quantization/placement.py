@@ -1,38 +1,27 @@
 """On which quantizer's steps the values of a graph lie."""
 
-import torch
-from torch import fx, nn
+from torch import fx
 
-from utils.graph.capture import REARRANGING, module_of
+from utils.graph.nodes import module_of
+from utils.graph.ops import keeps_grid, operator_of
 from utils.quantization.quantizer import Quantizer
 
-# Operations that only move values of their input: an integer engine needs no quantizer behind them.
-_KEEPS_QPARAMS = (
-    nn.MaxPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Flatten,
-    nn.ZeroPad2d,
-    nn.UpsamplingNearest2d,
-    nn.PixelShuffle,
-    nn.ChannelShuffle,
-)
+
+def is_concat(node: fx.Node) -> bool:
+    row = operator_of(node)
+    return row is not None and row.kind == "concat"
 
 
-def keeps_qparams(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's output has the quantization parameters of its input."""
-    return isinstance(module_of(model, node), _KEEPS_QPARAMS) or node.target in REARRANGING
-
-
-def value_sources(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+def value_sources(node: fx.Node) -> list[fx.Node]:
     """The nodes that computed a value, past whatever only moves values."""
-    if node.target is torch.cat:
-        return [source for part in node.args[0] for source in value_sources(model, part)]
-    if keeps_qparams(model, node):
-        return value_sources(model, node.args[0])
+    if is_concat(node):
+        return [source for part in node.args[0] for source in value_sources(part)]
+    if keeps_grid(node):
+        return value_sources(node.args[0])
     return [node]
 
 
 def quantizer_before(model: fx.GraphModule, node: fx.Node) -> Quantizer | None:
     """The quantizer that rounded the node's output."""
-    sources = [module_of(model, source) for source in value_sources(model, node)]
+    sources = [module_of(model, source) for source in value_sources(node)]
     return sources[0] if sources and all(isinstance(source, Quantizer) for source in sources) else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from utils.graph.layers import taps
+from utils.graph.layers import grouped_weight
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def fake_quantize(x: Tensor, qparams: QParams, axis: int = 0) -> Tensor:
 
 def choose_weight_qparams(layer: nn.Module, bits: int, per_channel: bool, symmetric: bool) -> QParams:
     """The parameters that span a layer's weights, per tensor or per output channel."""
-    view = taps(layer)  # [groups, out, in, positions]
+    view = grouped_weight(layer)  # [groups, out, in, positions]
     low, high = view.amin((2, 3)).reshape(-1), view.amax((2, 3)).reshape(-1)
     if not per_channel:
         low, high = low.min(), high.max()
@@ -85,7 +85,7 @@ def fit_bias_to_int32(qparams: QParams, bias: Tensor, input_scale: float) -> QPa
 
 def round_weight(layer: nn.Module, qparams: QParams) -> None:
     """Round a layer's weights to the nearest steps, in place."""
-    view = taps(layer)
+    view = grouped_weight(layer)
     groups, out = view.shape[:2]
     if qparams.per_channel:
         rows = view.reshape(groups * out, -1)

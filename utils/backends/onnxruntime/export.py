@@ -16,7 +16,7 @@ from utils.backends.parity import Parity, compare, results
 from utils.core.errors import UserError
 from utils.core.files import whole
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import module_of
+from utils.graph.nodes import module_of
 from utils.quantization.quantizer import Quantizer
 
 PROBES = 8  # images that engine and simulation are compared on

@@ -24,8 +24,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import describe, module_of, shape
 from utils.graph.layers import CappedReLU, padding, per_channel
+from utils.graph.nodes import describe, module_of, shape
 from utils.quantization.qparams import QParams
 from utils.quantization.quantizer import Quantizer
 

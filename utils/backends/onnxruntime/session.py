@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.backends.onnxruntime.graph import INPUT
-from utils.graph.capture import module_of, weighted_nodes
+from utils.graph.nodes import module_of, weighted_nodes
 
 _PROVIDERS = ["CPUExecutionProvider"]
 
