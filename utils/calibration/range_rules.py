@@ -18,7 +18,7 @@ from utils.calibration.moments import Unknown
 from utils.calibration.observers import Observer, channel_mean, layer_means, observe, run_layers
 from utils.calibration.ranges import RangeOf
 from utils.core.input_spec import InputSpec
-from utils.graph.layers import WEIGHTED
+from utils.graph.layers import WEIGHTED, Clip
 from utils.graph.layers import per_channel as per_channel_view
 from utils.graph.nodes import module_of, outputs_of
 from utils.quantization.qparams import affine_qparams, choose_weight_qparams, round_weight
@@ -48,6 +48,11 @@ def combine(first: Range | Unknown, second: Range | Unknown) -> Range | Unknown:
 def widen(known: Range, factor: float) -> Range:
     """Both ends multiplied, so that 0 stays where it is between them."""
     return known[0] * factor, known[1] * factor
+
+
+def within(known: Range, bounds: Range | None) -> Range:
+    """A range cut to what its values cannot exceed."""
+    return known if bounds is None else (max(known[0], bounds[0]), min(known[1], bounds[1]))
 
 
 def choose_factor(noise: Mapping[float, float], share: float) -> float | None:
@@ -98,6 +103,12 @@ def guessed_tensors(model: fx.GraphModule, statistics: Iterable[str]) -> dict[st
         if behind:
             depth[node.name] = behind
     return depth
+
+
+def clip_bounds(model: fx.GraphModule) -> dict[str, Range]:
+    """Between which values every clip's output lies, whatever its input; by the node's name."""
+    clips = {node.name: module_of(model, node) for node in model.graph.nodes}
+    return {name: (float(c.low.min()), float(c.high.max())) for name, c in clips.items() if isinstance(c, Clip)}
 
 
 def describe_guesses(depths: Mapping[str, int]) -> str:
@@ -233,7 +244,7 @@ def fit_ranges(
     of the outputs' power, as weight_noise tells of the weights; a tensor's is that of one in so many. open_ended: tensors
     that get OPEN times their range, since what the network hands out must not be cut.
     """
-    rerun, fitted = Rerun(model, images), {}
+    rerun, fitted, bounds = Rerun(model, images), {}, clip_bounds(model)
     share = allowed / max(1, len(ranges))
     for name, known in ranges.items():
         if name in open_ended:
@@ -241,12 +252,12 @@ def fit_ranges(
             continue
         noise: dict[float, float] = {}
         for factor in FACTORS:
-            low, high = widen(known, factor)
+            low, high = within(widen(known, factor), bounds.get(name))
             quantizer = Quantizer(affine_qparams(torch.tensor(low), torch.tensor(high), bits))
             noise[factor] = rerun.noise(name, quantizer(rerun.values[name]))
             if (chosen := choose_factor(noise, share)) is not None:
                 break
-        fitted[name] = Fitted(*widen(known, chosen), chosen)
+        fitted[name] = Fitted(*within(widen(known, chosen), bounds.get(name)), chosen)
     return fitted
 
 
