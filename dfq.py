@@ -25,7 +25,6 @@ from utils.calibration.fidelity import Fidelity, fidelity
 from utils.calibration.moments import Moments, Statistics, Unknown, propagate
 from utils.calibration.observers import layer_means
 from utils.calibration.range_rules import (
-    combine,
     describe_fitted,
     describe_guesses,
     extreme_ranges,
@@ -35,6 +34,7 @@ from utils.calibration.range_rules import (
     guesses_replaced,
     image_extremes,
     measuring_images,
+    starting_ranges,
     weight_noise,
 )
 from utils.calibration.ranges import (
@@ -393,8 +393,7 @@ def _activation_ranges(
     if recipe.range_method != "minmax":
         return observed
     grid = recipe.bits_weight, recipe.per_channel, not recipe.asymmetric
-    ranges = {node.name: combine(analytic(node), observed(node)) for node in written if node.op != "placeholder"}
-    ranges = {name: known for name, known in ranges.items() if not isinstance(known, Unknown) and name in extremes}
+    ranges = starting_ranges(written, analytic, observed, guessed, recipe.relu)
     some = measuring_images(images, extremes, ranges)
     last = {node.name for node in written if averaged_into_output(network, node)}
     fitted = fit_ranges(network, ranges, some, recipe.bits_activation, weight_noise(network, some, *grid), last)

@@ -51,6 +51,25 @@ def test_the_images_that_reach_furthest_are_chosen():
     assert sorted(covering(reach, 9)) == [0, 1, 2, 3]
 
 
+def test_ranges_start_from_whoever_tells():
+    graph = torch.fx.Graph()
+    first = graph.placeholder("x")
+    nodes = [
+        first,
+        *(graph.call_function(torch.relu, (first,), name=name) for name in ("both", "guess", "strange", "new")),
+    ]
+    analytic = {"x": (0.0, 9.0), "both": (-1.0, 2.0), "guess": (0.0, 7.0), "new": (0.0, 1.0)}
+    observed = {"x": (0.0, 9.0), "both": (-0.5, 3.0), "guess": (0.0, 5.0), "strange": (0.0, 4.0)}
+
+    def of(ranges):
+        return lambda node: ranges.get(node.name, Unknown("here"))
+
+    found = rules.starting_ranges(nodes, of(analytic), of(observed), {"guess"}, False)
+    assert found == {"both": (-1.0, 3.0), "guess": (0.0, 5.0), "strange": (0.0, 4.0)}
+    found = rules.starting_ranges(nodes, of(analytic), of(observed), {"guess"}, uncapped=True)
+    assert found == {"both": (-1.0, 2.0), "guess": (0.0, 5.0), "strange": (0.0, 4.0)}
+
+
 # ---- networks
 
 

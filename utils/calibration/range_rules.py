@@ -146,6 +146,24 @@ def guesses_replaced(analytic: RangeOf, observed: RangeOf, guessed: Collection[s
     return range_of
 
 
+def starting_ranges(
+    nodes: Iterable[fx.Node], analytic: RangeOf, observed: RangeOf, guessed: Collection[str], uncapped: bool
+) -> dict[str, Range]:
+    """The ranges of the nodes, by name, before their width is measured; of those that images tell of.
+
+    Those from BatchNorm and those on images, held by one; where no BatchNorm tells, those on images. uncapped: the
+    network lost its ReLU6, with which it was trained. What BatchNorm tells is of the network that had them, and keeps
+    values near what they let through, so that it goes before what images show of the other.
+    """
+    ranges = {}
+    for node in nodes:
+        seen, known = observed(node), Unknown("here") if node.name in guessed else analytic(node)
+        if node.op == "placeholder" or isinstance(seen, Unknown):
+            continue
+        ranges[node.name] = combine(known, seen) if isinstance(known, Unknown) or not uncapped else known
+    return ranges
+
+
 def fitted_ranges(fitted: Mapping[str, "Fitted"], observed: RangeOf) -> RangeOf:
     """The fitted ranges, and those on images of nodes that have none."""
 
