@@ -12,13 +12,13 @@ from modeling.checkpoint import fit, read_checkpoint
 from utils.core.errors import UserError
 
 
-def build_from_factory(place: str, weights: str | None) -> nn.Module:
+def build_from_factory(place: str, weights: str | None, key: str | None = None) -> nn.Module:
     """The network that `factory()` of 'package.module:factory' returns, with a checkpoint if one is given.
 
-    The working folder is searched too.
+    key: of the state dict in the checkpoint. The working folder is searched too.
     """
     model = _call(place)
-    return fit(model, read_checkpoint(weights), weights) if weights else model
+    return fit(model, read_checkpoint(weights, key), weights) if weights else model
 
 
 def _call(place: str) -> nn.Module:

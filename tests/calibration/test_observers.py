@@ -16,8 +16,8 @@ from utils.calibration.observers import (
     observe,
     run_layers,
 )
-from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.capture import capture
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.quantization.qparams import affine_qparams, fake_quantize
 
 

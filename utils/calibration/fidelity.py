@@ -17,14 +17,12 @@ LEAST_SATURATION = 0.01  # percent of a tensor's values, below which a report do
 class Fidelity:
     """How near a quantized network is to its float one, on images without labels.
 
-    output: signal-to-quantization-noise ratio of the network's outputs, in dB. agreement: percent of
-    answers (images, pixels or priors) of which both say the same class. layers: that ratio of
-    each layer's output. saturation: percent of each quantized tensor's float values that lie beyond its range, and are
-    cut to it: decibels hide how many they are.
+    output: signal-to-quantization-noise ratio of the network's outputs, in dB. layers: that ratio of each layer's output.
+    saturation: percent of each quantized tensor's float values that lie beyond its range, and are cut to it: decibels
+    hide how many they are.
     """
 
     output: float
-    agreement: float
     layers: dict[str, float]
     saturation: dict[str, float] = field(default_factory=dict)
 
@@ -32,8 +30,7 @@ class Fidelity:
         """A few lines: of how many images, the layers that lose most; or all layers."""
         worst = sorted(self.layers.items(), key=lambda layer: layer[1])
         lines = [
-            f"  on {images} distilled images: output {self.output:.1f} dB over its quantization noise, "
-            f"{self.agreement:.1f} % of answers as the float network's",
+            f"  on {images} distilled images: output {self.output:.1f} dB over its quantization noise",
             "  noisiest layers: " + ", ".join(f"{name} {value:.1f} dB" for name, value in worst[:count]),
         ]
         if cut := sorted(
@@ -68,7 +65,7 @@ class _Ratio:
 def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tensor) -> Fidelity:
     """Compare two networks with the same layers on images [N, C, H, W]."""
     layers: dict[str, _Ratio] = {}
-    output, same, answers = _Ratio(), 0, 0
+    output = _Ratio()
     kept: dict[str, Tensor] = {}
     ranges = _quantized_ranges(reference, quantized)
     beyond: dict[str, list[int]] = {name: [0, 0] for name in ranges}  # values that are cut, of how many
@@ -92,11 +89,8 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
             )
             for before, after in zip(expected, found, strict=True):
                 output.add(before, after)
-            first, second = (classes(values[0]) for values in (expected, found))
-            same, answers = same + int((first == second).sum()), answers + first.numel()
     saturation = {name: 100 * cut / count for name, (cut, count) in beyond.items() if count}
-    decibels = {name: ratio.decibels() for name, ratio in layers.items()}
-    return Fidelity(output.decibels(), 100 * same / answers, decibels, saturation)
+    return Fidelity(output.decibels(), {name: ratio.decibels() for name, ratio in layers.items()}, saturation)
 
 
 def _quantized_ranges(reference: fx.GraphModule, quantized: fx.GraphModule) -> dict[str, tuple[float, float]]:
@@ -110,11 +104,6 @@ def _quantized_ranges(reference: fx.GraphModule, quantized: fx.GraphModule) -> d
                 quantizer.scale * step for step in (quantizer.step_min - 0.5, quantizer.step_max + 0.5)
             )
     return ranges
-
-
-def classes(logits: Tensor) -> Tensor:
-    """The best class of each answer: of an image [N, C], a pixel [N, C, H, W] or a detector's prior [N, P, C]."""
-    return logits.argmax(-1 if logits.dim() == 3 else 1)
 
 
 def _outputs(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from utils.core.errors import UserError
 from utils.graph.nodes import free_name
 
+_WRAPPER = "network."  # where capture() has put the user's network
 _TRANSPOSES = {
     torch.ops.aten.t.default,
     torch.ops.aten.numpy_T.default,
@@ -78,7 +80,7 @@ class Translator:
         if node.name in self.tensors:
             fqn, tensor = self.tensors[node.name]
             self.origins[id(tensor)] = node
-            self.fqns[id(tensor)] = fqn
+            self.fqns[id(tensor)] = fqn.removeprefix(_WRAPPER)
             return tensor
         if not isinstance(node.meta.get("val"), Tensor):
             return node.meta.get("val")  # a keyword's default
@@ -87,7 +89,9 @@ class Translator:
         return made
 
     def _output(self, results: Any) -> None:
-        leaves = [leaf for leaf in results if leaf is not None]
+        leaves = [leaf for leaf in results if isinstance(leaf, fx.Node | Tensor)]
+        if not any(isinstance(leaf, fx.Node) for leaf in leaves):
+            raise UserError("the network returns nothing that depends on its images, so there is nothing to score")
         nodes = [leaf if isinstance(leaf, fx.Node) else self.attribute(leaf, "output") for leaf in leaves]
         self.graph.output(nodes[0] if len(nodes) == 1 else tuple(nodes))
 
@@ -163,7 +167,8 @@ class Translator:
     def path(self) -> str:
         """The user's module in which the current node stands, '' for the network's own forward."""
         stack = self.current.meta.get("nn_module_stack") or {}
-        return list(stack.values())[-1][0] if stack else ""
+        path = list(stack.values())[-1][0] if stack else ""
+        return f"{path}.".removeprefix(_WRAPPER).removesuffix(".")
 
     def layer_name(self, weight: Tensor) -> str:
         """What users call a layer: where its weight is, transposed or not, or the module that runs it."""
