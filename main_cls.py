@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     build = partial(build_model, args.model, args.weights, TASK.name, args.checkpoint_key)
     network, recipes, quantize = dfq.prepared(args, TASK.name, build)
     spec = cli.input_spec(args, network.spec)
-    network = replace(network, model=scored(network.model, spec, dims=2))
+    network = replace(network, model=scored(network.model, spec, TASK.output_dims))
     data = None
     if args.data:
         data = TASK.open_data(args, spec, count_classes(network.model, spec, TASK.class_axis), {})

@@ -3,8 +3,8 @@
 import torch
 from networks import SPEC, chain, settle
 
-from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.capture import capture
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.clip_weights import clip_weights
 from utils.passes.log import PassLog
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.calibration.distillation import as_pixels, natural_noise
-from utils.graph.nodes import weighted_nodes
 from utils.graph.layers import grouped_weight
+from utils.graph.nodes import weighted_nodes
 from utils.passes.gptq import gptq_round, second_moment
 from utils.quantization.qparams import choose_weight_qparams
 

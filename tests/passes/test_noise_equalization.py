@@ -12,9 +12,9 @@ from utils.calibration.distillation import as_pixels, natural_noise
 from utils.calibration.fidelity import Fidelity
 from utils.calibration.moments import Gaussian, Statistics
 from utils.calibration.ranges import batchnorm_ranges
-from utils.graph.nodes import module_of
 from utils.graph.capture import capture
 from utils.graph.layers import grouped_weight
+from utils.graph.nodes import module_of
 from utils.graph.regions import find_regions, stored_nodes
 from utils.passes.equalization import ScalesOf, activation_reach, cle_scales, equalize
 from utils.passes.exactness import outputs_of

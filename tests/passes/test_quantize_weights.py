@@ -9,9 +9,9 @@ from dfq import Recipe, quantize_data_free
 from utils.calibration.moments import propagate
 from utils.calibration.ranges import analytic_ranges
 from utils.core.errors import UserError
-from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.capture import capture
 from utils.graph.layers import grouped_weight
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.insert_quantizers import insert_quantizers
 from utils.passes.log import PassLog
 from utils.passes.quantize_bias import quantize_biases

@@ -10,8 +10,8 @@ from torch import nn
 from dfq import Recipe, quantize_data_free
 from utils.backends.lowering import lower_to_integers
 from utils.core.errors import UserError
-from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.capture import capture
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.exactness import outputs_of
 from utils.quantization import serialization as artifact
 

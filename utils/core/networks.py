@@ -50,7 +50,7 @@ def other_type(model: nn.Module) -> str | None:
 class Scored(nn.Module):
     """A network that hands out its tensors as one, or as a tuple, the scored one first. names: of the outputs, in that order.
 
-    flatten: hand [N, C, 1, 1] out as [N, C].
+    flatten: hand [N, C, 1, 1] out as [N, C], and what lost its batch of one image too.
     """
 
     def __init__(self, network: nn.Module, names: tuple[str, ...], flatten: bool):
@@ -61,26 +61,28 @@ class Scored(nn.Module):
         outputs = dict(_leaves(self.network(images)))
         first, *others = (outputs[name] for name in self.names)
         if self.flatten:
-            first = first.flatten(1)
+            first = first.reshape(len(images), -1)
         return (first, *others) if others else first
 
 
-def scored(model: nn.Module, spec: InputSpec, dims: int) -> nn.Module:
+def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
     """The network as it is where it returns one tensor of that many dimensions; else wrapped so that it comes first.
 
-    dims: 2 for logits [N, C], for which [N, C, 1, 1] will do, or 4 for maps [N, C, H, W]. A network that fails on an
+    dims: 2 for logits [N, C], for which [N, C, 1, 1] will do, or 4 for maps [N, C, H, W]; None: as it is. A network that fails on an
     image of its input, or returns nothing of that kind, is a UserError; which of several outputs is scored is said.
     """
+    if dims is None:
+        return model
     images = spec.probe(2)
     try:
         with torch.inference_mode():
-            result = model(images)
+            result, alone = model(images), model(images[:1])
     except Exception as error:  # the user's network may raise anything
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
             f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}"
         ) from error
-    if isinstance(result, Tensor) and result.dim() == dims:
+    if isinstance(result, Tensor) and result.dim() == alone.dim() == dims:
         return model
     outputs = dict(_leaves(result))
     fitting = [name for name, value in outputs.items() if _fits(value, dims)]
@@ -95,7 +97,7 @@ def scored(model: nn.Module, spec: InputSpec, dims: int) -> nn.Module:
     names = (first, *(name for name in outputs if name != first))
     if len(names) > 1:
         print(f"outputs {', '.join(outputs)}: {first} is scored, all are exported")
-    return Scored(model, names, flatten=dims == 2 and outputs[first].dim() == 4)
+    return Scored(model, names, flatten=dims == 2)
 
 
 def _fits(value: Tensor, dims: int) -> bool:
