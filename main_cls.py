@@ -11,7 +11,8 @@ from utils.core.input_spec import InputSpec
 from utils.experiment import cli
 from utils.experiment import pictures as report
 from utils.experiment.runner import Data, Experiment
-from utils.graph.capture import classes_of, trace
+from utils.graph.capture import capture
+from utils.graph.nodes import classes_of
 from utils.tasks.data import evenly, image_folder
 from utils.tasks.metrics import TopK
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None) -> None:
 
     network, recipes, quantize = dfq.prepared(args, TASK, partial(build_model, args.model, args.weights, TASK))
     spec = cli.input_spec(args, network.spec)
-    data = open_data(args, spec, classes_of(trace(network.model, spec))) if args.data else None
+    data = open_data(args, spec, classes_of(capture(network.model, spec))) if args.data else None
 
     experiment = Experiment(TASK, PROGRAM, argv, args, network, spec, data, device)
     experiment.run(recipes, quantize, dfq.to_evaluate)

@@ -11,7 +11,8 @@ from utils.core.input_spec import InputSpec
 from utils.experiment import cli
 from utils.experiment import pictures as report
 from utils.experiment.runner import Data, Experiment
-from utils.graph.capture import classes_of, trace
+from utils.graph.capture import capture
+from utils.graph.nodes import classes_of
 from utils.tasks.boxes import BoxCoder
 from utils.tasks.data import evenly
 from utils.tasks.detection import stack, voc_detection
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None) -> None:
     network, recipes, quantize = dfq.prepared(args, TASK, partial(build_model, args.model, args.weights, TASK))
     spec = cli.input_spec(args, network.spec)
     coder = BoxCoder(**network.extras["coder"]) if args.load else box_coder(network.model, spec)
-    data = open_data(args, spec, coder, classes_of(trace(network.model, spec))) if args.data else None
+    data = open_data(args, spec, coder, classes_of(capture(network.model, spec))) if args.data else None
 
     experiment = Experiment(TASK, PROGRAM, argv, args, network, spec, data, device, extras={"coder": vars(coder)})
     experiment.run(recipes, quantize, dfq.to_evaluate)

@@ -18,10 +18,12 @@ from torch import Tensor, fx
 from dfq import Recipe, quantize_data_free, to_evaluate
 from modeling import build_model
 from utils.calibration.distillation import Distillation, distill, statistics_fit
-from utils.calibration.observers import fidelity, histograms
+from utils.calibration.fidelity import fidelity
+from utils.calibration.observers import histograms
 from utils.experiment import cli
 from utils.experiment import evaluation as engine
-from utils.graph.capture import classes_of, trace
+from utils.graph.nodes import classes_of
+from utils.graph.capture import capture
 from utils.tasks.data import Batches, evenly, image_folder
 from utils.tasks.metrics import TopK
 
@@ -54,10 +56,10 @@ def measure(args: argparse.Namespace, settings: Mapping[str, Distillation]) -> d
     """Figures of each setting by name."""
     network = build_model(args.model, args.weights)
     spec = cli.input_spec(args, network.spec)
-    samples, _ = image_folder(args.data, "val", spec, classes_of(trace(network.model, spec)))
+    samples, _ = image_folder(args.data, "val", spec, classes_of(capture(network.model, spec)))
     samples = evenly(samples, args.limit)
     real = torch.stack([samples[i][0] for i in range(0, len(samples), max(1, len(samples) // 64))])
-    seen = histograms(trace(network.model, spec), real)
+    seen = histograms(capture(network.model, spec), real)
 
     networks, figures = {}, {name: {} for name in settings}
     for name, setting in settings.items():
@@ -67,7 +69,7 @@ def measure(args: argparse.Namespace, settings: Mapping[str, Distillation]) -> d
         figures[name] |= {
             "seconds": time.perf_counter() - start,
             "fit": sum(layer.total for layer in fit.values()) / len(fit),
-            "range error": range_error(trace(network.model, spec), images, seen),
+            "range error": range_error(capture(network.model, spec), images, seen),
         }
         for row, recipe in RECIPES.items():
             quantized = quantize_data_free(network.model, spec, recipe, images)

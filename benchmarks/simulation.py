@@ -16,9 +16,10 @@ import time
 import torch
 from torch import nn
 
-from dfq import Recipe, fold_scales, quantize_data_free
+from dfq import Recipe, quantize_data_free
 from modeling import build_model
 from modeling.mobilenet_v2 import mobilenet_v2
+from utils.backends.lowering import lower_to_integers
 from utils.core.input_spec import InputSpec
 from utils.experiment.evaluation import deploy, tune_allocator
 
@@ -48,10 +49,7 @@ def main() -> None:
 
     cpu = torch.device("cpu")
     folded = deploy(next(iter(results.values())).float, cpu)
-    simulated = {
-        name: deploy(fold_scales(result.simulated, result.weight_grids, result.bias_grids), cpu)
-        for name, result in results.items()
-    }
+    simulated = {name: deploy(lower_to_integers(result.simulated), cpu) for name, result in results.items()}
     floats = {f"float {name}": deploy(result.float, cpu) for name, result in results.items()}
     fast_images = images.to(memory_format=torch.channels_last)
     runs = {name: lambda net=net: net(fast_images) for name, net in (floats | simulated).items()}

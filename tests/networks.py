@@ -1,10 +1,14 @@
 """Networks for tests: random weights, and BatchNorm statistics that training could have left."""
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from utils.calibration.moments import Statistics
 from utils.core.input_spec import InputSpec
+from utils.graph.capture import capture
+from utils.passes.fold_batchnorm import fold_batchnorm
+from utils.passes.log import PassLog
 
 SPEC = InputSpec(size=(24, 24), resize=24)
 
@@ -32,6 +36,21 @@ def settle(model: nn.Module, spec: InputSpec = SPEC, images: int = 64) -> nn.Mod
     model.train()
     model(spec.probe(images, seed=7))
     return model.eval()
+
+
+def folded(model: nn.Module) -> tuple[fx.GraphModule, Statistics]:
+    """The captured network with its BatchNorm folded, and what that knew."""
+    traced = capture(model, SPEC)
+    return traced, fold_batchnorm(traced, PassLog())
+
+
+def unlike(network, seed: int = 0) -> tuple[fx.GraphModule, Statistics]:
+    """A folded network whose channels have unlike ranges, and its statistics."""
+    torch.manual_seed(seed)
+    model = settle(randomise(network(), seed))
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.weight.mul_(torch.logspace(-1, 1, len(norm.weight)))
+    return folded(settle(model))
 
 
 def conv_bn(

@@ -18,7 +18,8 @@ from torch import nn
 import main_cls
 import main_det
 import main_seg
-from dfq import Recipe, fold_scales, outputs_of, quantize_data_free
+from dfq import Recipe, quantize_data_free
+from utils.backends.lowering import lower_to_integers
 from utils.backends.onnxruntime.export import build, check_parity, export
 from utils.backends.onnxruntime.session import OnnxNetwork, find_kernels
 from utils.backends.parity import Agreement
@@ -26,7 +27,9 @@ from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment import runner as experiment
 from utils.experiment.records import read_lines
+from utils.graph.nodes import weighted_nodes
 from utils.graph.layers import WEIGHTED, IntegerSum
+from utils.passes.exactness import outputs_of
 
 FULL = Recipe(quantize=True, equalize=True, correction=True)
 
@@ -91,8 +94,8 @@ def test_networks_run_on_integers(network, flags):
     result = quantized(network(), replace(FULL, **flags))
     model, parity = parity_of(result)
     assert parity.agreement > 0.97
-    kernels = find_kernels(model, result.simulated, result.weight_grids, result.bias_grids)
-    assert not kernels.floating and len(kernels.integer) == len(result.weight_grids)
+    kernels = find_kernels(model, result.simulated)
+    assert not kernels.floating and len(kernels.integer) == len(weighted_nodes(result.simulated))
 
 
 def test_weights_are_stored_as_integers_and_the_file_is_a_quarter(tmp_path):
@@ -210,7 +213,7 @@ def test_an_engine_that_agrees_too_seldom_fails_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("network", [chain, Residual, Branches])
 def test_what_is_scored_computes_on_the_engines_integers(network, flags):
     result = quantized(network(), replace(FULL, **flags))
-    scored = fold_scales(result.simulated, result.weight_grids, result.bias_grids)
+    scored = lower_to_integers(result.simulated)
     images = SPEC.probe(64, seed=9)
     expected = outputs_of(OnnxNetwork(build(result, SPEC, {}).SerializeToString()), images)[0]
     torch.testing.assert_close(outputs_of(scored, images)[0], expected, rtol=1e-5, atol=1e-5)

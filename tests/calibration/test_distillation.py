@@ -5,8 +5,7 @@ import torch
 from networks import SPEC, Branches, Residual, chain, randomise, settle
 from torch import nn
 
-import dfq
-from dfq import Recipe, quantize_data_free
+from dfq import Recipe
 from utils.calibration import distillation as distill
 from utils.calibration.distillation import (
     ChannelMoments,
@@ -16,11 +15,7 @@ from utils.calibration.distillation import (
     squared_errors,
     statistics_fit,
 )
-from utils.calibration.observers import BINS, Histogram, channel_mean, classes, fidelity, histograms, layer_means, watch
 from utils.core.errors import UserError
-from utils.graph.capture import module_of, trace, weighted_nodes
-from utils.passes.log import Journal
-from utils.quantization.quantizer import Quantizer, affine_grid, fake_quantize
 
 CPU = torch.device("cpu")
 FEW = Distillation(images=6, batch=4, steps=15)
@@ -129,114 +124,6 @@ def test_a_cache_that_cannot_be_written_is_one_line(settled, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="pass --distill_cache with another folder"):
         distilled(settled, SPEC, FEW, CPU, tmp_path / "file")
-
-
-# ---- ranges
-
-
-def histogram_of(x: torch.Tensor) -> Histogram:
-    low, high = float(x.min()), float(x.max())
-    return Histogram(low, high, torch.histc(x, BINS, low, high).double())
-
-
-def test_ranges_of_a_histogram():
-    x = torch.cat([torch.randn(200_000), torch.tensor([40.0])])
-    histogram = histogram_of(x)
-    assert histogram.range("minmax", 8) == pytest.approx((float(x.min()), 40))
-    low, high = histogram.range("percentile", 8)
-    assert x.min() - 0.1 < low < -3.5 and 3.5 < high < 6
-
-    def error(low: float, high: float, bits: int) -> float:
-        return float((fake_quantize(x, affine_grid(torch.tensor(low), torch.tensor(high), bits)) - x).square().mean())
-
-    for bits in (3, 4, 8):
-        low, high = histogram.range("mse", bits)
-        ends = torch.linspace(0.05, 1, 30)
-        least = min(error(float(a) * -5, float(b) * 40, bits) for a in ends for b in ends)
-        assert error(low, high, bits) < 1.1 * least
-
-
-def test_quantizers_take_what_was_seen(settled):
-    images = SPEC.probe(8, seed=1)
-    recipe = Recipe(quantize=True, distill_range=True)
-    quantized = quantize_data_free(settled, SPEC, recipe, images)
-    seen = histograms(quantized.float, images)
-    ranges = {}
-    for node in quantized.simulated.graph.nodes:
-        module = module_of(quantized.simulated, node)
-        if isinstance(module, Quantizer):
-            ranges[node.name.removesuffix("_quantizer")] = module.scale * module.lowest, module.scale * module.highest
-    assert ranges.pop("input_1") == pytest.approx(SPEC.range(), rel=0.02)
-    assert len(ranges) == 4
-    for name, (low, high) in ranges.items():
-        source = seen[name]
-        assert (low, high) == pytest.approx((min(source.low, 0), source.high), rel=0.02, abs=1e-6)
-
-
-# ---- bias correction
-
-
-@pytest.mark.parametrize("network", [chain, Residual, Branches])
-def test_correction_on_images_centres_every_layer(network):
-    exact = trace(settle(randomise(network())), SPEC)
-    dfq.fold_batchnorm(exact, Journal())
-    images, rounded = SPEC.probe(32, seed=3), trace(exact, SPEC)
-    dfq.quantize_weights(rounded, weighted_nodes(rounded), Recipe(quantize=True, bits_weight=3), Journal())
-    expected, before = (layer_means(net, images) for net in (exact, rounded))
-    dfq.correct_biases_on_images(rounded, expected, images, Journal())
-    after = layer_means(rounded, images)
-    for name, mean in expected.items():
-        assert (before[name] - mean).abs().max() > 1e-3
-        torch.testing.assert_close(after[name], mean, atol=1e-5, rtol=1e-5)
-
-
-def test_layer_means_count_every_image_once():
-    traced = trace(randomise(chain()), SPEC)
-    images, layer = SPEC.probe(20), weighted_nodes(traced)[-1]
-    expected = channel_mean(module_of(traced, layer), traced(images))
-    torch.testing.assert_close(layer_means(traced, images)[layer.target], expected)
-
-
-# ---- equalization and fidelity
-
-
-@pytest.mark.parametrize("network", [chain, Branches])
-def test_distilled_equalization_is_never_further_than_the_plain_one(network):
-    model = randomise(network())
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.mul_(torch.logspace(-1, 1, len(layer.weight)))
-    images = SPEC.probe(8, seed=5)
-    plain = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True), images)
-    chosen = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True, distill_equalize=True), images)
-    assert chosen.fidelity.output >= plain.fidelity.output
-    assert any("the nearest" in note for note in chosen.journal.notes)
-
-
-def test_fidelity_measures_a_known_noise():
-    first = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 24 * 24, 3)), SPEC)
-    second = trace(first, SPEC)
-    images = SPEC.probe(20)
-    same = fidelity(first, second, images)
-    assert same.agreement == 100 and same.output > 200
-    second.get_submodule("0").weight.mul_(1.1)
-    second.get_submodule("0").bias.mul_(1.1)
-    near = fidelity(first, second, images)
-    assert near.layers["0"] == pytest.approx(20, abs=0.01)  # a tenth of the amplitude
-    assert near.report(20, verbose=True).count("dB") == 2 + 1 + 2
-
-
-def test_classes_of_images_pixels_and_priors():
-    assert classes(torch.rand(2, 5)).shape == (2,)
-    assert classes(torch.rand(2, 5, 8, 9)).shape == (2, 8, 9)
-    assert classes(torch.rand(2, 300, 5)).shape == (2, 300)
-
-
-def test_watching_sees_values_before_they_are_overwritten():
-    model = trace(nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(inplace=True)), SPEC)
-    lowest = {}
-    watch(model, SPEC.probe(2), lambda node, value: lowest.update({node.name: float(value.min())}))
-    assert lowest["_0"] < 0 == lowest["_1"]
 
 
 def test_a_recipe_says_what_it_distills():

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from networks import SPEC, Branches, Residual, chain, settle
 from torch import nn
 
-import dfq
 from utils.calibration.moments import Moments, Unknown, batchnorm_output, clipped_gaussian, mapped_gaussian, propagate
-from utils.graph.capture import trace
+from utils.graph.capture import capture
 from utils.graph.layers import CappedReLU
-from utils.passes.log import Journal
+from utils.passes.fold_batchnorm import fold_batchnorm
+from utils.passes.log import PassLog
 
 SAMPLES = 400_000
 CASES = [(mean, std) for mean in (-3.0, -0.5, 0.0, 0.7, 5.0, 9.0) for std in (0.01, 0.8, 4.0)]
@@ -59,8 +59,8 @@ def test_batchnorm_of_a_constant_channel_has_no_variance():
 def test_moments_are_those_of_many_images(build):
     """Means and ranges from statistics alone against what the network does on images like those it was settled on."""
     model = settle(build())
-    traced = trace(model, SPEC)
-    moments = propagate(traced, SPEC, dfq.fold_batchnorm(traced, Journal()))
+    traced = capture(model, SPEC)
+    moments = propagate(traced, SPEC, fold_batchnorm(traced, PassLog()))
     values = {}
 
     class Recorder(torch.fx.Interpreter):
@@ -85,8 +85,8 @@ def test_padding_lowers_the_mean_at_the_border():
     )
     model[3].weight.fill_(1.0)
     model[1].bias.fill_(2.0)
-    traced = trace(model.eval(), SPEC)
-    moments = propagate(traced, SPEC, dfq.fold_batchnorm(traced, Journal()))
+    traced = capture(model.eval(), SPEC)
+    moments = propagate(traced, SPEC, fold_batchnorm(traced, PassLog()))
     mean = list(moments.values())[-1].mean[0, 0]
     torch.testing.assert_close(mean[0, 0] - model[3].bias[0], (mean[5, 5] - model[3].bias[0]) * 4 / 9)
 
@@ -100,7 +100,7 @@ def test_what_is_not_known_says_where_that_began():
         def forward(self, x):
             return self.last(torch.cumsum(self.conv(x), 2))
 
-    traced = trace(Odd(), SPEC)
+    traced = capture(Odd(), SPEC)
     moments = propagate(traced, SPEC, {})
     assert isinstance(moments["conv"], Moments)
     assert isinstance(moments["last"], Unknown)
@@ -110,8 +110,8 @@ def test_what_is_not_known_says_where_that_began():
 def test_capped_relu_moments_are_per_channel():
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), CappedReLU(torch.tensor([0.1, math.inf]))).eval()
     model[1].bias.fill_(1.0)
-    traced = trace(model, SPEC)
-    last = list(propagate(traced, SPEC, dfq.fold_batchnorm(traced, Journal())).values())[-1]
+    traced = capture(model, SPEC)
+    last = list(propagate(traced, SPEC, fold_batchnorm(traced, PassLog())).values())[-1]
     assert last.high[0, 0].max() == pytest.approx(0.1)
     assert last.high[0, 1].max() == pytest.approx(7.0, rel=1e-3)
     assert last.low.min() == 0

@@ -97,7 +97,7 @@ def test_verbose_lists_every_layer(images, tmp_path, capsys):
     main_cls.main(flags(images, tmp_path, "--quantize", "--equalize", "--verbose"))
     printed = capsys.readouterr().out
     assert "equalized: 0.0 -> 1.0" in printed
-    assert "left out of equalized: 3.linear (read by the network's output)" in printed
+    assert "skipped, equalized: 3.linear (read by the network's output)" in printed
 
 
 def test_bad_images_are_skipped_only_when_asked(images, tmp_path, capsys):

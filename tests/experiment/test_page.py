@@ -12,7 +12,7 @@ import main_cls
 from dfq import Recipe, quantize_data_free
 from utils.experiment import charts, page
 from utils.experiment.pictures import network_pictures
-from utils.passes.log import Journal
+from utils.passes.log import PassLog
 
 LINE = {
     "command": "python main_cls.py",
@@ -30,13 +30,13 @@ def picture(tmp_path):
 
 
 def test_a_page_is_whole_in_itself_and_escapes_what_it_shows(tmp_path, picture):
-    journal = Journal()
-    journal.did("equalized", "<script>")
-    journal.left("equalized", "last", "read by <add>")
-    journal.note("1 < 2")
+    log = PassLog()
+    log.applied("equalized", "<script>")
+    log.skipped("equalized", "last", "read by <add>")
+    log.note("1 < 2")
     section = page.Section("Samples & more", "what <they> say", [picture])
     table = [["", "top1"], ["<script>alert(1)</script>", "80.00"]]
-    text = page.write(tmp_path / "r.html", "net <x>", "lead", table, journal, [section], LINE).read_text()
+    text = page.write(tmp_path / "r.html", "net <x>", "lead", table, log, [section], LINE).read_text()
     assert "<script>" not in text and "&lt;script&gt;alert(1)" in text and "a &lt;red&gt; square" in text
     assert text.count("data:image/png;base64,") == 1
     assert not re.search(r'(src|href)="(?!data:)', text)
@@ -48,14 +48,14 @@ def test_a_page_is_whole_in_itself_and_escapes_what_it_shows(tmp_path, picture):
 def test_weights_are_kept_after_every_pass(tmp_path):
     model = settle(randomise(chain(nn.ReLU)))
     result = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True))
-    stages = result.journal.weights
+    stages = result.log.weights
     assert list(stages) == ["BatchNorm folded", "dead channels cleared", "equalized", "quantized"]
     assert stages["equalized"]["0.0"].shape == (8, 2)
     widths = {stage: stages[stage]["1.0"].abs().amax(1) for stage in ("BatchNorm folded", "equalized")}
     spread = {stage: float(width.max() / width.min()) for stage, width in widths.items()}
     assert spread["equalized"] < spread["BatchNorm folded"]
-    grid = result.weight_grids["1.0"]
-    steps = stages["quantized"]["1.0"] / grid.scale
+    scale = result.simulated.get_submodule("1.0").weight_qparams.scale
+    steps = stages["quantized"]["1.0"] / scale
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
     near = quantize_data_free(model, SPEC, Recipe(quantize=True), SPEC.probe(4)).fidelity
     sections = network_pictures(tmp_path, stages, result.simulated, near)

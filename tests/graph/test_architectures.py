@@ -4,10 +4,11 @@ import pytest
 import torch
 from networks import randomise
 
-from dfq import Recipe, deviation, outputs_of, quantize_data_free
+from dfq import Recipe, quantize_data_free
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
+from utils.passes.exactness import deviation, outputs_of
 
 # Network and the side of its input; the smallest of each family that has all of its parts.
 WITH_BATCHNORM = {
@@ -52,21 +53,21 @@ def test_exact_passes_keep_the_output(name, side):
     result = quantize_data_free(model, spec, EXACT)
     images = spec.probe(2, seed=11)
     assert deviation(outputs_of(model, images), result.float, images) < 1e-4
-    counts = result.journal.counts()
+    counts = result.log.counts()
     norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
-    assert counts.get("folded BatchNorm", {"done": 0})["done"] == norms
-    found = counts["found layers"]["done"]
-    assert counts["equalized"]["done"] + counts["equalized"]["left_out"] == found
+    assert counts.get("folded BatchNorm", {"applied": 0})["applied"] == norms
+    found = counts["found layers"]["applied"]
+    assert counts["equalized"]["applied"] + counts["equalized"]["skipped"] == found
 
 
 @pytest.mark.parametrize(("name", "side"), WITH_BATCHNORM.items())
 def test_every_layer_is_quantized(name, side):
     spec = InputSpec(size=(side, side))
     result = quantize_data_free(build(name), spec, Recipe(quantize=True, correction=True))
-    counts = result.journal.counts()
-    found = counts["found layers"]["done"]
+    counts = result.log.counts()
+    found = counts["found layers"]["applied"]
     for action in ("quantized weights", "corrected biases", "quantized biases"):
-        assert counts[action] == {"done": found, "left_out": 0}
+        assert counts[action] == {"applied": found, "skipped": 0}
     assert result.simulated(spec.probe()).isfinite().all()
 
 

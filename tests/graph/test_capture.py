@@ -6,17 +6,18 @@ import torch.nn.functional as F
 from networks import SPEC, Branches, Head, Residual, Twice, chain, conv_bn
 from torch import nn
 
-import dfq
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import module_of, shape, trace
-from utils.graph.regions import Port, find_links
-from utils.passes.log import Journal
+from utils.graph.nodes import module_of, shape
+from utils.graph.capture import capture
+from utils.graph.regions import ChannelSlice, find_regions
+from utils.passes.fold_batchnorm import fold_batchnorm
+from utils.passes.log import PassLog
 
 
 def folded(model, spec=SPEC):
-    traced = trace(model.eval(), spec)
-    dfq.fold_batchnorm(traced, Journal())
+    traced = capture(model.eval(), spec)
+    fold_batchnorm(traced, PassLog())
     return traced
 
 
@@ -52,48 +53,48 @@ class Functional(nn.Module):
 
 
 def test_functions_become_modules():
-    traced = trace(Functional(), SPEC)
+    traced = capture(Functional(), SPEC)
     assert kinds(traced) == [
         *("Conv2d", "ReLU", "MaxPool2d", "Conv2d", "ReLU6", "ReLU6", "ReLU", "AvgPool2d"),
         *("AdaptiveAvgPool2d", "Flatten", "Linear"),
     ]
     model = Functional().eval()
-    torch.testing.assert_close(trace(model, SPEC)(SPEC.probe()), model(SPEC.probe()))
+    torch.testing.assert_close(capture(model, SPEC)(SPEC.probe()), model(SPEC.probe()))
 
 
 def test_shapes_are_those_of_one_image():
-    traced = trace(chain(), InputSpec(size=(20, 28)))
+    traced = capture(chain(), InputSpec(size=(20, 28)))
     assert shape(next(iter(traced.graph.nodes))) == (1, 3, 20, 28)
 
 
 def test_links_of_a_chain():
-    links, refused = find_links(folded(chain()))
+    links, refused = find_regions(folded(chain()))
     assert [(link.producer, link.readers) for link in links] == [
-        ("0.0", (Port("1.0", keeps_constants=False),)),
-        ("1.0", (Port("2.0"),)),
-        ("2.0", (Port("3.linear"),)),
+        ("0.0", (ChannelSlice("1.0", keeps_constants=False),)),
+        ("1.0", (ChannelSlice("2.0"),)),
+        ("2.0", (ChannelSlice("3.linear"),)),
     ]
     assert all(link.rectified and len(link.clips) == 1 for link in links)
     assert refused == {"3.linear": "read by the network's output"}
 
 
 def test_links_of_a_residual_block():
-    links, refused = find_links(folded(Residual()))
+    links, refused = find_regions(folded(Residual()))
     assert [(link.producer, [port.name for port in link.readers]) for link in links] == [("inner.0", ["outer.0"])]
     assert refused["stem.0"] == refused["outer.0"] == "read by add 'add'"
 
 
 def test_links_through_a_concat_know_their_columns():
-    links, _ = find_links(folded(Branches()))
+    links, _ = find_regions(folded(Branches()))
     ports = {link.producer: link.readers for link in links}
-    assert ports["left.0"] == (Port("reader.0"),)
-    assert ports["right.0"] == (Port("reader.0", offset=6),)
+    assert ports["left.0"] == (ChannelSlice("reader.0"),)
+    assert ports["right.0"] == (ChannelSlice("reader.0", offset=6),)
 
 
 def test_links_through_flatten_own_their_positions():
     model = nn.Sequential(conv_bn(3, 4, 1), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(36, 2))
-    links, _ = find_links(folded(model))
-    assert links[0].readers == (Port("3", repeat=9),)
+    links, _ = find_regions(folded(model))
+    assert links[0].readers == (ChannelSlice("3", repeat=9),)
 
 
 class Forked(nn.Module):
@@ -107,8 +108,8 @@ class Forked(nn.Module):
 
 
 def test_every_reader_of_a_fork_is_in_its_link():
-    links, _ = find_links(folded(Forked()))
-    assert links[0].readers == (Port("a", keeps_constants=False), Port("b"))
+    links, _ = find_regions(folded(Forked()))
+    assert links[0].readers == (ChannelSlice("a", keeps_constants=False), ChannelSlice("b"))
 
 
 def test_standalone_batchnorm_becomes_a_depthwise_convolution():
@@ -138,7 +139,7 @@ def test_batchnorm_folds_into_a_transposed_convolution(groups):
 
 def test_a_layer_used_twice_is_refused_by_name():
     with pytest.raises(UserError, match="layer 'shared' is used 2 times"):
-        trace(Twice(), SPEC)
+        capture(Twice(), SPEC)
 
 
 def test_an_activation_used_twice_is_two_activations():
@@ -150,7 +151,7 @@ def test_an_activation_used_twice_is_two_activations():
         def forward(self, x):
             return self.act(self.b(self.act(self.a(x))))
 
-    traced = trace(TwiceActive(), SPEC)
+    traced = capture(TwiceActive(), SPEC)
     assert len({node.target for node in traced.graph.nodes if node.op == "call_module"}) == 4
 
 
@@ -162,12 +163,12 @@ def test_what_fx_cannot_trace_is_refused_with_its_place():
             return -x
 
     with pytest.raises(UserError, match=r"cannot trace.*test_graph\.py:\d+, forward"):
-        trace(Branching(), SPEC)
+        capture(Branching(), SPEC)
 
 
 def test_an_input_too_small_is_refused():
     with pytest.raises(UserError, match="check --image_size"):
-        trace(nn.Sequential(nn.Conv2d(3, 4, 7), nn.Conv2d(4, 4, 30)), SPEC)
+        capture(nn.Sequential(nn.Conv2d(3, 4, 7), nn.Conv2d(4, 4, 30)), SPEC)
 
 
 def test_timm_layers_become_plain_ones():
@@ -181,7 +182,7 @@ def test_timm_layers_become_plain_ones():
 
 
 def test_links_through_the_sums_of_a_residual_block():
-    links, refused = find_links(folded(Residual()), through_sums=True)
+    links, refused = find_regions(folded(Residual()), through_sums=True)
     (tied,) = [link for link in links if link.tied]
     assert tied.producers == ("stem.0", "outer.0")
     assert {port.name for port in tied.readers} == {"inner.0", "head.linear"}

@@ -4,15 +4,19 @@ import pytest
 import torch
 from networks import randomise, settle
 
-from dfq import Recipe, deviation, fold_batchnorm, fold_scales, outputs_of, quantize_data_free
+from dfq import Recipe, quantize_data_free
 from modeling.deeplab import DeepLab
 from modeling.segmentation import Logits
 from modeling.ssd_lite import SSDLite
+from utils.backends.lowering import lower_to_integers
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
-from utils.graph.capture import classes_of, trace
-from utils.graph.regions import find_links
-from utils.passes.log import Journal
+from utils.graph.nodes import classes_of
+from utils.graph.capture import capture
+from utils.graph.regions import find_regions
+from utils.passes.exactness import deviation, outputs_of
+from utils.passes.fold_batchnorm import fold_batchnorm
+from utils.passes.log import PassLog
 from utils.quantization.quantizer import Quantizer
 from utils.tasks.metrics import sqnr
 
@@ -41,38 +45,38 @@ def test_exact_passes_keep_every_output(name):
     result = quantize_data_free(model, SPEC, Recipe(equalize=True))
     images = SPEC.probe(2, seed=9)
     assert deviation(outputs_of(model, images), result.float, images) < 1e-4
-    assert result.journal.counts()["equalized"]["done"] >= 15
-    assert not result.journal.notes
+    assert result.log.counts()["equalized"]["applied"] >= 15
+    assert not result.log.notes
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_layer_is_quantized_and_stays_close(name):
     model = settle(randomise(NETWORKS[name]()), SPEC, images=64)
     result = quantize_data_free(model, SPEC, Recipe(equalize=True, quantize=True, correction=True))
-    counts = result.journal.counts()
+    counts = result.log.counts()
     assert (
         counts["quantized weights"]
         == counts["quantized biases"]
-        == {"done": counts["found layers"]["done"], "left_out": 0}
+        == {"applied": counts["found layers"]["applied"], "skipped": 0}
     )
     images = SPEC.probe(4, seed=7)
     for exact, rounded in zip(
         outputs_of(model, images),
-        outputs_of(fold_scales(result.simulated, result.weight_grids, result.bias_grids), images),
+        outputs_of(lower_to_integers(result.simulated), images),
         strict=True,
     ):
         assert sqnr(exact, rounded) > 4  # random networks amplify noise; a broken one is at 0 or below
 
 
 def test_classes_come_from_the_shape_of_the_output():
-    assert classes_of(trace(randomise(deeplab()), SPEC)) == 4
-    assert classes_of(trace(randomise(ssd_lite()), SPEC)) == 3
+    assert classes_of(capture(randomise(deeplab()), SPEC)) == 4
+    assert classes_of(capture(randomise(ssd_lite()), SPEC)) == 3
 
 
 def test_the_tap_is_equalized_with_all_of_its_readers():
-    traced = trace(randomise(ssd_lite()), SPEC)
-    fold_batchnorm(traced, Journal())
-    readers = {link.producer: [port.name for port in link.readers] for link in find_links(traced)[0]}
+    traced = capture(randomise(ssd_lite()), SPEC)
+    fold_batchnorm(traced, PassLog())
+    readers = {link.producer: [port.name for port in link.readers] for link in find_regions(traced)[0]}
     assert readers["base_net.14.conv.0.0"] == [
         "base_net.14.conv.1.0",
         "classification_headers.0.0",

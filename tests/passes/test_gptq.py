@@ -1,4 +1,4 @@
-"""Weights rounded together: the second_moment they are weighed by, and what that gains."""
+"""GPTQ: the second moment that errors are weighed by, and what error compensation gains."""
 
 from functools import partial
 
@@ -10,9 +10,10 @@ from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.calibration.distillation import as_pixels, natural_noise
-from utils.graph.layers import taps
-from utils.passes.gptq import compensated, second_moment
-from utils.quantization.quantizer import weight_grid
+from utils.graph.nodes import weighted_nodes
+from utils.graph.layers import grouped_weight
+from utils.passes.gptq import gptq_round, second_moment
+from utils.quantization.qparams import choose_weight_qparams
 
 LAYERS = {
     "dense": partial(nn.Conv2d, 6, 8, 3, stride=2, padding=1),
@@ -40,31 +41,32 @@ def correlated(layer: nn.Module, count: int = 8) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_second_moment_foretells_the_power_of_the_output(name):
+def test_second_moment_predicts_the_power_of_the_output(name):
     layer = build(name)
     x = correlated(layer)
-    view = taps(layer).double().flatten(2)
-    foretold = torch.einsum("god,gde,goe->go", view, second_moment(layer, x), view).flatten()
+    view = grouped_weight(layer).double().flatten(2)
+    predicted = torch.einsum("god,gde,goe->go", view, second_moment(layer, x), view).flatten()
     y = layer(x).double()
     y = (y if isinstance(layer, nn.Linear) else y.movedim(1, -1).flatten(0, -2)) - layer.bias
-    torch.testing.assert_close(foretold, y.square().mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(predicted, y.square().mean(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_errors_make_up_for_each_other(name, per_channel, asymmetric):
+def test_errors_compensate_each_other(name, per_channel, asymmetric):
     layer = build(name)
-    grid = weight_grid(layer, 4, per_channel, not asymmetric)
-    spread, exact = second_moment(layer, correlated(layer)), taps(layer).double()
-    rounded = compensated(exact, spread, grid)
+    qparams = choose_weight_qparams(layer, 4, per_channel, not asymmetric)
+    spread, exact = second_moment(layer, correlated(layer)), grouped_weight(layer).double()
+    rounded = gptq_round(exact, spread, qparams)
     scale, zero = (
-        part.double().expand(layer.weight.shape[0]).view(*exact.shape[:2], 1) for part in (grid.scale, grid.zero_point)
+        part.double().expand(layer.weight.shape[0]).view(*exact.shape[:2], 1)
+        for part in (qparams.scale, qparams.zero_point)
     )
     steps = rounded / scale + zero
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
-    assert steps.min() > grid.lowest - 0.5 and steps.max() < grid.highest + 0.5
-    nearest = ((exact.flatten(2) / scale).round() + zero).clamp(grid.lowest, grid.highest).sub(zero) * scale
+    assert steps.min() > qparams.quant_min - 0.5 and steps.max() < qparams.quant_max + 0.5
+    nearest = ((exact.flatten(2) / scale).round() + zero).clamp(qparams.quant_min, qparams.quant_max).sub(zero) * scale
 
     def noise(weights: torch.Tensor) -> float:
         error = weights - exact.flatten(2)
@@ -75,18 +77,18 @@ def test_errors_make_up_for_each_other(name, per_channel, asymmetric):
 
 def test_inputs_that_have_nothing_in_common_are_rounded_to_the_nearest():
     layer = build("dense")
-    grid = weight_grid(layer, 4, False, True)
-    exact = taps(layer).double()
-    rounded = compensated(exact, torch.eye(54).double()[None], grid)
+    qparams = choose_weight_qparams(layer, 4, False, True)
+    exact = grouped_weight(layer).double()
+    rounded = gptq_round(exact, torch.eye(54).double()[None], qparams)
     torch.testing.assert_close(
-        rounded, (exact.flatten(2) / grid.scale).round() * grid.scale.double(), rtol=0, atol=1e-6
+        rounded, (exact.flatten(2) / qparams.scale).round() * qparams.scale.double(), rtol=0, atol=1e-6
     )
 
 
 def test_an_input_that_never_varies_is_no_obstacle():
     layer = build("dense")
-    grid = weight_grid(layer, 4, False, True)
-    assert compensated(taps(layer).double(), torch.zeros(1, 54, 54).double(), grid).isfinite().all()
+    qparams = choose_weight_qparams(layer, 4, False, True)
+    assert gptq_round(grouped_weight(layer).double(), torch.zeros(1, 54, 54).double(), qparams).isfinite().all()
 
 
 @pytest.mark.parametrize("network", [chain, Residual, Branches])
@@ -96,12 +98,12 @@ def test_a_network_comes_nearer_to_its_float_one(network):
         as_pixels(natural_noise(SPEC, 32, torch.Generator().manual_seed(3)), SPEC),
     )
     flags = {"quantize": True, "equalize": True, "correction": True, "distill_correction": True, "bits_weight": 4}
-    plain, together = (
+    nearest, rounded = (
         quantize_data_free(model, SPEC, Recipe(**flags, distill_rounding=rounding), images)
         for rounding in (False, True)
     )
-    assert together.fidelity.output > plain.fidelity.output + 1
-    assert together.journal.counts()["rounded together"]["done"] == len(together.weight_grids)
+    assert rounded.fidelity.output > nearest.fidelity.output + 1
+    assert rounded.log.counts()["rounded with GPTQ"]["applied"] == len(weighted_nodes(rounded.simulated))
 
 
 def test_the_row_says_so():

@@ -7,9 +7,12 @@ import torch
 from networks import SPEC, Branches, Residual, chain, randomise, settle
 from torch import nn
 
-from dfq import Recipe, fold_scales, outputs_of, quantize_data_free
+from dfq import Recipe, quantize_data_free
+from utils.backends.lowering import lower_to_integers
 from utils.core.errors import UserError
-from utils.graph.capture import trace
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.graph.capture import capture
+from utils.passes.exactness import outputs_of
 from utils.quantization import serialization as artifact
 
 TASK = "classification"
@@ -18,8 +21,8 @@ RECIPE = Recipe(quantize=True, equalize=True, correction=True)
 
 def saved(network, file, recipe=RECIPE):
     result = quantize_data_free(network, SPEC, recipe)
-    parts = result.float, result.simulated, result.weight_grids, result.bias_grids
-    artifact.save(file, artifact.Saved(trace(network, SPEC), *parts, asdict(recipe), SPEC, TASK, "net", "here"))
+    parts = result.float, result.simulated
+    artifact.save(file, artifact.Saved(capture(network, SPEC), *parts, asdict(recipe), SPEC, TASK, "net", "here"))
     return result
 
 
@@ -31,12 +34,17 @@ def test_what_is_loaded_computes_bit_for_bit_the_same(network, flags, tmp_path):
     again = artifact.load(tmp_path / "net.dfq", TASK)
     images = SPEC.probe(4)
     pairs = [(model, again.model), (result.float, again.float), (result.simulated, again.simulated)]
-    pairs.append(tuple(fold_scales(made.simulated, made.weight_grids, made.bias_grids) for made in (result, again)))
+    pairs.append(tuple(lower_to_integers(made.simulated) for made in (result, again)))
     for expected, found in pairs:
         assert torch.equal(outputs_of(expected, images)[0], outputs_of(found, images)[0])
     assert Recipe(**again.recipe) == Recipe(quantize=True, equalize=True, **flags) and again.spec == SPEC
-    for name, grid in result.weight_grids.items():
-        assert torch.equal(again.weight_grids[name].scale, grid.scale)
+    for node in weighted_nodes(result.simulated):
+        layer, found = module_of(result.simulated, node), again.simulated.get_submodule(node.target)
+        for kind in ("weight_qparams", "bias_qparams"):
+            expected, loaded = getattr(layer, kind), getattr(found, kind)
+            assert torch.equal(loaded.scale, expected.scale) and torch.equal(loaded.zero_point, expected.zero_point)
+            assert (loaded.quant_min, loaded.quant_max) == (expected.quant_min, expected.quant_max)
+        assert again.float.get_submodule(node.target).weight_qparams is None
 
 
 EMPTY = {"mapping": {}}
@@ -74,8 +82,8 @@ class Attention(nn.Module):
 
 
 def test_a_layer_of_layers_is_refused_before_the_file_is_there(tmp_path):
-    network = trace(Attention().eval(), SPEC)
-    parts = network, network, network, {}, {}, {}
+    network = capture(Attention().eval(), SPEC)
+    parts = network, network, network, {}
     with pytest.raises(UserError, match="'attention' is a MultiheadAttention, made of further layers"):
         artifact.save(tmp_path / "net.dfq", artifact.Saved(*parts, SPEC, TASK, "net", "here"))
     assert not (tmp_path / "net.dfq").exists()

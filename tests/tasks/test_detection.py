@@ -21,7 +21,7 @@ from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
 from utils.experiment.evaluation import evaluate
 from utils.experiment.pictures import detection_pictures
-from utils.graph.capture import trace
+from utils.graph.capture import capture
 from utils.tasks.boxes import BoxCoder, Detections, Objects, PriorSpec, to_centres, to_corners
 from utils.tasks.data import Batches
 from utils.tasks.detection import class_labels, read_annotation, stack, voc_detection
@@ -179,7 +179,7 @@ def test_blocks_are_renamed_wherever_they_stand():
 
 def test_the_traced_network_has_the_tap_as_one_value_with_three_readers():
     model = randomise(SSDLite(CLASSES, width=0.25, extras=EXTRAS))
-    traced = trace(model, SPEC)
+    traced = capture(model, SPEC)
     images = SPEC.probe()
     for heads, expected in zip(traced(images), model(images), strict=True):
         torch.testing.assert_close(heads, expected)
@@ -615,7 +615,7 @@ def test_evaluation_pictures_and_curves(voc, tmp_path):
     samples, labels = open_samples(voc)
     model = randomise(small_detector_of(CLASSES))
     coder = replace(model.coder(SPEC.size), min_score=0.3)
-    networks = {"FP32": model, "INT8": trace(model, SPEC)}
+    networks = {"FP32": model, "INT8": capture(model, SPEC)}
     metrics = {"FP32": MeanAveragePrecision(labels, coder)}
     metrics["INT8"] = MeanAveragePrecision(labels, coder, reference=metrics["FP32"])
     evaluate(networks, Batches(samples, 3, 0, 0, stack), metrics, CPU)

@@ -1,93 +1,120 @@
 """A simulated network on the integers that an engine computes with.
 
-What an engine stores between its kernels are steps of a quantizer's grid. Here they are carried in float32,
-and every kernel rounds the number that ONNX Runtime's kernel of the same layer rounds: layers multiply
-their accumulator by one float32, as global averages do, and sums add their operands in its order. A tie then goes the same way in
-both, and a whole network of integer kernels gives the same integers in both.
+What an engine stores between its kernels are steps of a quantizer, counted from its zero point. Here they are carried
+in float32, and every kernel rounds the number that ONNX Runtime's kernel of the same layer rounds: layers multiply
+their accumulator by one float32, as global averages do, and sums add their operands in its order. A tie then goes the
+same way in both, and a whole network of integer kernels gives the same integers in both.
 """
 
 import copy
 import math
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from utils.graph.capture import ASKS_SHAPE, REARRANGING, module_of, run_in_place, shape, tidy
+from utils.graph.in_place import run_in_place
 from utils.graph.layers import (
     WEIGHTED,
-    IntegerSum,
-    PositionSum,
     channels_in,
     channels_out,
+    grouped_weight,
     per_channel,
     scale_inputs,
     scale_outputs,
-    taps,
 )
-from utils.quantization.quantizer import QParams, Quantizer
+from utils.graph.nodes import module_of, shape, tidy
+from utils.graph.ops import is_size, keeps_grid
+from utils.quantization.placement import is_concat, quantizer_before, value_sources
+from utils.quantization.quantizer import Quantizer
 
-# Operations whose output lies on the grid of their input: an integer engine needs no quantizer behind them.
-_KEEPS_GRID = (
-    nn.MaxPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Flatten,
-    nn.ZeroPad2d,
-    nn.UpsamplingNearest2d,
-    nn.PixelShuffle,
-    nn.ChannelShuffle,
-)
+aten = torch.ops.aten
 
 
-def keeps_grid(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's output lies on the grid of its input."""
-    return isinstance(module_of(model, node), _KEEPS_GRID) or node.target in REARRANGING
+class IntegerSum(nn.Module):
+    """The sum of two tensors of steps, in steps of a third grid, as ONNX Runtime's QLinearAdd rounds it.
+
+    first, second, total: scale and zero point of each uint8 grid; steps are counted from the zero point. That
+    kernel multiplies and adds in float32, fused: fixed + ratio * unsigned second + ratio * unsigned first.
+    """
+
+    makes_new_tensor = True
+
+    def __init__(self, first: tuple[float, int], second: tuple[float, int], total: tuple[float, int]):
+        super().__init__()
+        scales = torch.tensor([first[0], second[0], total[0]])
+        self.ratios = (scales[:2] / scales[2]).tolist()
+        self.zero_points = first[1], second[1], total[1]
+        offset = torch.tensor(self.ratios[1]) * self.zero_points[1]
+        offset = (self.ratios[0] * self.zero_points[0] + offset.double()).float()  # one rounding: fused
+        self.register_buffer("fixed", self.zero_points[2] - offset, persistent=False)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        sum_ = torch.add(self.fixed, second + self.zero_points[1], alpha=self.ratios[1])
+        sum_.add_(first + self.zero_points[0], alpha=self.ratios[0])
+        return sum_.round_().sub_(self.zero_points[2])
 
 
-def grid_sources(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The nodes whose grid a value lies on, past whatever only moves values."""
-    if node.target is torch.cat:
-        return [source for part in node.args[0] for source in grid_sources(model, part)]
-    if keeps_grid(model, node):
-        return grid_sources(model, node.args[0])
-    return [node]
+class PositionSum(nn.Module):
+    """[N, C, ...] -> [N, C, 1, ...], the sum of each channel's values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(list(range(2, x.dim())), keepdim=True)
 
 
-def quantizer_before(model: fx.GraphModule, node: fx.Node) -> Quantizer | None:
-    """The quantizer on whose grid the node's output lies."""
-    sources = [module_of(model, source) for source in grid_sources(model, node)]
-    return sources[0] if sources and all(isinstance(source, Quantizer) for source in sources) else None
+class QuantizeToSteps(nn.Module):
+    """A quantizer as an engine computes it, which hands its steps on, or values if what reads it needs them.
+
+    quantizer: of the simulation. multiplier: what the input is multiplied by before rounding, [] or [C, 1, ...]; None
+    to divide it by the scale, as an engine's QuantizeLinear does; 1.0 where it is in steps already.
+    to_steps: hand out steps, counted from the zero point, instead of values.
+    """
+
+    def __init__(self, quantizer: Quantizer, multiplier: float | Tensor | None, to_steps: bool):
+        super().__init__()
+        self.quantizer, self.to_steps, self.inplace = quantizer, to_steps, False
+        is_tensor = isinstance(multiplier, Tensor)
+        self.factor = None if is_tensor else multiplier
+        self.register_buffer("channel_factors", multiplier if is_tensor else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor if self.channel_factors is None else self.channel_factors
+        if factor is None:
+            steps = x.div_(self.quantizer.scale) if self.inplace else x / self.quantizer.scale
+        elif self.factor == 1:
+            steps = x if self.inplace else x.clone()
+        else:
+            steps = x.mul_(factor) if self.inplace else x * factor
+        steps = self.quantizer.round_(steps)
+        return steps if self.to_steps else steps.mul_(self.quantizer.scale)
 
 
-def fold_scales(
-    simulated: fx.GraphModule, weight_grids: Mapping[str, QParams], bias_grids: Mapping[str, QParams]
-) -> fx.GraphModule:
+def lower_to_integers(simulated: fx.GraphModule) -> fx.GraphModule:
     """A copy of a simulated network that computes what an engine does, in fewer passes over its activations.
 
     A quantizer divides by its scale, rounds, and multiplies. Where all that reads it computes on integers, it
-    hands out its steps and no longer multiplies; a layer or a sum before it hands over steps of its grid, and
+    hands out its steps and no longer multiplies; a layer or a sum before it hands over steps, and
     it no longer divides. A layer between two such quantizers has integer weights and biases.
     """
     model = copy.deepcopy(simulated)
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            module.before, module.divisor = 1.0, module.scale
-    for node in _integral(model):
-        module_of(model, node).after = 1.0
+    steps = _in_steps(model)
+    multipliers: dict[fx.Node, float | Tensor] = {}  # by quantizer: what its input is multiplied by
     for node in list(model.graph.nodes):
-        module = module_of(model, node)
-        if isinstance(module, WEIGHTED):
-            _fold_layer(model, node, module, weight_grids.get(node.target), node.target in bias_grids)
-        elif _is_sum(model, node) and all(quantizer_before(model, part).after == 1 for part in node.args):
-            _fold_sum(model, node)
-        elif _is_average(model, node) and quantizer_before(model, node.args[0]).after == 1:
-            _fold_average(model, node)
+        if isinstance(module_of(model, node), WEIGHTED):
+            multipliers |= _lower_layer(model, node, steps)
+        elif _is_sum(model, node) and all(_reads_steps(model, part, steps) for part in node.args):
+            multipliers |= _lower_sum(model, node)
+        elif _is_average(model, node) and _reads_steps(model, node.args[0], steps):
+            multipliers |= _lower_average(model, node)
+    for node in model.graph.nodes:
+        quantizer = module_of(model, node)
+        if isinstance(quantizer, Quantizer):
+            model.set_submodule(node.target, QuantizeToSteps(quantizer, multipliers.get(node), node in steps))
     return run_in_place(tidy(model))
 
 
-def _integral(model: fx.GraphModule) -> set[fx.Node]:
-    """The quantizers that all that reads them takes in whole steps."""
+def _in_steps(model: fx.GraphModule) -> set[fx.Node]:
+    """The quantizers whose readers all compute on steps."""
     chosen = {node for node in model.graph.nodes if isinstance(module_of(model, node), Quantizer)}
     while refused := {
         node for node in chosen if not all(_takes_steps(model, reader, chosen) for reader in _readers(model, node))
@@ -96,12 +123,17 @@ def _integral(model: fx.GraphModule) -> set[fx.Node]:
     return chosen
 
 
+def _reads_steps(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> bool:
+    """Whether a value is handed on in steps of one quantizer."""
+    return quantizer_before(model, node) is not None and value_sources(node)[0] in steps
+
+
 def _readers(model: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     """What reads a value, past whatever only moves it."""
     for user in node.users:
-        if keeps_grid(model, user) or user.target is torch.cat:
+        if keeps_grid(user) or is_concat(user):
             yield from _readers(model, user)
-        elif user.target not in ASKS_SHAPE:
+        elif not is_size(user):
             yield user
 
 
@@ -109,7 +141,7 @@ def _takes_steps(model: fx.GraphModule, reader: fx.Node, chosen: set[fx.Node]) -
     """Whether a reader can compute on the steps of quantizers, all its operands being of the chosen ones."""
     if not (isinstance(module_of(model, reader), WEIGHTED) or _is_sum(model, reader) or _is_average(model, reader)):
         return False
-    operands = [grid_sources(model, operand) for operand in reader.all_input_nodes]
+    operands = [value_sources(operand) for operand in reader.all_input_nodes]
     return all(
         set(sources) <= chosen and len({module_of(model, source).scale for source in sources}) == 1
         for sources in operands
@@ -119,7 +151,7 @@ def _takes_steps(model: fx.GraphModule, reader: fx.Node, chosen: set[fx.Node]) -
 def _is_sum(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node adds two quantized tensors of one shape for a quantizer."""
     return (
-        node.target is operator.add
+        node.target is aten.add.Tensor
         and all(isinstance(part, fx.Node) and shape(part) == shape(node) for part in node.args)
         and all(quantizer_before(model, part) is not None for part in node.args)
         and [type(module_of(model, user)) for user in node.users] == [Quantizer]
@@ -129,50 +161,59 @@ def _is_sum(model: fx.GraphModule, node: fx.Node) -> bool:
 def _is_average(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node averages all positions of a quantized tensor for a quantizer."""
     return (
-        isinstance(module_of(model, node), nn.AdaptiveAvgPool2d)
-        and math.prod(shape(node)[2:]) == 1 < math.prod(shape(node.args[0])[2:])
+        node.target is aten.mean.dim
+        and list(node.args[1]) == list(range(2, len(shape(node))))
+        and math.prod(shape(node.args[0])[2:]) > 1
         and quantizer_before(model, node.args[0]) is not None
         and [type(module_of(model, user)) for user in node.users] == [Quantizer]
     )
 
 
-def _fold_layer(
-    model: fx.GraphModule, node: fx.Node, layer: nn.Module, grid: QParams | None, bias_on_grid: bool
-) -> None:
-    """Move the scales of the quantizers around a layer into its weights, or make these integers."""
-    before = quantizer_before(model, node.args[0])
-    reads_steps = before is not None and before.after == 1
-    after = module_of(model, next(iter(node.users)))
-    alone = isinstance(after, Quantizer) and len(node.users) == 1
-    if reads_steps and alone and grid is not None and bias_on_grid:
-        multiplier = grid.scale.float() * before.scale / after.scale
-        after.before = float(multiplier) if multiplier.dim() == 0 else per_channel(multiplier, len(shape(node)))
-        after.divisor = None
-        steps = grid.scale.double().expand(channels_out(layer))
-        view = taps(layer)
-        view.copy_((view.double() / steps.view(view.shape[0], -1, 1, 1)).round())
-        layer.bias.data.copy_((layer.bias.double() / (steps * before.scale)).round())
-        return
+def _lower_layer(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> dict[fx.Node, float | Tensor]:
+    """Move the scales of the quantizers around a layer into its weights, or make these integers.
+
+    Returns what the quantizer behind it multiplies by, if there is one that alone reads the layer.
+    """
+    layer, before, user = module_of(model, node), quantizer_before(model, node.args[0]), next(iter(node.users))
+    reads_steps = _reads_steps(model, node.args[0], steps)
+    after = module_of(model, user) if len(node.users) == 1 else None
+    after = after if isinstance(after, Quantizer) else None
+    if reads_steps and after and layer.weight_qparams is not None and layer.bias_qparams is not None:
+        multiplier = layer.weight_qparams.scale.float() * before.scale / after.scale
+        _to_integers(layer, before.scale)
+        return {user: float(multiplier) if multiplier.dim() == 0 else per_channel(multiplier, len(shape(node)))}
     if reads_steps:
         scale_inputs(layer, torch.full((channels_in(layer),), before.scale))
-    if alone:
-        scale_outputs(layer, torch.full((channels_out(layer),), 1 / after.scale))
-        after.divisor = None
+    if not after:
+        return {}
+    scale_outputs(layer, torch.full((channels_out(layer),), 1 / after.scale))
+    return {user: 1.0}
 
 
-def _fold_sum(model: fx.GraphModule, node: fx.Node) -> None:
+def _to_integers(layer: nn.Module, input_scale: float) -> None:
+    """Replace a layer's weights and biases by their integers."""
+    scale = layer.weight_qparams.scale.double().expand(channels_out(layer))
+    view = grouped_weight(layer)
+    view.copy_((view.double() / scale.view(view.shape[0], -1, 1, 1)).round())
+    layer.bias.data.copy_((layer.bias.double() / (scale * input_scale)).round())
+
+
+def _lower_sum(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, float | Tensor]:
     """Put a sum of steps in the place of a sum of values."""
-    total = module_of(model, next(iter(node.users)))
-    grids = [(part.scale, part.zero_point) for part in (*(quantizer_before(model, a) for a in node.args), total)]
+    total = next(iter(node.users))
+    quantizers = [*(quantizer_before(model, part) for part in node.args), module_of(model, total)]
     name = f"{node.name}_of_steps"
-    model.add_submodule(name, IntegerSum(*grids))
+    model.add_submodule(name, IntegerSum(*((quantizer.scale, quantizer.zero_point) for quantizer in quantizers)))
     node.op, node.target = "call_module", name
-    total.divisor = None
+    return {total: 1.0}
 
 
-def _fold_average(model: fx.GraphModule, node: fx.Node) -> None:
+def _lower_average(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, float | Tensor]:
     """Add steps up over all positions, and let the quantizer behind divide by their number too."""
-    before, after = quantizer_before(model, node.args[0]), module_of(model, next(iter(node.users)))
-    model.set_submodule(node.target, PositionSum())
+    user = next(iter(node.users))
+    before, after = quantizer_before(model, node.args[0]), module_of(model, user)
+    name = f"{node.name}_of_steps"
+    model.add_submodule(name, PositionSum())
+    node.op, node.target, node.args = "call_module", name, (node.args[0],)
     positions = math.prod(shape(node.args[0])[2:])
-    after.before, after.divisor = float(torch.tensor(before.scale) / (torch.tensor(after.scale) * positions)), None
+    return {user: float(torch.tensor(before.scale) / (torch.tensor(after.scale) * positions))}

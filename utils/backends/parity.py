@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from utils.backends.onnxruntime.graph import integers_of
 from utils.core.errors import UserError
-from utils.graph.capture import module_of
-from utils.graph.layers import WEIGHTED, per_channel, taps
+from utils.graph.layers import WEIGHTED, grouped_weight, per_channel
+from utils.graph.nodes import module_of
 from utils.quantization.quantizer import Quantizer
 
 # Steps from halfway within which both neighbours are right. Float32 strays by 0.0003, or by its resolution where
@@ -160,15 +160,15 @@ class _Alone(fx.Interpreter):
         if isinstance(module, Quantizer):
             return self._compare(node, module)
         if isinstance(module, WEIGHTED):
-            terms = taps(module).abs().sum((2, 3)).flatten() * self.env[node.args[0]].abs().max() + module.bias.abs()
+            terms = grouped_weight(module).abs().sum((2, 3)).flatten() * self.env[node.args[0]].abs().max() + module.bias.abs()
             self.reach[node] = float(terms.max())
         return super().run_node(node)
 
     def _compare(self, node: fx.Node, quantizer: Quantizer) -> Tensor:
         """The engine's output of a quantizer, held against what the simulation makes of the engine's input."""
         source = node.args[0]
-        top = quantizer.highest if quantizer.cap is None else per_channel(quantizer.cap, self.env[source].dim())
-        exact = (self.env[source].double() / quantizer.scale).clamp(min=quantizer.lowest)  # a copy, to be kept:
+        top = quantizer.step_max if quantizer.cap is None else per_channel(quantizer.cap, self.env[source].dim())
+        exact = (self.env[source].double() / quantizer.scale).clamp(min=quantizer.step_min)  # a copy, to be kept:
         expected = (super().run_node(node) / quantizer.scale).round()  # this may overwrite its input
         found = self.tensors[integers_of(node)].float() - quantizer.zero_point
         slack = max(TIE, self.reach.get(source, 0) * torch.finfo(torch.float32).eps / quantizer.scale)

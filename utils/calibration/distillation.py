@@ -23,7 +23,7 @@ from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.experiment.records import weights_hash
-from utils.graph.capture import trace
+from utils.graph.capture import capture
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
     A network without BatchNorm, or not enough memory, is a UserError. A loss that is no number ends a
     batch with the best images so far, and says so.
     """
-    network = trace(model, spec)
+    network = capture(model, spec)
     if not any(_remembers(module) for module in network.modules()):
         raise UserError(
             "the network has no BatchNorm with running statistics, from which --distill_* would make images; use a network trained with BatchNorm"
@@ -201,7 +201,7 @@ def statistics_loss(network: fx.GraphModule, spec: InputSpec, images: Tensor, ro
 @torch.no_grad()
 def statistics_fit(model: nn.Module, spec: InputSpec, images: Tensor) -> dict[str, Fit]:
     """How well every BatchNorm's statistics are met on the images, the network's input first."""
-    errors = _all_errors(trace(model, spec), spec, images)
+    errors = _all_errors(capture(model, spec), spec, images)
     return {name: Fit(*(float(error.mean().sqrt()) for error in pair)) for name, pair in errors.items()}
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import REARRANGING, describe, module_of, shape
-from utils.graph.layers import WEIGHTED, CappedReLU, per_channel
+from utils.graph.layers import WEIGHTED, ChannelAffine, Clip, Elementwise, per_channel
+from utils.graph.nodes import describe, module_of, shape
+from utils.graph.ops import is_size, operator_of
 
 SIGMAS = 6.0  # a Gaussian activation is taken to stay within this many standard deviations
 CORRELATION = 0.01  # between any two inputs of a layer without BatchNorm, where its range is concerned
@@ -39,7 +39,7 @@ def clipped_gaussian(mean: Tensor, variance: Tensor, low: Tensor, high: Tensor) 
     low = torch.maximum(low, torch.minimum(high, mean) - 12 * std)  # the same to 1e-30, and finite
     high = torch.minimum(high, torch.maximum(low, mean) + 12 * std)
     a, b = (low - mean) / std, (high - mean) / std
-    below, above = _gaussian_cdf(a), _gaussian_cdf(-b)
+    below, above = torch.special.ndtr(a), torch.special.ndtr(-b)
     inside = (1 - below - above).clamp_min(0)
     density_a, density_b = _gaussian_density(a), _gaussian_density(b)
     first = low * below + high * above + mean * inside + std * (density_a - density_b)
@@ -57,10 +57,6 @@ def mapped_gaussian(mean: Tensor, variance: Tensor, function: Callable[[Tensor],
         first += weight * value
         second += weight * value**2
     return first, (second - first**2).clamp_min(0)
-
-
-def _gaussian_cdf(x: Tensor) -> Tensor:
-    return 0.5 * torch.erfc(-x / math.sqrt(2))
 
 
 def _gaussian_density(x: Tensor) -> Tensor:
@@ -124,25 +120,14 @@ def propagate(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) ->
     """Moments of every node's output, by the node's name.
 
     statistics: what is known of layers that had a BatchNorm; the others follow from their inputs.
-    Assumed: channels are independent, but for the range of a layer without BatchNorm; within a pooling window values are equal, so that mean
-    and variance pass (a lower bound on a max-pool's mean, an upper one on an average's variance).
+    Assumed: channels are independent, but for the range of a layer without BatchNorm; within a pooling window
+    values are equal, so that mean and variance pass (a lower bound on a max-pool's mean, an upper one on an
+    average's variance).
     """
     interpreter = _MomentsInterpreter(model, spec, statistics)
     with torch.no_grad():
         interpreter.run(None)
     return interpreter.moments
-
-
-_CLIPPED = (nn.ReLU, nn.ReLU6, nn.Hardtanh, CappedReLU)
-_ELEMENTWISE = (
-    *(nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
-    *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Softsign),
-)
-_MOVING = (
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.ZeroPad2d),
-    *(nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d, nn.PixelShuffle, nn.ChannelShuffle),
-)
-_MOVING_FUNCTIONS = REARRANGING | {F.interpolate}
 
 
 class _MomentsInterpreter(fx.Interpreter):
@@ -174,49 +159,52 @@ class _MomentsInterpreter(fx.Interpreter):
         if known is not None:
             size = shape(node)
             return gaussian(*(per_channel(t, len(size)).expand(size) for t in (known.mean, known.variance)))
-        unknown = next((value for value in _flat((args, kwargs)) if isinstance(value, Unknown)), None)
+        leaves = _flat((args, kwargs))
+        unknown = next((value for value in leaves if isinstance(value, Unknown)), None)
         if unknown:
             return unknown
-        operands = [value for value in _flat((args, kwargs)) if isinstance(value, Moments)]
-        if not operands:  # sizes and the like
+        if not any(isinstance(value, Moments) for value in leaves):  # sizes and the like
             return super().run_node(node)
-        if module is not None:
-            result = self._module(module, operands[0]) if len(operands) == 1 else None
-        elif node.target in (operator.add, operator.sub, operator.mul):
-            result = _arithmetic(node.target, *args)
-        elif node.target is torch.cat:
-            all_known = all(isinstance(part, Moments) for part in args[0])
-            result = (
-                Moments(*(torch.cat(maps, *args[1:], **kwargs) for maps in _fields(args[0]))) if all_known else None
-            )
-        elif node.target in _MOVING_FUNCTIONS:
-            result = _move(node, args, kwargs)
-        elif (node.op == "call_function" and node.target is getattr) or node.target in ("size", "dim"):
-            call = node.target if callable(node.target) else lambda x, *a: getattr(x, node.target)(*a)
-            return call(args[0].mean, *args[1:])
-        else:
-            result = None
+        if is_size(node):
+            return node.target(args[0].mean, *args[1:])
+        result = _module(module, args[0]) if module is not None else self._operator(node, args, kwargs)
         return Unknown(f"after {describe(module, node)}") if result is None else result
 
-    def _module(self, module: nn.Module, x: Moments) -> Moments | None:
-        if isinstance(module, WEIGHTED):
-            return _layer(module, x)
-        if isinstance(module, _BatchNorm) and module.running_var is not None:
-            known = batchnorm_output(module)
-            return gaussian(*(per_channel(t, x.mean.dim()).expand_as(x.mean) for t in (known.mean, known.variance)))
-        if isinstance(module, _CLIPPED):
-            low, high = (per_channel(t, x.mean.dim()) for t in _bounds(module, x.mean.shape[1]))
-            clip = x.map(lambda t: _compactly(lambda v: torch.minimum(torch.maximum(v, low), high), t))
-            mean, variance = _moments_of(x, lambda m, v: clipped_gaussian(m, v, low, high))
-            return Moments(mean, variance, clip.low, clip.high)
-        if isinstance(module, _ELEMENTWISE):
-            mean, variance = _moments_of(x, lambda m, v: mapped_gaussian(m, v, module))
-            grid = [module(_compact(x.low) + share * _compact(x.high - x.low)) for share in torch.linspace(0, 1, 65)]
-            low, high = (extreme(torch.stack(grid), dim=0).expand_as(x.mean) for extreme in (torch.amin, torch.amax))
-            return Moments(mean, variance, low, high)
-        if isinstance(module, _MOVING):
-            return x.map(lambda t: module(t.contiguous()))
-        return None
+    def _operator(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        rule = operator_of(node).moments
+        return None if rule is None else _RULES[rule](node, *args, **kwargs)
+
+
+def _module(module: nn.Module, x: Moments) -> Moments | None:
+    if isinstance(module, WEIGHTED):
+        return _layer(module, x)
+    if isinstance(module, _BatchNorm) and module.running_var is not None:
+        known = batchnorm_output(module)
+        return gaussian(*(per_channel(t, x.mean.dim()).expand_as(x.mean) for t in (known.mean, known.variance)))
+    if isinstance(module, Clip):
+        return _clipped(module, x)
+    if isinstance(module, ChannelAffine):
+        scale = per_channel(module.scale, x.mean.dim()) if module.scale.dim() else module.scale
+        ends = torch.stack([module(x.low), module(x.high)])
+        return Moments(module(x.mean), x.variance * scale**2, ends.amin(0), ends.amax(0))
+    return _mapped(module, x) if isinstance(module, Elementwise) else None
+
+
+def _clipped(clip: Clip, x: Moments) -> Moments:
+    low, high = (per_channel(t, x.mean.dim()) if t.dim() else t for t in (clip.low, clip.high))
+    bounds = x.map(lambda t: _compactly(lambda v: torch.minimum(torch.maximum(v, low), high), t))
+    mean, variance = _moments_of(x, lambda m, v: clipped_gaussian(m, v, low, high))
+    return Moments(mean, variance, bounds.low, bounds.high)
+
+
+def _mapped(function: nn.Module, x: Moments) -> Moments:
+    mean, variance = _moments_of(x, lambda m, v: mapped_gaussian(m, v, function))
+    low, high = torch.broadcast_tensors(_compact(x.low), _compact(x.high))
+    grid = torch.stack([function(low + share * (high - low)) for share in torch.linspace(0, 1, 65)])
+    low, high = (extreme(grid, dim=0).expand_as(x.mean) for extreme in (torch.amin, torch.amax))
+    return Moments(mean, variance, low, high)
 
 
 def _layer(layer: nn.Module, x: Moments) -> Moments:
@@ -248,12 +236,74 @@ def batchnorm_output(norm: _BatchNorm) -> Gaussian:
     return Gaussian(norm.bias.detach().clone(), norm.weight.detach() ** 2 * gain)
 
 
-def _bounds(module: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
-    """The range [C], [C] that an activation clips to."""
-    if isinstance(module, CappedReLU):
-        return torch.zeros_like(module.cap), module.cap
-    low, high = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (0.0, math.inf)
-    return torch.full((channels,), low), torch.full((channels,), high)
+# ------------------------------------------------------- how moments pass operators, by the table's word for it
+
+
+def _each(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    """The operator itself on each of the four maps: for whatever moves values, or takes averages or extremes of them."""
+    fields = ("mean", "variance", "low", "high")
+    maps = []
+    for field in fields:
+        own_args, own_kwargs = _chosen(args, field), _chosen(kwargs, field)
+        maps.append(node.target(*own_args, **own_kwargs))
+    if isinstance(maps[0], Tensor):
+        return Moments(*maps)
+    return tuple(Moments(*parts) for parts in zip(*maps, strict=True))
+
+
+def _chosen(value: Any, field: str) -> Any:
+    if isinstance(value, Moments):
+        return getattr(value, field).contiguous()
+    if isinstance(value, tuple | list):
+        return type(value)(_chosen(entry, field) for entry in value)
+    if isinstance(value, dict):
+        return {key: _chosen(entry, field) for key, entry in value.items()}
+    return value
+
+
+def _concat(node: fx.Node, parts: list[Any], axis: int = 0) -> Moments | None:
+    """Constants among the parts vary by nothing."""
+    size = next(part.mean for part in parts if isinstance(part, Moments)).shape[:1]
+    known = [part if isinstance(part, Moments) else _constant(part.expand(*size, *part.shape[1:])) for part in parts]
+    return _each(node, known, axis)
+
+
+def _constant(value: Tensor) -> Moments:
+    return Moments(value, torch.zeros_like(value), value, value)
+
+
+def _sum(node: fx.Node, x: Any, y: Any) -> Moments | None:
+    return _arithmetic(operator.sub if node.target is torch.ops.aten.sub.Tensor else operator.add, x, y)
+
+
+def _product(node: fx.Node, x: Any, y: Any) -> Moments | None:
+    return _arithmetic(operator.mul, x, y)
+
+
+def _normalised(node: fx.Node, x: Any, *args: Any) -> Moments | None:
+    """Layer, group and instance normalisation: each group of values has mean 0 and variance 1, then weight and bias."""
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    size, channels_last = x.mean.shape, node.target is torch.ops.aten.layer_norm.default
+    weight, bias = (tensors + [torch.ones(()), torch.zeros(())][len(tensors) :])[:2]
+    if not channels_last and weight.dim():
+        weight, bias = (per_channel(t, len(size)) if t.dim() else t for t in (weight, bias))
+    return gaussian(bias.expand(size).float(), weight.square().expand(size).float())
+
+
+def _share(node: fx.Node, x: Any, axis: int, *_: Any) -> Moments:
+    """A softmax: shares of 1, on average equal ones."""
+    mean = torch.full_like(x.mean, 1 / x.mean.shape[axis])
+    return Moments(mean, mean.square(), torch.zeros_like(mean), torch.ones_like(mean))
+
+
+_RULES = {
+    "each": _each,
+    "concat": _concat,
+    "sum": _sum,
+    "product": _product,
+    "normalised": _normalised,
+    "share": _share,
+}
 
 
 def _arithmetic(operation: Callable, x: Any, y: Any) -> Moments | None:
@@ -277,25 +327,6 @@ def _with_constant(operation: Callable, x: Any, y: Any) -> Moments | None:
     )
     variance = (moments.variance * constant**2 if operation is operator.mul else moments.variance).expand_as(mean)
     return Moments(mean, variance, torch.minimum(*ends), torch.maximum(*ends))
-
-
-def _move(node: fx.Node, args: tuple, kwargs: dict) -> Moments | tuple[Moments, ...] | None:
-    """A function or method that only rearranges values, on each of the four maps."""
-    call = node.target if callable(node.target) else lambda x, *a, **k: getattr(x, node.target)(*a, **k)
-    if isinstance(args[0], tuple):  # getitem of what chunk gave
-        return call(*args, **kwargs)
-    if not isinstance(args[0], Moments):
-        return None
-    maps = [
-        call(t.contiguous(), *args[1:], **kwargs) for t in (args[0].mean, args[0].variance, args[0].low, args[0].high)
-    ]
-    if isinstance(maps[0], Tensor):
-        return Moments(*maps)
-    return tuple(Moments(*parts) for parts in zip(*maps, strict=True))
-
-
-def _fields(moments: list[Moments]) -> list[list[Tensor]]:
-    return [[getattr(m, field) for m in moments] for field in ("mean", "variance", "low", "high")]
 
 
 def _flat(value: Any) -> list:

@@ -1,4 +1,4 @@
-"""What a network's activations do on images: their ranges, their means, and how far quantization moves them."""
+"""What a network's activations are on images: their histograms, means and extremes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,45 +6,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from utils.graph.capture import module_of
 from utils.graph.layers import WEIGHTED
+from utils.graph.nodes import module_of
 
 BATCH = 16  # images that run at once; on every network's activations at full size, a few hundred megabytes
 BINS = 2048
 METHODS = ("minmax", "percentile", "mse")
 
 
-class Watched(fx.Interpreter):
-    """Runs a network and shows every node's output to `see` before anything can overwrite it.
+class Observer(fx.Interpreter):
+    """Runs a network and shows every node's output to `see` before anything can overwrite it."""
 
-    see: may return what to go on with instead. before: is shown what a layer with weights is about to read.
-    """
-
-    def __init__(
-        self,
-        model: fx.GraphModule,
-        see: Callable[[fx.Node, Tensor], Tensor | None],
-        before: Callable[[fx.Node, Tensor], None] | None = None,
-    ):
+    def __init__(self, model: fx.GraphModule, see: Callable[[fx.Node, Tensor], None]):
         super().__init__(model)
-        self.see, self.before = see, before
+        self.see = see
 
     def run_node(self, node: fx.Node) -> object:
-        if self.before and isinstance(module_of(self.module, node), WEIGHTED):
-            self.before(node, self.env[node.args[0]])
         result = super().run_node(node)
-        if not isinstance(result, Tensor) or not result.is_floating_point() or node.op == "output":
-            return result
-        replaced = self.see(node, result)
-        return result if replaced is None else replaced
+        if isinstance(result, Tensor) and result.is_floating_point() and node.op != "output":
+            self.see(node, result)
+        return result
 
 
-def watch(model: fx.GraphModule, images: Tensor, see: Callable[[fx.Node, Tensor], None]) -> None:
+def observe(model: fx.GraphModule, images: Tensor, see: Callable[[fx.Node, Tensor], None]) -> None:
     """Show `see` every node's output on the images [N, C, H, W], BATCH of them at a time."""
-    interpreter = Watched(model, see)
+    observer = Observer(model, see)
     with torch.inference_mode():
         for some in images.split(BATCH):
-            interpreter.run(some)
+            observer.run(some)
+
+
+class _LayerRunner(fx.Interpreter):
+    def __init__(self, model: fx.GraphModule, run_layer: Callable[[str, nn.Module, Tensor], Tensor]):
+        super().__init__(model)
+        self.run_layer = run_layer
+
+    def run_node(self, node: fx.Node) -> object:
+        layer = module_of(self.module, node)
+        if isinstance(layer, WEIGHTED):
+            return self.run_layer(node.target, layer, self.env[node.args[0]])
+        return super().run_node(node)
+
+
+def run_layers(model: fx.GraphModule, images: Tensor, run_layer: Callable[[str, nn.Module, Tensor], Tensor]) -> object:
+    """Run a network on all images at once, with every layer called by run_layer; returns the network's output.
+
+    run_layer: is given the layer's name, the layer and its input, may change the layer, and returns the layer's output.
+    """
+    with torch.no_grad():
+        return _LayerRunner(model, run_layer).run(images)
 
 
 # ---------------------------------------------------------------------------------------- ranges
@@ -52,7 +62,7 @@ def watch(model: fx.GraphModule, images: Tensor, see: Callable[[fx.Node, Tensor]
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts: [BINS] of values in equal bins from low to high, the extremes that were seen."""
+    """counts: [BINS] of values in equal bins from low to high, the extremes that were observed."""
 
     low: float
     high: float
@@ -74,20 +84,20 @@ class Histogram:
         return float(edges[first]), float(edges[min(last, len(self.counts))])
 
     def _least_error(self, bits: int) -> tuple[float, float]:
-        """The range whose grid rounds and clips the values with the least mean squared error.
+        """The range to which rounding and clipping the values makes the least mean squared error.
 
-        Either end is shortened by sixths of an octave, to a 64th; a grid holds 0, so that ends stop there.
+        Either end is shortened by sixths of an octave, to a 64th; 0 stays within.
         """
         centres = torch.linspace(self.low, self.high, 2 * len(self.counts) + 1, dtype=torch.double)[1::2]
         shares = torch.logspace(0, -6, 37, base=2, dtype=torch.double)
         ends = (end * shares if end else torch.zeros(1).double() for end in (min(self.low, 0.0), max(self.high, 0.0)))
         candidates = torch.cartesian_prod(*ends)
-        errors = _grid_error(centres, self.counts, *candidates.T[:, :, None], bits)
+        errors = _rounding_error(centres, self.counts, *candidates.T[:, :, None], bits)
         return tuple(candidates[errors.argmin()].tolist())
 
 
-def _grid_error(values: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Squared errors [K] of K grids over [low, high] ([K, 1]) on values [B] that occur so often."""
+def _rounding_error(values: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Squared errors [K] of rounding to 2^bits steps over K ranges [low, high] ([K, 1]); counts: of each value [B]."""
     step = ((high - low) / (2**bits - 1)).clamp_min(1e-30)
     zero = (-low / step).round()
     quantized = ((values / step).round() + zero).clamp(0, 2**bits - 1) - zero
@@ -95,7 +105,7 @@ def _grid_error(values: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits:
 
 
 def histograms(model: fx.GraphModule, images: Tensor) -> dict[str, Histogram]:
-    """Of every node's output on the images, by the node's name: one reading for the extremes, one to count."""
+    """Of every node's output on the images, by the node's name: one pass for the extremes, one to count."""
     extremes: dict[str, tuple[float, float]] = {}
     counts: dict[str, Tensor] = {}
 
@@ -110,12 +120,12 @@ def histograms(model: fx.GraphModule, images: Tensor) -> dict[str, Histogram]:
         counts[node.name] = counts.get(node.name, 0) + found.double().cpu()
 
     for see in (widen, count):
-        watch(model, images, see)
+        observe(model, images, see)
     return {name: Histogram(*extremes[name], counts[name]) for name in extremes}
 
 
 def channel_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Lowest and highest value [C] of the channels of every node's output [N, C, ...] on the images, by the node's name."""
+    """Smallest and largest value [C] of every node's output channels on the images, by the node's name."""
     extremes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
@@ -124,7 +134,7 @@ def channel_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[T
             known = extremes.get(node.name, (low, high))
             extremes[node.name] = torch.minimum(low, known[0]), torch.maximum(high, known[1])
 
-    watch(model, images, see)
+    observe(model, images, see)
     return {name: (low.clone(), high.clone()) for name, (low, high) in extremes.items()}
 
 
@@ -149,7 +159,7 @@ def layer_means(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
         if isinstance(layer, WEIGHTED):
             sums[node.target] = sums.get(node.target, 0) + len(value) * channel_mean(layer, value).double()
 
-    watch(model, images, see)
+    observe(model, images, see)
     return {name: (total / len(images)).float() for name, total in sums.items()}
 
 
@@ -163,83 +173,5 @@ def input_means(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
             if isinstance(layer, WEIGHTED):
                 sums[user.target] = sums.get(user.target, 0) + len(value) * channel_mean(layer, value)
 
-    watch(model, images, see)
+    observe(model, images, see)
     return {name: (total / len(images)).clone() for name, total in sums.items()}
-
-
-# -------------------------------------------------------------------------------------- fidelity
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How near a quantized network is to its float one, on images without labels.
-
-    output: signal-to-quantization-noise ratio of the network's outputs, in dB. agreement: percent of
-    answers (images, pixels or priors) of which both say the same class. layers: that ratio of
-    each layer's output.
-    """
-
-    output: float
-    agreement: float
-    layers: dict[str, float]
-
-    def report(self, images: int, verbose: bool, count: int = 3) -> str:
-        """A few lines: of how many images, the layers that lose most; or all layers."""
-        worst = sorted(self.layers.items(), key=lambda layer: layer[1])
-        lines = [
-            f"  on {images} distilled images: output {self.output:.1f} dB over its quantization noise, "
-            f"{self.agreement:.1f} % of answers as the float network's",
-            "  noisiest layers: " + ", ".join(f"{name} {value:.1f} dB" for name, value in worst[:count]),
-        ]
-        if verbose:
-            lines += [f"  {value:6.1f} dB  {name}" for name, value in self.layers.items()]
-        return "\n".join(lines)
-
-
-class _Ratio:
-    """Signal and noise power, summed up over batches."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = 0.0
-
-    def add(self, reference: Tensor, noisy: Tensor) -> None:
-        self.signal += float(reference.double().square().sum())
-        self.noise += float((reference.double() - noisy.double()).square().sum())
-
-    def decibels(self) -> float:
-        return 10 * float(torch.tensor(max(self.signal, 1e-30) / max(self.noise, 1e-30)).log10())
-
-
-def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tensor) -> Fidelity:
-    """Compare two networks with the same layers on images [N, C, H, W]."""
-    layers: dict[str, _Ratio] = {}
-    output, same, answers = _Ratio(), 0, 0
-    kept: dict[str, Tensor] = {}
-
-    def keep(node: fx.Node, value: Tensor) -> None:
-        if isinstance(module_of(reference, node), WEIGHTED):
-            kept[node.target] = value.clone()
-
-    def compare(node: fx.Node, value: Tensor) -> None:
-        if node.target in kept:
-            layers.setdefault(node.target, _Ratio()).add(kept.pop(node.target), value)
-
-    with torch.inference_mode():
-        for some in images.split(BATCH):
-            expected, seen = (
-                _outputs(Watched(model, see).run(some)) for model, see in ((reference, keep), (quantized, compare))
-            )
-            for before, after in zip(expected, seen, strict=True):
-                output.add(before, after)
-            first, second = (classes(values[0]) for values in (expected, seen))
-            same, answers = same + int((first == second).sum()), answers + first.numel()
-    return Fidelity(output.decibels(), 100 * same / answers, {name: ratio.decibels() for name, ratio in layers.items()})
-
-
-def classes(logits: Tensor) -> Tensor:
-    """The best class of each answer: of an image [N, C], a pixel [N, C, H, W] or a detector's prior [N, P, C]."""
-    return logits.argmax(-1 if logits.dim() == 3 else 1)
-
-
-def _outputs(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return list(result) if isinstance(result, tuple | list) else [result]

@@ -223,7 +223,7 @@ def shared_flags() -> argparse.ArgumentParser:
         "--report", type=Path, metavar="DIR", help="folder for pictures of images and of what each network says"
     )
     group.add_argument(
-        "--verbose", action="store_true", help="list what each pass did to each layer, and what it left out and why"
+        "--verbose", action="store_true", help="list what each pass did to each layer, and what it skipped and why"
     )
     return flags
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from utils.passes.log import Journal
+from utils.passes.log import PassLog
 
 _STYLE = """
 @page { size: A4; margin: 18mm 16mm }
@@ -48,7 +48,7 @@ def write(
     title: str,
     lead: str,
     table: Sequence[Sequence[str]],
-    journal: Journal,
+    log: PassLog,
     sections: Sequence[Section],
     line: Mapping[str, Any],
 ) -> Path:
@@ -61,7 +61,7 @@ def write(
         f'<p class="lead">{escape(lead)}</p>',
         _table(table),
         "<h2>Passes</h2>",
-        _passes(journal),
+        _passes(log),
         *(_section(section) for section in sections if section.pictures),
         "<h2>To repeat it</h2>",
         f"<pre>{escape(line['command'])}</pre>",
@@ -99,18 +99,18 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _passes(journal: Journal) -> str:
-    """What was done and left out, the notes, and the whole list folded away."""
+def _passes(log: PassLog) -> str:
+    """What was applied and skipped, the notes, and the whole list folded away."""
     rows = "".join(
-        f"<tr><td>{escape(action)}</td><td>{count['done']}</td><td>{count['left_out'] or ''}</td>"
-        f'<td class="text">{escape("; ".join(journal.reasons(action)))}</td></tr>'
-        for action, count in journal.counts().items()
+        f"<tr><td>{escape(action)}</td><td>{count['applied']}</td><td>{count['skipped'] or ''}</td>"
+        f'<td class="text">{escape("; ".join(log.reasons(action)))}</td></tr>'
+        for action, count in log.counts().items()
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in journal.notes)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in log.notes)
     return (
-        f'<table><tr><th>pass</th><th>layers</th><th>left out</th><th class="text">commonest reasons</th></tr>{rows}</table>'
+        f'<table><tr><th>pass</th><th>layers</th><th>skipped</th><th class="text">commonest reasons</th></tr>{rows}</table>'
         + (f"<ul>{notes}</ul>" if notes else "")
-        + f"<details><summary>Every layer</summary><pre>{escape(journal.listing())}</pre></details>"
+        + f"<details><summary>Every layer</summary><pre>{escape(log.listing())}</pre></details>"
     )
 
 

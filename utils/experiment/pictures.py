@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 from torch.utils.data import Dataset, Subset
 
 from utils.calibration.distillation import Fit
-from utils.calibration.observers import Fidelity
+from utils.calibration.fidelity import Fidelity
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.experiment import charts
 from utils.experiment.page import Picture, Section
-from utils.graph.capture import module_of
+from utils.graph.nodes import module_of
 from utils.quantization.quantizer import Quantizer
 from utils.tasks.boxes import BoxCoder
 from utils.tasks.data import BadSample
@@ -163,7 +163,7 @@ def network_pictures(
 ) -> list[Section]:
     """Draw what the passes did to the weights, the activations' ranges and the layers' noise; returns the report's sections.
 
-    weights: of Journal. near: of the quantized network, None where there is none.
+    weights: of PassLog. near: of the quantized network, None where there is none.
     """
     layer = charts.most_uneven(next(iter(weights.values())))
     sections = [
@@ -187,7 +187,7 @@ def network_pictures(
     quantizers = {node.name: module_of(simulated, node) for node in simulated.graph.nodes}
     quantizers = {name: module for name, module in quantizers.items() if isinstance(module, Quantizer)}
     ranges = {
-        name: (module.scale * module.lowest, module.scale * module.highest) for name, module in quantizers.items()
+        name: (module.scale * module.step_min, module.scale * module.step_max) for name, module in quantizers.items()
     }
     picture = Picture(charts.activation_ranges(folder / "activations.png", ranges), "Range of every quantizer.")
     sections.append(Section("Activations", f"{len(ranges)} tensors are quantized.", [picture]))

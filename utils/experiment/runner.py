@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 
 from utils.backends.parity import AGREEMENT, Agreement, Compared, Remembered
 from utils.calibration.distillation import statistics_fit
-from utils.calibration.observers import Fidelity, fidelity
+from utils.calibration.fidelity import Fidelity, fidelity
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -23,10 +23,9 @@ from utils.experiment import records as results
 from utils.experiment.evaluation import evaluate
 from utils.experiment.page import Picture, Section
 from utils.experiment.pictures import distilled_pictures, make_folder, network_pictures
-from utils.graph.capture import trace
-from utils.passes.log import Journal
+from utils.graph.capture import capture
+from utils.passes.log import PassLog
 from utils.quantization import serialization as artifact
-from utils.quantization.quantizer import QParams
 from utils.tasks.data import BadSample, Batches
 from utils.tasks.metrics import Metric
 
@@ -63,9 +62,7 @@ class Quantized(Protocol):
 
     float: fx.GraphModule
     simulated: fx.GraphModule | None
-    weight_grids: Mapping[str, QParams]
-    bias_grids: Mapping[str, QParams]
-    journal: Journal
+    log: PassLog
     fidelity: Fidelity | None
 
 
@@ -150,7 +147,7 @@ class Experiment:
         args, data, labels = self.args, self.data, dict(recipe.labels)
         print(cli.headline(args, self.network, len(data.samples), str(recipe)))
         if args.verbose or not args.table:
-            print(quantized.journal.report(args.verbose))
+            print(quantized.log.report(args.verbose))
         if quantized.fidelity:
             print(quantized.fidelity.report(len(distilled), args.verbose))
 
@@ -183,8 +180,8 @@ class Experiment:
         if not distributed.is_first() or not (args.save or args.export):
             return
         if args.save:
-            parts = quantized.float, quantized.simulated, quantized.weight_grids, quantized.bias_grids
-            model, name, weights = trace(self.network.model, self.spec), self.network.name, self.network.weights
+            parts = quantized.float, quantized.simulated
+            model, name, weights = capture(self.network.model, self.spec), self.network.name, self.network.weights
             extras = {**self.extras, "names": dict(self._names())}
             artifact.save(
                 args.save,
@@ -280,9 +277,7 @@ class Experiment:
                 "images of the evaluation",
             )
         sections = (
-            network_pictures(folder, quantized.journal.weights, quantized.simulated, near)
-            if quantized.journal.weights
-            else []
+            network_pictures(folder, quantized.log.weights, quantized.simulated, near) if quantized.log.weights else []
         )
         captioned = {labels[name]: model for name, model in networks.items()}
         files = self.data.draw(
@@ -301,7 +296,7 @@ class Experiment:
             cli.headline(self.args, self.network, len(self.data.samples), str(recipe))
             + f". Noise is seen on {seen_on}."
         )
-        page.write(folder / "report.html", title, lead, results.cells(scores), quantized.journal, sections, line)
+        page.write(folder / "report.html", title, lead, results.cells(scores), quantized.log, sections, line)
         print(f"\n{folder / 'report.html'} shows it, with the files beside it")
 
 

@@ -1,59 +1,83 @@
-"""Layers that the passes put into a network, and the one view of a layer's weights that they share."""
+"""The layers of a captured network, and the one view of a layer's weights that all passes share."""
+
+import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-WEIGHTED = (_ConvNd, nn.Linear)  # layers with weights that are quantized
+WEIGHTED = (_ConvNd, nn.Linear)  # layers with weights that are quantized; each has weight_qparams and bias_qparams
 
 
-class CappedReLU(nn.Module):
-    """min(max(x, 0), cap) with a cap of its own for every channel: ReLU6 after equalization.
+class Clip(nn.Module):
+    """min(max(x, low), high): ReLU (0, inf), ReLU6 (0, 6), hardtanh, and a ReLU6 after equalization.
 
-    cap: [C]; infinite where nothing is capped. x: [N, C, ...].
+    low, high: [] for all channels, or [C]; x: [N, C, ...]. An integer engine does it in the layer's own kernel.
     """
 
-    def __init__(self, cap: Tensor):
+    def __init__(self, low: Tensor | float, high: Tensor | float):
         super().__init__()
-        self.register_buffer("cap", cap)
+        self.register_buffer("low", torch.as_tensor(low, dtype=torch.float32))
+        self.register_buffer("high", torch.as_tensor(high, dtype=torch.float32))
+        self.inplace = False
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether it is a ReLU, with or without a cap: nothing below 0 passes."""
+        return bool((self.low == 0).all())
+
+    @property
+    def capped(self) -> bool:
+        return bool(self.high.isfinite().any())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.clamp(min=0).minimum(per_channel(self.cap, x.dim()))
+        if self.low.dim() or self.high.dim():
+            low, high = (per_channel(bound, x.dim()) if bound.dim() else bound for bound in (self.low, self.high))
+            return torch.clamp(x, low, high, out=x) if self.inplace else torch.clamp(x, low, high)
+        low, high = float(self.low), float(self.high)
+        if low == 0 and high == math.inf:
+            return F.relu(x, self.inplace)
+        return F.hardtanh(x, low, high, self.inplace)
 
     def extra_repr(self) -> str:
-        return f"channels={len(self.cap)}, lowest={self.cap.min():.3g}, highest={self.cap.max():.3g}"
+        ends = [f"{name}={end.min():.4g}" + (f" to {end.max():.4g}" if end.dim() else "") for name, end in self.named_buffers()]
+        return ", ".join(ends)
 
 
-CLIPS = (nn.ReLU, nn.ReLU6, CappedReLU)  # one kernel with the layer before them
+class ChannelAffine(nn.Module):
+    """x * scale + shift, channel by channel; folded into the layer before it where there is one.
 
-
-class IntegerSum(nn.Module):
-    """The sum of two tensors of steps, in steps of a third grid, as ONNX Runtime's QLinearAdd rounds it.
-
-    first, second, total: scale and zero point of each uint8 grid; steps are counted from the zero point. That
-    kernel multiplies and adds in float32, fused: fixed + ratio * unsigned second + ratio * unsigned first.
+    scale, shift: [] or [C]; x: [N, C, ...].
     """
 
-    def __init__(self, first: tuple[float, int], second: tuple[float, int], total: tuple[float, int]):
+    def __init__(self, scale: Tensor, shift: Tensor):
         super().__init__()
-        scales = torch.tensor([first[0], second[0], total[0]])
-        self.ratios = (scales[:2] / scales[2]).tolist()
-        self.zero_points = first[1], second[1], total[1]
-        offset = torch.tensor(self.ratios[1]) * self.zero_points[1]
-        offset = (self.ratios[0] * self.zero_points[0] + offset.double()).float()  # one rounding: fused
-        self.register_buffer("fixed", self.zero_points[2] - offset, persistent=False)
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        sum_ = torch.add(self.fixed, second + self.zero_points[1], alpha=self.ratios[1])
-        sum_.add_(first + self.zero_points[0], alpha=self.ratios[0])
-        return sum_.round_().sub_(self.zero_points[2])
-
-
-class PositionSum(nn.Module):
-    """[N, C, H, W] -> [N, C, 1, 1], the sum of each channel's values."""
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.sum((2, 3), keepdim=True)
+        scale, shift = (per_channel(part, x.dim()) if part.dim() else part for part in (self.scale, self.shift))
+        return x * scale + shift
+
+
+class Elementwise(nn.Module):
+    """Any other function of one tensor, value by value: an activation, however it was written.
+
+    inner: its operators, from one placeholder to one output. kind: what a log calls it. homogeneous: whether
+    f(s x) = s f(x) for every s > 0, so that a scale passes.
+    """
+
+    def __init__(self, inner: fx.GraphModule, kind: str, homogeneous: bool):
+        super().__init__()
+        self.inner, self.kind, self.homogeneous = inner, kind, homogeneous
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def extra_repr(self) -> str:
+        return self.kind
 
 
 def per_channel(values: Tensor, dims: int) -> Tensor:
@@ -61,7 +85,7 @@ def per_channel(values: Tensor, dims: int) -> Tensor:
     return values.reshape(-1, *[1] * (dims - 2))
 
 
-def taps(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
+def grouped_weight(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     """The weight as a view [groups, out / groups, in / groups, kernel positions].
 
     One shape for dense, grouped, depthwise and transposed convolutions and for linear layers, so
@@ -85,20 +109,20 @@ def channels_out(layer: nn.Module) -> int:
 
 def scale_outputs(layer: nn.Module, factor: Tensor) -> None:
     """Multiply every output channel, bias included, by its factor [C_out]."""
-    view = taps(layer)
+    view = grouped_weight(layer)
     view.mul_(factor.view(view.shape[0], -1, 1, 1))
     layer.bias.data.mul_(factor)
 
 
 def scale_inputs(layer: nn.Module, factor: Tensor) -> None:
     """Multiply the weights that read each input channel by its factor [C_in]."""
-    view = taps(layer)
+    view = grouped_weight(layer)
     view.mul_(factor.view(view.shape[0], 1, -1, 1))
 
 
 def input_sums(layer: nn.Module, values: Tensor) -> Tensor:
     """What constant inputs [C_in] add to each output [C_out], where every tap sees its input."""
-    view = taps(layer)
+    view = grouped_weight(layer)
     return (view.sum(3) * values.view(view.shape[0], 1, -1)).sum(2).reshape(-1)
 
 
@@ -121,7 +145,24 @@ def padding(layer: nn.Module) -> tuple[list[int], list[int]]:
     return list(layer.padding), list(layer.padding)
 
 
-def ensure_bias(layer: nn.Module) -> None:
-    """Give a layer without bias one of zeros, so that passes can write to it."""
-    if layer.bias is None:
-        layer.bias = nn.Parameter(torch.zeros(channels_out(layer), dtype=layer.weight.dtype), requires_grad=False)
+def make_layer(kind: type[nn.Module], weight: Tensor, bias: Tensor | None, **options: Any) -> nn.Module:
+    """A layer of that class with copies of these parameters; without a bias it gets one of zeros, for passes to write to.
+
+    options: of a convolution: stride, padding, dilation, groups, output_padding.
+    """
+    if kind is nn.Linear:
+        layer = kind(weight.shape[1], weight.shape[0], device="meta")
+    else:
+        inputs, outputs = weight.shape[1] * options["groups"], weight.shape[0]
+        if issubclass(kind, _ConvTransposeNd):
+            inputs, outputs = weight.shape[0], weight.shape[1] * options["groups"]
+        layer = kind(inputs, outputs, tuple(weight.shape[2:]), device="meta", **{k: _hashable(v) for k, v in options.items()})
+    layer.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
+    bias = torch.zeros(channels_out(layer), dtype=weight.dtype, device=weight.device) if bias is None else bias.detach().clone()
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    layer.weight_qparams = layer.bias_qparams = None
+    return layer.eval()
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,218 +1,260 @@
-"""From producers to readers: whose channels can be rescaled, and where they arrive."""
+"""Equalization regions: layers whose output channels can be rescaled, and the input channels that make up for it.
 
-import operator
-from dataclasses import dataclass, replace
+A region is found by sending the indices of a layer's output channels through the graph in the place of its values. What
+only moves values (reshape, slice, concat, shuffles) moves the indices as it moves values, so that no pass has to know how.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.graph.capture import ASKS_SHAPE, describe, module_of, shape, weighted_nodes
-from utils.graph.layers import CLIPS, WEIGHTED, CappedReLU, channels_out, sees_padding
+from utils.graph.layers import WEIGHTED, ChannelAffine, Clip, Elementwise, channels_out, sees_padding
+from utils.graph.nodes import describe, module_of, shape, weighted_nodes
+from utils.graph.ops import is_size, operator_of
+
+aten = torch.ops.aten
+ELSEWHERE = -1  # in a map of indices: not a channel of the region
 
 
-@dataclass(frozen=True)
-class Port:
-    """Where a producer's channels arrive in a module.
+@dataclass(frozen=True, eq=False)
+class ChannelSlice:
+    """Where a region's channels arrive in a module.
 
-    name: the module. offset: the first of its input channels that is the producer's. repeat: how
-    many consecutive ones each producer channel owns (positions, after a flatten).
-    keeps_constants: whether a constant channel is the same constant at every tap of the module:
-    no zeros were padded on the way, nor are by the module.
+    name: the module. index: [C_in] of its input channels, the region's channel that each is, or ELSEWHERE.
+    keeps_constants: whether a constant channel is the same constant at every tap of the module: no zeros were padded on the
+    way, nor are by the module.
     """
 
     name: str
-    offset: int = 0
-    repeat: int = 1
+    index: Tensor
     keeps_constants: bool = True
 
-    def columns(self, channels: int) -> slice:
-        return slice(self.offset, self.offset + channels * self.repeat)
+    def gather(self, values: Tensor, elsewhere: float) -> Tensor:
+        """[C] of the region's channels -> [C_in] of the module's, with `elsewhere` for those of other layers."""
+        taken = values[self.index.clamp(min=0)]
+        return torch.where(self.index == ELSEWHERE, torch.full_like(taken, elsewhere), taken)
 
-    def spread(self, values: Tensor) -> Tensor:
-        """[C] of the producer's channels -> one value for each input channel of this port."""
-        return values.repeat_interleave(self.repeat)
-
-    def across(self, inputs: int, values: Tensor, elsewhere: float) -> Tensor:
-        """[C] of the producer's channels -> [inputs], with `elsewhere` for input channels of other producers."""
-        everywhere = torch.full((inputs,), elsewhere, dtype=values.dtype)
-        everywhere[self.columns(len(values))] = self.spread(values)
-        return everywhere
+    def reduce(self, values: Tensor, channels: int, lowest: float = 0.0) -> Tensor:
+        """[C_in] of the module's channels -> [C]: the largest of those that are each of the region's, or `lowest`."""
+        own = self.index != ELSEWHERE
+        start = torch.full((channels,), lowest, dtype=values.dtype)
+        return start.scatter_reduce(0, self.index[own], values[own], "amax")
 
 
-@dataclass(frozen=True)
-class Link:
-    """A layer, and all the layers that read its channels and nothing but its channels' scale.
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Sources with one scale for each output channel, and the sinks whose input channels make up for it.
 
-    clips: the ReLU6 and CappedReLU on the way, whose caps scale with the channels.
-    rectified: whether every way leads through a ReLU or one of these.
-    tied: further layers whose channels are added to the producer's, so that they have one scale.
+    clips: the Clips on the way, whose bounds scale with the channels. rectified: whether every way leads through a Clip at 0.
+    Several sources are tied by sums.
     """
 
-    producer: str
+    sources: tuple[str, ...]
     channels: int
-    readers: tuple[Port, ...]
-    clips: tuple[Port, ...]
+    sinks: tuple[ChannelSlice, ...]
+    clips: tuple[ChannelSlice, ...]
     rectified: bool
-    tied: tuple[str, ...] = ()
 
     @property
-    def producers(self) -> tuple[str, ...]:
-        return (self.producer, *self.tied)
+    def source(self) -> str:
+        return self.sources[0]
+
+    @property
+    def tied(self) -> bool:
+        return len(self.sources) > 1
+
+
+class _Refused(Exception):
+    """Why a layer's channels cannot be scaled."""
+
+
+def find_regions(model: fx.GraphModule, through_sums: bool = False) -> tuple[list[Region], dict[str, str]]:
+    """The region of every layer whose output channels can be rescaled; and why the others cannot, by name.
+
+    through_sums: layers whose outputs are added are scaled together, as one region.
+    """
+    regions, refused, done = [], {}, set()
+    for node in weighted_nodes(model):
+        if node.target in done:
+            continue
+        walk = _Walk(model, through_sums)
+        try:
+            regions.append(walk.region(node))
+        except _Refused as reason:
+            refused |= dict.fromkeys(walk.sources, str(reason))
+        done |= set(walk.sources)
+    return regions, refused
+
+
+def stored_nodes(model: fx.GraphModule, region: Region) -> dict[str, str | None]:
+    """The nodes whose values an engine stores with the region's channels, by name: behind a source's activation, with
+    that source's name, and sums, with None."""
+    targets = {node.target: node for node in model.graph.nodes}
+    todo, stored = [(targets[name], name) for name in region.sources], {}
+    for node, source in todo:  # grows
+        users = list(node.users)
+        if len(users) == 1 and isinstance(module_of(model, users[0]), Clip):
+            todo.append((users[0], source))
+        elif node.name not in stored:
+            stored[node.name] = source
+            todo += [(u, None) for u in users if u.target is aten.add.Tensor or isinstance(module_of(model, u), Clip)]
+    return stored
 
 
 @dataclass(frozen=True)
 class _Way:
-    """What has happened to the channels between the producer and a node."""
+    """What has happened to the channels up to a node. index: their map, of the activation's shape for one image."""
 
-    port: Port
-    rectified: bool
-
-
-# f(s x) = s f(x) for every s > 0, channel by channel.
-_HOMOGENEOUS = (
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-    nn.UpsamplingBilinear2d,
-    nn.UpsamplingNearest2d,
-)
+    index: Tensor
+    rectified: bool = False
+    keeps_constants: bool = True
 
 
-class _Refused(Exception):
-    """Why a producer's channels cannot be scaled."""
+class _Walk:
+    """One region as far as it is known."""
 
+    def __init__(self, model: fx.GraphModule, through_sums: bool):
+        self.model, self.through_sums = model, through_sums
+        self.sources: dict[str, fx.Node] = {}
+        self.sinks: list[ChannelSlice] = []
+        self.clips: list[ChannelSlice] = []
+        self.rectified = True
+        self.met: dict[fx.Node, None] = {}  # sums
+        self.multiplied: set[fx.Node] = set()
 
-def find_links(model: fx.GraphModule, through_sums: bool = False) -> tuple[list[Link], dict[str, str]]:
-    """Every layer whose output channels can be rescaled, with its readers; and why the others cannot.
+    def region(self, node: fx.Node) -> Region:
+        self.sources[node.target] = node
+        for source in iter_growing(self.sources):
+            self._follow(source, _Way(self._start(source)))
+        sources, channels = tuple(self.sources), channels_out(module_of(self.model, node))
+        return Region(sources, channels, tuple(self.sinks), tuple(self.clips), self.rectified and len(sources) == 1)
 
-    The second is the reason by the layer's name, such as "read by add `add_3`". through_sums: layers whose outputs
-    are added are scaled together, by one link.
-    """
-    links, refused, done = [], {}, set()
-    for node in weighted_nodes(model):
-        if node.target in done:
-            continue
-        producer = module_of(model, node)
-        if isinstance(producer, nn.Linear) and len(shape(node)) != 2:
-            refused[node.target] = "its channels are not the second axis"
-            continue
-        producers = [node]
-        try:
-            link = _follow(model, producers, through_sums)
-        except _Refused as reason:
-            refused |= {tied.target: str(reason) for tied in producers}
-        else:
-            links.append(link)
-        done |= {tied.target for tied in producers}
-    return links, refused
+    def _start(self, node: fx.Node) -> Tensor:
+        """The map of a layer's own output."""
+        layer, size = module_of(self.model, node), shape(node)
+        if isinstance(layer, nn.Linear) and len(size) != 2:
+            raise _Refused("its channels are not the second axis")
+        return _spread(torch.arange(channels_out(layer)), size)
 
-
-def stored_nodes(model: fx.GraphModule, link: Link) -> dict[str, str | None]:
-    """The nodes whose values an engine stores with the link's channels, by name: behind a producer's activation, with
-    that producer's name, and sums, with None."""
-    targets = {node.target: node for node in model.graph.nodes}
-    todo, stored = [(targets[name], name) for name in link.producers], {}
-    for node, producer in todo:  # grows
-        users = list(node.users)
-        if len(users) == 1 and isinstance(module_of(model, users[0]), CLIPS):
-            todo.append((users[0], producer))
-        elif node.name not in stored:
-            stored[node.name] = producer
-            todo += [(u, None) for u in users if u.target is operator.add or isinstance(module_of(model, u), CLIPS)]
-    return stored
-
-
-def _follow(model: fx.GraphModule, producers: list[fx.Node], through_sums: bool) -> Link:
-    """The link of a producer; whatever sums tie to it joins the list."""
-    channels = channels_out(module_of(model, producers[0]))
-    readers, clips, adds, rectified = {}, {}, {}, True
-    for producer in producers:  # grows
-        met: list[fx.Node] | None = [] if through_sums else None
-        rectified &= _walk(model, producer, _Way(Port(""), False), readers, clips, met)
-        for add in met or ():
-            if add in adds:
+    def _follow(self, node: fx.Node, way: _Way) -> None:
+        for user in node.users:
+            if is_size(user):
                 continue
-            adds[add] = None
-            for origin in _origins(model, add):
-                if origin not in producers:
-                    producers.append(origin)
-    first, *tied = (producer.target for producer in producers)
-    return Link(first, channels, tuple(readers), tuple(clips), rectified and not tied, tuple(tied))
+            module = module_of(self.model, user)
+            if isinstance(module, WEIGHTED):
+                self._arrive(user, module, way)
+            elif module is not None:
+                self._follow(user, self._through_module(user, module, way))
+            else:
+                self._through_operator(user, node, way)
 
+    def _arrive(self, user: fx.Node, layer: nn.Module, way: _Way) -> None:
+        if isinstance(layer, nn.Linear) and way.index.dim() != 2:
+            raise _Refused(f"read by linear layer {user.target!r} along another axis")
+        constant = way.keeps_constants and not sees_padding(layer)
+        self.sinks.append(ChannelSlice(user.target, _by_channel(way.index, describe(layer, user)), constant))
+        self.rectified &= way.rectified
 
-def _origins(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The layers whose channels a sum holds, all of them at its own channels."""
-    module = module_of(model, node)
-    if isinstance(module, WEIGHTED):
-        return [node]
-    if node.target is operator.add:
-        if any(not isinstance(part, fx.Node) or shape(part) != shape(node) for part in node.args):
-            raise _Refused(f"read by {describe(module, node)}, whose terms differ in shape")
-        return [origin for part in node.args for origin in _origins(model, part)]
-    if isinstance(module, (*_HOMOGENEOUS, nn.ReLU6, CappedReLU)):
-        return _origins(model, node.args[0])
-    raise _Refused(f"added to {describe(module, node)}")
+    def _through_module(self, user: fx.Node, module: nn.Module, way: _Way) -> _Way:
+        if isinstance(module, Clip):
+            index = _by_channel(way.index, describe(module, user))
+            if module.capped or not module.rectifies:
+                self.clips.append(ChannelSlice(user.target, index, way.keeps_constants))
+            return _Way(way.index, way.rectified or module.rectifies, way.keeps_constants)
+        if isinstance(module, Elementwise) and module.homogeneous:
+            return way
+        if isinstance(module, ChannelAffine) and not module.shift.any():
+            return way
+        if isinstance(module, _BatchNorm):
+            raise _Refused(f"read by {describe(module, user)}, which is not folded")
+        raise _Refused(f"read by {describe(module, user)}")
 
-
-def _walk(
-    model: fx.GraphModule,
-    node: fx.Node,
-    way: _Way,
-    readers: dict[Port, None],
-    clips: dict[Port, None],
-    adds: list[fx.Node] | None,
-) -> bool:
-    """Follow the channels to their readers, through adds if there is a list for them; whether every way was rectified."""
-    rectified = True
-    for user in node.users:
-        if user.target in ASKS_SHAPE:
-            continue
-        module = module_of(model, user)
-        if isinstance(module, WEIGHTED):
-            if isinstance(module, nn.Linear) and len(shape(node)) != 2:
-                raise _Refused(f"read by linear layer {user.target!r} along another axis")
-            constant = way.port.keeps_constants and not sees_padding(module)
-            readers[replace(way.port, name=user.target, keeps_constants=constant)] = None
-            rectified &= way.rectified
-        elif adds is not None and user.target is operator.add and (way.port.offset, way.port.repeat) == (0, 1):
-            adds.append(user)
-            rectified &= _walk(model, user, _Way(Port(""), False), readers, clips, adds)
+    def _through_operator(self, user: fx.Node, node: fx.Node, way: _Way) -> None:
+        row = operator_of(user)
+        if row is None or user.op == "output":
+            raise _Refused(f"read by {describe(None, user)}")
+        if row.channels == "moved":
+            self._follow(user, _Way(self._moved(user, node, way.index), way.rectified, way.keeps_constants))
+        elif row.channels == "kept" and shape(user)[1] == way.index.shape[1]:
+            index = _spread(_by_channel(way.index, describe(None, user)), shape(user))
+            constant = way.keeps_constants and row.kind != "pad" and not _pads(user)
+            self._follow(user, _Way(index, way.rectified, constant))
+        elif row.kind == "product":
+            self._multiply(user, node, way)
+        elif row.kind == "sum" and self.through_sums and torch.equal(way.index, _spread(way.index.new_tensor(range(shape(node)[1])), shape(node))):
+            self._add(user)
         else:
-            rectified &= _walk(model, user, _step(module, user, node, way, clips), readers, clips, adds)
-    return rectified
+            raise _Refused(f"read by {describe(None, user)}")
+
+    def _moved(self, user: fx.Node, node: fx.Node, index: Tensor) -> Tensor:
+        """The operator itself, on the indices; what it joins them with is elsewhere."""
+
+        def value(source: fx.Node) -> Tensor:
+            return index if source is node else torch.full(shape(source), ELSEWHERE)
+
+        args, kwargs = (fx.map_arg(part, value) for part in (user.args, user.kwargs))
+        return user.target(*args, **kwargs)
+
+    def _multiply(self, user: fx.Node, node: fx.Node, way: _Way) -> None:
+        """s x * y = s (x * y): a product passes a scale of one of its operands, as long as the other has none of it."""
+        if user in self.multiplied or list(user.args).count(node) != 1 or shape(user) != shape(node):
+            raise _Refused(f"read by {describe(None, user)}")
+        self.multiplied.add(user)
+        self._follow(user, _Way(way.index, False, False))
+
+    def _add(self, user: fx.Node) -> None:
+        """Past a sum of layers, all of which join the region."""
+        if user in self.met:
+            return
+        self.met[user] = None
+        for origin in self._origins(user):
+            self.sources.setdefault(origin.target, origin)
+        self._follow(user, _Way(_spread(torch.arange(shape(user)[1]), shape(user))))
+
+    def _origins(self, node: fx.Node) -> list[fx.Node]:
+        """The layers whose channels a sum holds, all of them at its own channels."""
+        module, row = module_of(self.model, node), operator_of(node)
+        if isinstance(module, WEIGHTED):
+            return [node]
+        if row is not None and row.kind == "sum":
+            if any(not isinstance(part, fx.Node) or shape(part) != shape(node) for part in node.args):
+                raise _Refused(f"read by {describe(module, node)}, whose terms differ in shape")
+            return [origin for part in node.args for origin in self._origins(part)]
+        passes = isinstance(module, Clip) or (isinstance(module, Elementwise) and module.homogeneous)
+        if passes or (row is not None and row.channels == "kept" and shape(node)[1] == shape(node.args[0])[1]):
+            return self._origins(node.args[0])
+        raise _Refused(f"added to {describe(module, node)}")
 
 
-def _step(module: nn.Module | None, user: fx.Node, node: fx.Node, way: _Way, clips: dict[Port, None]) -> _Way:
-    """The way after one operation that reads the node."""
-    port = way.port
-    if isinstance(module, nn.ReLU6 | CappedReLU):
-        clips[replace(port, name=user.target)] = None
-        return replace(way, rectified=True)
-    if isinstance(module, nn.PReLU) and module.num_parameters > 1 and port.offset:
-        raise _Refused(f"read by {user.target!r} after a concat")
-    if isinstance(module, _HOMOGENEOUS):
-        pads = isinstance(module, nn.ZeroPad2d) or (
-            isinstance(module, nn.AvgPool2d) and module.padding not in (0, (0, 0))
-        )
-        constant = port.keeps_constants and not pads
-        return _Way(replace(port, keeps_constants=constant), way.rectified or isinstance(module, nn.ReLU))
-    if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
-        positions = shape(node)[2:].numel()
-        return replace(way, port=replace(port, offset=port.offset * positions, repeat=port.repeat * positions))
-    if user.target is torch.cat and user.op == "call_function":
-        parts, dim = user.args[0], user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)
-        if dim in (1, 1 - len(shape(node))) and list(parts).count(node) == 1:
-            before = sum(shape(part)[1] for part in parts[: list(parts).index(node)])
-            return replace(way, port=replace(port, offset=port.offset + before))
-    if user.target is F.interpolate and user.args[:1] == (node,):
-        return way
-    if user.target is F.pad and user.kwargs.get("mode", "constant") == "constant" and not any(user.args[2:]):
-        return replace(way, port=replace(port, keeps_constants=False))
-    raise _Refused(f"read by {describe(module, user)}")
+def iter_growing(mapping: dict[str, fx.Node]) -> Iterator[fx.Node]:
+    """The values of a dict, those included that are added meanwhile."""
+    done = 0
+    while done < len(mapping):
+        yield list(mapping.values())[done]
+        done += 1
+
+
+def _spread(index: Tensor, size: torch.Size) -> Tensor:
+    """[C] as a map of an activation's size [1, C, ...], without memory of its own."""
+    return index.view(1, -1, *[1] * (len(size) - 2)).expand(1, *size[1:])
+
+
+def _by_channel(index: Tensor, where: str) -> Tensor:
+    """The map [1, C, ...] as [C]: every position of a channel holds the same one."""
+    if index.dim() < 2:
+        raise _Refused(f"read by {where}, without an axis for channels")
+    flat = index.flatten(2) if index.dim() > 2 else index[:, :, None]
+    first = flat[0, :, 0]
+    if not bool((flat == first[None, :, None]).all()):
+        raise _Refused(f"read by {where}, whose channels mix several of its own")
+    return first.clone()
+
+
+def _pads(user: fx.Node) -> bool:
+    """Whether a pooling averages zeros beyond the border in."""
+    if operator_of(user).kind != "average" or user.target is aten.mean.dim or len(user.args) < 4:
+        return False
+    return any(user.args[3])

@@ -1,4 +1,4 @@
-"""What a run did to the network, layer by layer, and what it left out and why."""
+"""What the passes did to the network, layer by layer, and what they skipped and why."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,68 +8,70 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Entry:
-    action: str  # a verb phrase, the same for every layer: "equalized"
-    where: str  # the layer, or the pair of layers
-    detail: str = ""  # what was measured; for what was left out, the reason
-    left_out: bool = False
+    """One pass at one place.
+
+    action: a verb phrase, the same for every layer ("equalized"). where: the layer, or the layers of a region.
+    detail: what was measured; of what was skipped, the reason.
+    """
+
+    action: str
+    where: str
+    detail: str = ""
+    skipped: bool = False
 
 
 @dataclass
-class Journal:
-    """The passes write here; the summary and --verbose read."""
+class PassLog:
+    """The passes write it; the summary, the report and --verbose read it.
+
+    weights: by pass and layer, the smallest and the largest weight [C_out, 2] of every channel.
+    """
 
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by pass and layer: [C, 2], see weight_ranges
+    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def did(self, action: str, where: str, detail: str = "") -> None:
+    def applied(self, action: str, where: str, detail: str = "") -> None:
         self.entries.append(Entry(action, where, detail))
 
-    def left(self, action: str, where: str, reason: str) -> None:
-        self.entries.append(Entry(action, where, reason, left_out=True))
+    def skipped(self, action: str, where: str, reason: str) -> None:
+        self.entries.append(Entry(action, where, reason, skipped=True))
 
     def note(self, text: str) -> None:
         """Something of the whole network that its user should know."""
         self.notes.append(text)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each action, how many layers were 'done' and 'left_out'."""
-        done = Counter(entry.action for entry in self.entries if not entry.left_out)
-        left = Counter(entry.action for entry in self.entries if entry.left_out)
-        return {
-            action: {"done": done[action], "left_out": left[action]}
-            for action in dict.fromkeys(e.action for e in self.entries)
-        }
+        """For each action, at how many places it was 'applied' and 'skipped'."""
+        applied = Counter(entry.action for entry in self.entries if not entry.skipped)
+        skipped = Counter(entry.action for entry in self.entries if entry.skipped)
+        actions = dict.fromkeys(entry.action for entry in self.entries)
+        return {action: {"applied": applied[action], "skipped": skipped[action]} for action in actions}
 
     def summary(self) -> str:
-        """A line per action: how many were done, how many left out and the commonest reasons."""
+        """A line per action: at how many places it was applied, at how many skipped, and the commonest reasons."""
         lines = []
         for action, count in self.counts().items():
-            line = f"  {action:<28} {count['done']:>5}"
-            if count["left_out"]:
-                line += f"   left out {count['left_out']}: {'; '.join(self.reasons(action))}"
+            line = f"  {action:<28} {count['applied']:>5}"
+            if count["skipped"]:
+                line += f"   skipped {count['skipped']}: {'; '.join(self.reasons(action))}"
             lines.append(line)
         return "\n".join([*lines, *(f"  note: {text}" for text in self.notes)])
 
     def reasons(self, action: str) -> list[str]:
-        """The commonest reasons for which layers were left out, each with its number."""
-        reasons = Counter(entry.detail for entry in self.entries if entry.left_out and entry.action == action)
-        return [f"{number} {reason}" for reason, number in _merged(reasons).most_common(3)]
+        """The commonest reasons for which an action was skipped, each behind its number."""
+        # Reasons that differ only in the name they end on are counted together.
+        found = (entry.detail for entry in self.entries if entry.skipped and entry.action == action)
+        merged = Counter(reason.partition(" '")[0] for reason in found)
+        return [f"{number} {reason}" for reason, number in merged.most_common(3)]
 
     def report(self, verbose: bool) -> str:
         return f"{self.listing()}\n{self.summary()}" if verbose else self.summary()
 
     def listing(self) -> str:
         """A line per entry."""
-        return "\n".join(
-            f"  {'left out of ' if entry.left_out else ''}{entry.action}: {entry.where}{f' ({entry.detail})' if entry.detail else ''}"
-            for entry in self.entries
-        )
-
-
-def _merged(reasons: Counter) -> Counter:
-    """Reasons that differ only in the name they end on, counted together."""
-    merged = Counter()
-    for reason, number in reasons.items():
-        merged[reason.split(" '")[0]] += number
-    return merged
+        lines = []
+        for entry in self.entries:
+            detail = f" ({entry.detail})" if entry.detail else ""
+            lines.append(f"  {'skipped, ' if entry.skipped else ''}{entry.action}: {entry.where}{detail}")
+        return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""Grids, quantizers, recipes, and quantized networks as files."""
+"""Quantization parameters, quantizers, recipes, and quantized networks as files."""

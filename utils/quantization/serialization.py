@@ -1,4 +1,4 @@
-"""A quantized network as one file: its graphs as plain data and tensors, with its grids and its recipe.
+"""A quantized network as one file: its graphs as plain data and tensors, and its recipe.
 
 A file holds no code. Modules are named layers of torch.nn and of this project, functions are named
 functions of tensors and arithmetic; each is looked up here, and whatever else a file names is refused. So a
@@ -13,44 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.overrides import get_overridable_functions
+from torch import fx, nn
 
 from utils.core.errors import UserError
 from utils.core.files import whole
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import module_of, propagate_shapes, tidy
-from utils.graph.layers import CappedReLU
-from utils.quantization.quantizer import QParams, Quantizer
+from utils.graph.layers import ChannelAffine, Clip, Elementwise
+from utils.graph.nodes import module_of, propagate_shapes, tidy
+from utils.quantization.qparams import QParams
+from utils.quantization.quantizer import Quantizer
 
-FORMAT = "dfq network 1"
-_NAMESPACES = {"torch": torch, "operator": operator, "functional": F, "torch.nn.functional": F, "torch._C._nn": F}
-_OWN = {kind.__name__: kind for kind in (CappedReLU, Quantizer)}
+FORMAT = "dfq network 2"
+_OWN = {kind.__name__: kind for kind in (ChannelAffine, Clip, Elementwise, Quantizer)}
 _PLAIN = (int, float, str, bool, type(None))
-# The functions that a graph may call: those of tensors, as torch lists them (torch.load is none), and arithmetic.
-_CALLABLE = {
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.neg),
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.pow, operator.matmul),
-    *(getattr, operator.getitem, *(function for some in get_overridable_functions().values() for function in some)),
-}
-_ASKED = ("shape", "ndim", "dtype", "device")  # of a tensor, by getattr
 
 
 @dataclass(frozen=True)
 class Saved:
     """What a file holds.
 
-    model: the network before any pass; float: after the exact ones; simulated: quantized. weight_grids, bias_grids:
-    by layer. recipe: its fields. task: of the script that saved it. name, weights: of the network. extras: what else
-    the task needs to evaluate it.
+    model: the network before any pass; float: after the exact ones; simulated: quantized. recipe: its fields.
+    task: of the script that saved it. name, weights: of the network. extras: what else the task needs to evaluate it.
     """
 
     model: fx.GraphModule
     float: fx.GraphModule
     simulated: fx.GraphModule
-    weight_grids: dict[str, QParams]
-    bias_grids: dict[str, QParams]
     recipe: dict[str, Any]
     spec: InputSpec
     task: str
@@ -64,8 +52,7 @@ def save(file: Path, saved: Saved) -> None:
     content = {
         "format": FORMAT,
         "graphs": {name: _encode_graph(getattr(saved, name)) for name in ("model", "float", "simulated")},
-        "weight_grids": {name: asdict(grid) for name, grid in saved.weight_grids.items()},
-        "bias_grids": {name: asdict(grid) for name, grid in saved.bias_grids.items()},
+        "batch": saved.model.meta["batch"],
         "recipe": saved.recipe,
         "spec": asdict(saved.spec),
         "task": saved.task,
@@ -92,13 +79,14 @@ def load(file: Path, task: str) -> Saved:
         raise UserError(f"{str(file)!r} is no saved network (its format is {found!r}, not {FORMAT!r}); {remedy}")
     try:
         spec = InputSpec(**content["spec"])
-        graphs = {name: _decode_graph(graph, spec) for name, graph in content["graphs"].items()}
-        grids = {
-            kind: {name: QParams(**grid) for name, grid in content[kind].items()}
-            for kind in ("weight_grids", "bias_grids")
+        graphs = {
+            name: propagate_shapes(_decode_graph(graph), spec, content["batch"] or 1)
+            for name, graph in content["graphs"].items()
         }
+        for graph in graphs.values():
+            graph.meta["batch"] = content["batch"]
         rest = {name: content[name] for name in ("recipe", "task", "name", "weights", "extras")}
-        saved = Saved(**graphs, **grids, spec=spec, **rest)
+        saved = Saved(**graphs, spec=spec, **rest)
     except UserError:
         raise
     except Exception as error:  # whatever data of another shape leads to
@@ -125,7 +113,7 @@ def _encode_graph(model: fx.GraphModule) -> dict[str, Any]:
     return {"nodes": nodes, "modules": modules, "tensors": tensors}
 
 
-def _decode_graph(content: Mapping[str, Any], spec: InputSpec) -> fx.GraphModule:
+def _decode_graph(content: Mapping[str, Any]) -> fx.GraphModule:
     root, graph, made = nn.Module(), fx.Graph(), {}
     for place, module in content["modules"].items():
         _parent(root, place).add_module(place.rpartition(".")[2], _decode_module(module))
@@ -135,24 +123,28 @@ def _decode_graph(content: Mapping[str, Any], spec: InputSpec) -> fx.GraphModule
         called = _function(target) if op == "call_function" else target
         args, kwargs = _decode(args, made), _decode(kwargs, made)
         made[name] = _check(graph.create_node(op, called, args, kwargs, name))
-    return propagate_shapes(tidy(fx.GraphModule(root, graph).eval()), spec)
+    return tidy(fx.GraphModule(root, graph).eval())
 
 
 def _check(node: fx.Node) -> fx.Node:
     """Refuse a node that does more than compute with tensors. fx writes names into the Python that it runs."""
+    known = node.op in ("placeholder", "output", "call_module", "get_attr")
     if node.op == "call_function":
-        known = node.target in _CALLABLE and (node.target is not getattr or node.args[1] in _ASKED)
-    elif node.op == "call_method":
-        known = not node.target.startswith("_") and node.target in dir(Tensor)
-    else:
-        known = True
+        known = node.target is operator.getitem or is_pure(node.target)
     names = [name for name in (node.target, *node.kwargs) if isinstance(name, str)]
     if known and all(re.fullmatch(r"[\w.-]+", name) for name in names):
         return node
-    called = getattr(node.target, "__name__", node.target)
     raise UserError(
-        f"{called!r}, at node {node.name!r}, is no function of torch's tensors; a saved network has no others"
+        f"{node.target!s}, at node {node.name!r}, is no function of torch's tensors; a saved network has no others"
     )
+
+
+def is_pure(target: Any) -> bool:
+    """Whether a function is one of ATen's that take a tensor and write to nothing: no file, no device, no other tensor."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target._schema.is_mutable:
+        return False
+    kinds = [str(argument.type) for argument in target._schema.arguments]
+    return any("Tensor" in kind for kind in kinds) and "Device" not in "".join(kinds)
 
 
 def _parent(root: nn.Module, place: str) -> nn.Module:
@@ -164,34 +156,28 @@ def _parent(root: nn.Module, place: str) -> nn.Module:
 
 
 def _name_of(function: Any) -> str:
-    """Where a function is found again."""
-    for space, module in _NAMESPACES.items():
-        if getattr(module, function.__name__, None) is function:
-            return f"{space}.{function.__name__}"
-    if function is getattr:
-        return "getattr"
-    raise UserError(f"{function.__name__} is no function of torch, so that --save cannot name it")
+    """Where a function is found again: aten.NAME.OVERLOAD, or getitem."""
+    return "getitem" if function is operator.getitem else str(function)
 
 
 def _function(name: str) -> Any:
-    space, _, function = name.rpartition(".")
-    if name == "getattr":
-        return getattr
-    if space not in _NAMESPACES:
-        raise UserError(f"the file calls {name!r}, which is no function of torch; it is not loaded")
-    return getattr(_NAMESPACES[space], function)
+    if name == "getitem":
+        return operator.getitem
+    found = re.fullmatch(r"aten\.(\w+)\.(\w+)", name) if isinstance(name, str) else None
+    overload = getattr(getattr(torch.ops.aten, found[1], None), found[2], None) if found else None
+    if overload is None or not is_pure(overload):
+        raise UserError(f"the file calls {name!r}, which is no function of torch's tensors; it is not loaded")
+    return overload
 
 
 def _encode(value: Any) -> Any:
-    """An argument as plain data."""
+    """An argument, or an attribute of a module, as plain data."""
     if isinstance(value, fx.Node):
         return {"node": value.name}
-    if isinstance(value, slice):
-        return {"slice": [_encode(end) for end in (value.start, value.stop, value.step)]}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
-    if value is Ellipsis:
-        return {"ellipsis": True}
+    if isinstance(value, QParams):
+        return {"qparams": asdict(value)}
     if isinstance(value, Mapping):
         return {"mapping": {key: _encode(entry) for key, entry in value.items()}}
     if isinstance(value, list | tuple):
@@ -210,12 +196,10 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     ((kind, content),) = value.items()
     if kind == "node":
         return nodes[content]
-    if kind == "slice":
-        return slice(*(_decode(end, nodes) for end in content))
     if kind == "dtype":
         return torch.empty(0, dtype=getattr(torch, content)).dtype  # a TypeError for what is none
-    if kind == "ellipsis":
-        return Ellipsis
+    if kind == "qparams":
+        return QParams(**content)
     return {key: _decode(entry, nodes) for key, entry in content.items()}
 
 
@@ -229,14 +213,13 @@ def _encode_module(module: nn.Module, place: str) -> dict[str, Any]:
     kind = type(module).__name__
     if _OWN.get(kind, getattr(nn, kind, None)) is not type(module):
         raise UserError(f"layer {place!r} is a {kind}, which is none of torch.nn, so that --save cannot name it")
-    if any(True for _ in module.children()):
+    if any(True for _ in module.children()) and not isinstance(module, Elementwise):
         raise UserError(f"layer {place!r} is a {kind}, made of further layers, which --save cannot write")
     attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
-    grid = attributes.pop("grid", None)
     return {
+        "inner": _encode_graph(module.inner) if isinstance(module, Elementwise) else None,
         "kind": kind,
         "attributes": {name: _encode(value) for name, value in attributes.items()},
-        "grid": grid and asdict(grid),
         "parameters": dict(module.named_parameters(recurse=False)),
         "buffers": dict(module._buffers),
         "volatile": sorted(module._non_persistent_buffers_set),
@@ -251,8 +234,8 @@ def _decode_module(content: Mapping[str, Any]) -> nn.Module:
     nn.Module.__init__(module)
     for name, value in content["attributes"].items():
         setattr(module, name, _decode(value, {}))
-    if content["grid"]:
-        module.grid = QParams(**content["grid"])
+    if content["inner"] is not None:
+        module.inner = _decode_graph(content["inner"])
     for name, tensor in content["parameters"].items():
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     for name, tensor in content["buffers"].items():

@@ -16,18 +16,16 @@ from utils.backends.parity import Parity, compare, results
 from utils.core.errors import UserError
 from utils.core.files import whole
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import module_of
-from utils.quantization.quantizer import QParams, Quantizer
+from utils.graph.nodes import module_of
+from utils.quantization.quantizer import Quantizer
 
 PROBES = 8  # images that engine and simulation are compared on
 
 
 class Quantized(Protocol):
-    """What is exported: the network in simulation, as quantize_data_free leaves it, and its grids by layer."""
+    """What is exported: the network in simulation, as quantize_data_free leaves it."""
 
     simulated: fx.GraphModule
-    weight_grids: Mapping[str, QParams]
-    bias_grids: Mapping[str, QParams]
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,13 @@ class Exported:
 
 def build(quantized: Quantized, spec: InputSpec, metadata: Mapping[str, Any]) -> onnx.ModelProto:
     """The model, checked: by ONNX's own checker, shapes included, and by running it against the simulation."""
-    model = onnx_model(quantized.simulated, quantized.weight_grids, quantized.bias_grids, spec, metadata)
+    model = onnx_model(quantized.simulated, spec, metadata)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
 def describe_kernels(model: onnx.ModelProto, quantized: Quantized) -> Kernels:
-    return find_kernels(model, quantized.simulated, quantized.weight_grids, quantized.bias_grids)
+    return find_kernels(model, quantized.simulated)
 
 
 def check_parity(model: onnx.ModelProto, simulated: fx.GraphModule, images: Tensor) -> Parity:

@@ -24,9 +24,10 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.graph.capture import describe, module_of, shape
 from utils.graph.layers import CappedReLU, padding, per_channel
-from utils.quantization.quantizer import QParams, Quantizer
+from utils.graph.nodes import describe, module_of, shape
+from utils.quantization.qparams import QParams
+from utils.quantization.quantizer import Quantizer
 
 OPSET, IR_VERSION = 20, 9  # of October 2023
 INPUT = "images"
@@ -37,18 +38,12 @@ def integers_of(node: fx.Node) -> str:
     return f"{node.name}_uint8"
 
 
-def onnx_model(
-    simulated: fx.GraphModule,
-    weight_grids: Mapping[str, QParams],
-    bias_grids: Mapping[str, QParams],
-    spec: InputSpec,
-    metadata: Mapping[str, Any],
-) -> onnx.ModelProto:
+def onnx_model(simulated: fx.GraphModule, spec: InputSpec, metadata: Mapping[str, Any]) -> onnx.ModelProto:
     """What a file holds. metadata: by key, anything that JSON can say.
 
     Grids of other than 8 bits (biases: 32), and an operator without a rule here, are a UserError.
     """
-    writer = _Writer(simulated, weight_grids, bias_grids)
+    writer = _Writer(simulated)
     for node in simulated.graph.nodes:
         writer.write(node)
     image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["N", *spec.shape()[1:]])
@@ -70,8 +65,8 @@ class _Value:
 class _Writer:
     """What has been written so far, and the values that fx nodes have become."""
 
-    def __init__(self, model: fx.GraphModule, weight_grids: Mapping[str, QParams], bias_grids: Mapping[str, QParams]):
-        self.model, self.weight_grids, self.bias_grids = model, weight_grids, bias_grids
+    def __init__(self, model: fx.GraphModule):
+        self.model = model
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -142,7 +137,7 @@ class _Writer:
         scale, zero = (
             part.reshape(along if grid.per_channel else []).double() for part in (grid.scale, grid.zero_point)
         )
-        shift = 128 if grid.lowest == 0 else 0  # an unsigned grid as int8
+        shift = 128 if grid.quant_min == 0 else 0  # an unsigned grid as int8
         steps = (values.double() / scale).round() + zero - shift
         integers = self.constant(f"{name}_{str(kind).removeprefix('torch.')}", steps.to(kind))
         zero_point = self.constant(f"{name}_zero_point", (grid.zero_point - shift).to(kind))
@@ -183,16 +178,16 @@ def _refuse(w: _Writer, node: fx.Node, module: nn.Module | None) -> None:
 
 
 def _quantizer(w: _Writer, node: fx.Node, module: Quantizer) -> _Value:
-    _check_bits(module.grid, 8, f"the activations of {node.name!r}")
+    _check_bits(module.qparams, 8, f"the activations of {node.name!r}")
     cap = module.cap
     if cap is not None:
-        reached = bool((cap < module.highest).any())
+        reached = bool((cap < module.step_max).any())
         cap = per_channel(cap + module.zero_point, len(shape(node)))[None] if reached else None
     return w.quantize(w.source(node), node.name, (module.scale, module.zero_point), cap)
 
 
 def _parameters(w: _Writer, node: fx.Node, layer: nn.Module, axis: int = 0) -> list[str]:
-    weights, biases = w.weight_grids.get(node.target), w.bias_grids.get(node.target)
+    weights, biases = layer.weight_qparams, layer.bias_qparams
     if weights is not None:
         _check_bits(weights, 8, f"the weights of layer {node.target!r}")
     if biases is not None:
@@ -204,7 +199,7 @@ def _parameters(w: _Writer, node: fx.Node, layer: nn.Module, axis: int = 0) -> l
 
 
 def _check_bits(grid: QParams, bits: int, what: str) -> None:
-    found = (grid.highest - grid.lowest).bit_length()
+    found = grid.bits
     if found != bits:
         raise UserError(
             f"{what} have {found} bits; INT8 engines take weights and activations of 8 bits and biases of 32: "
@@ -216,7 +211,7 @@ def _convolution(w: _Writer, node: fx.Node, layer: nn.Module) -> str:
     if layer.padding_mode != "zeros":
         _refuse(w, node, layer)
     transposed = isinstance(layer, _ConvTransposeNd)
-    grid = w.weight_grids.get(node.target)
+    grid = layer.weight_qparams
     if transposed and layer.groups > 1 and grid is not None and grid.per_channel:
         _refuse(w, node, layer)  # stored as [in, out / groups, ...]: no axis holds all output channels
     before, after = padding(layer)

@@ -1,7 +1,6 @@
 """An ONNX model in ONNX Runtime: as a network, and as the list of layers that it runs on integers."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.backends.onnxruntime.graph import INPUT
-from utils.graph.capture import weighted_nodes
-from utils.quantization.quantizer import QParams
+from utils.graph.nodes import module_of, weighted_nodes
 
 _PROVIDERS = ["CPUExecutionProvider"]
 
@@ -65,12 +63,7 @@ class Kernels:
         return "\n".join(lines + [f"  in float {name}: {reason}" for name, reason in self.floating.items()])
 
 
-def find_kernels(
-    model: onnx.ModelProto,
-    simulated: fx.GraphModule,
-    weight_grids: Mapping[str, QParams],
-    bias_grids: Mapping[str, QParams],
-) -> Kernels:
+def find_kernels(model: onnx.ModelProto, simulated: fx.GraphModule) -> Kernels:
     """What ONNX Runtime makes of the model, by its optimised graph."""
     options = _options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -81,13 +74,13 @@ def find_kernels(
     made = {node.name: node.op_type for node in nodes}  # a fused operator keeps the layer's name
     integer, floating = [], {}
     for node in weighted_nodes(simulated):
-        kind = made.get(node.name, "something else")
+        layer, kind = module_of(simulated, node), made.get(node.name, "something else")
         if kind in ("QLinearConv", "QGemm"):
             integer.append(node.target)
-        elif node.target not in weight_grids:
-            floating[node.target] = "its weights have no grid"
-        elif node.target not in bias_grids:
-            floating[node.target] = "its input has no quantizer"
+        elif layer.weight_qparams is None:
+            floating[node.target] = "its weights are not quantized"
+        elif layer.bias_qparams is None:
+            floating[node.target] = "its bias is not quantized"
         else:
             floating[node.target] = f"ONNX Runtime runs it as {kind}"
     kinds = [node.op_type for node in nodes]

@@ -1,0 +1,52 @@
+"""A lowered network computes on integers what the simulation does."""
+
+import pytest
+import torch
+from networks import SPEC, Branches, Residual, chain, settle
+from torch import nn
+
+from dfq import Recipe, quantize_data_free
+from utils.backends.lowering import QuantizeToSteps, lower_to_integers
+from utils.graph.layers import WEIGHTED
+from utils.quantization.qparams import affine_qparams
+from utils.quantization.quantizer import Quantizer
+
+NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Residual, "branches": Branches}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_lowering_changes_no_layer_by_more_than_a_rounding_tie(name):
+    """Fed the same input, every layer and its quantizer give the same steps but for ties."""
+    result = quantize_data_free(settle(NETWORKS[name]()), SPEC, Recipe(equalize=True, quantize=True, correction=True))
+    lowered, images = lower_to_integers(result.simulated), SPEC.probe(32, seed=5)
+    simulated_out, lowered_out = result.simulated(images), lowered(images)
+    step = max(module.scale for module in result.simulated.modules() if isinstance(module, Quantizer))
+    assert ((simulated_out - lowered_out).abs() > 1e-5).float().mean() < 0.05
+    assert (simulated_out - lowered_out).abs().max() <= 2 * step
+    assert sum(module.to_steps for module in lowered.modules() if isinstance(module, QuantizeToSteps)) >= 2
+
+
+def test_layers_between_steps_hold_integers_and_the_simulation_stays():
+    simulated = quantize_data_free(settle(chain()), SPEC, Recipe(quantize=True)).simulated
+    kept = {name: tensor.clone() for name, tensor in simulated.state_dict().items()}
+    lowered = lower_to_integers(simulated)
+    layers = {name: module for name, module in lowered.named_modules() if isinstance(module, WEIGHTED)}
+    for name in ("0.0", "1.0", "2.0"):
+        assert (layers[name].weight == layers[name].weight.round()).all() and layers[name].weight.abs().max() == 127
+        assert (layers[name].bias == layers[name].bias.round()).all()
+    for name, tensor in simulated.state_dict().items():
+        torch.testing.assert_close(tensor, kept[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("multiplier", [None, 1.0, 0.3, torch.rand(3, 1, 1)])
+@pytest.mark.parametrize("to_steps", [False, True])
+def test_quantizing_to_steps_leaves_its_input_unless_told_to_overwrite_it(multiplier, to_steps):
+    quantizer = Quantizer(affine_qparams(torch.tensor(-1.0), torch.tensor(1.0), 8))
+    module, x = QuantizeToSteps(quantizer, multiplier, to_steps), torch.randn(2, 3, 4, 4)
+    kept, y = x.clone(), module(x)
+    torch.testing.assert_close(x, kept, rtol=0, atol=0)
+    factor = 1 / quantizer.scale if multiplier is None else multiplier
+    expected = (kept * factor).round().clamp(quantizer.step_min, quantizer.step_max)
+    torch.testing.assert_close(y, expected if to_steps else expected * quantizer.scale)
+    module.inplace = True
+    torch.testing.assert_close(module(x), y, rtol=0, atol=0)

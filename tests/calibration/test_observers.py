@@ -1,0 +1,87 @@
+"""What is observed of a network's activations on images."""
+
+import pytest
+import torch
+from networks import SPEC, chain, folded, randomise
+from torch import nn
+
+from utils.calibration.observers import (
+    BINS,
+    Histogram,
+    channel_extremes,
+    channel_mean,
+    histograms,
+    input_means,
+    layer_means,
+    observe,
+    run_layers,
+)
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.graph.capture import capture
+from utils.quantization.qparams import affine_qparams, fake_quantize
+
+
+def histogram_of(x: torch.Tensor) -> Histogram:
+    low, high = float(x.min()), float(x.max())
+    return Histogram(low, high, torch.histc(x, BINS, low, high).double())
+
+
+def test_ranges_of_a_histogram():
+    x = torch.cat([torch.randn(200_000), torch.tensor([40.0])])
+    histogram = histogram_of(x)
+    assert histogram.range("minmax", 8) == pytest.approx((float(x.min()), 40))
+    low, high = histogram.range("percentile", 8)
+    assert x.min() - 0.1 < low < -3.5 and 3.5 < high < 6
+
+    def error(low: float, high: float, bits: int) -> float:
+        return float(
+            (fake_quantize(x, affine_qparams(torch.tensor(low), torch.tensor(high), bits)) - x).square().mean()
+        )
+
+    for bits in (3, 4, 8):
+        low, high = histogram.range("mse", bits)
+        ends = torch.linspace(0.05, 1, 30)
+        least = min(error(float(a) * -5, float(b) * 40, bits) for a in ends for b in ends)
+        assert error(low, high, bits) < 1.1 * least
+
+
+def test_layer_means_count_every_image_once():
+    traced = capture(randomise(chain()), SPEC)
+    images, layer = SPEC.probe(20), weighted_nodes(traced)[-1]
+    expected = channel_mean(module_of(traced, layer), traced(images))
+    torch.testing.assert_close(layer_means(traced, images)[layer.target], expected)
+
+
+def test_observing_shows_values_before_they_are_overwritten():
+    model = capture(nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(inplace=True)), SPEC)
+    smallest = {}
+    observe(model, SPEC.probe(2), lambda node, value: smallest.update({node.name: float(value.min())}))
+    assert smallest["_0"] < 0 == smallest["_1"]
+
+
+def test_histograms_count_every_value_of_every_batch():
+    traced, images = capture(randomise(chain()), SPEC), SPEC.probe(20)
+    found, output = histograms(traced, images), traced(images)
+    last = found[weighted_nodes(traced)[-1].name]
+    assert (last.low, last.high) == pytest.approx((float(output.min()), float(output.max())), rel=1e-5)
+    assert int(last.counts.sum()) == output.numel()
+
+
+def test_means_and_extremes_are_those_of_all_images():
+    traced, images = capture(randomise(chain()), SPEC), SPEC.probe(20)
+    assert torch.allclose(input_means(traced, images)["0.0"], images.mean((0, 2, 3)), atol=1e-6)
+    low, high = channel_extremes(traced, images)[next(iter(traced.graph.nodes)).name]
+    torch.testing.assert_close(low, images.amin((0, 2, 3)), rtol=0, atol=0)
+    torch.testing.assert_close(high, images.amax((0, 2, 3)), rtol=0, atol=0)
+
+
+def test_layers_are_run_in_order_and_what_they_return_is_read():
+    (traced, _), images, names = folded(randomise(chain())), SPEC.probe(2), []
+
+    def run_layer(name, layer, x):
+        names.append(name)
+        return torch.zeros_like(layer(x)) if name == "2.0" else layer(x)
+
+    output = run_layers(traced, images, run_layer)
+    assert names == [node.target for node in weighted_nodes(traced)]
+    torch.testing.assert_close(output, traced.get_submodule("3.linear").bias.expand(2, -1))

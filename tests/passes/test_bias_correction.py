@@ -1,0 +1,73 @@
+"""Bias correction: the mean shift of quantized weights is taken out."""
+
+import pytest
+import torch
+from networks import SPEC, Branches, Residual, chain, folded, randomise, settle
+from torch import nn
+
+from dfq import Recipe, quantize_data_free
+from utils.calibration.observers import layer_means
+from utils.graph.capture import capture
+from utils.graph.nodes import weighted_nodes
+from utils.passes.bias_correction import empirical_bias_correction, round_and_correct
+from utils.passes.log import PassLog
+from utils.passes.quantize_weights import quantize_weights
+
+NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Residual, "branches": Branches}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_correction_takes_the_mean_shift_out(name, clip):
+    """Over many images, each output's mean is nearer to the float network's with corrected biases."""
+    model, images = settle(NETWORKS[name]()), SPEC.probe(256, seed=7)
+    expected = model(images).mean(0)
+    errors = []
+    for correction in (False, True):
+        recipe = Recipe(quantize=True, bits_weight=4, bits_activation=16, correction=correction, clip_weight=clip)
+        errors.append((quantize_data_free(model, SPEC, recipe).simulated(images).mean(0) - expected).abs().mean())
+    assert errors[1] < 0.4 * errors[0]
+
+
+def test_correction_counts_padding_as_zeros():
+    """A depthwise layer over a constant: its exact mean shift is known by hand."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3, padding=1, groups=2)).eval()
+    model[1].weight.zero_()
+    model[1].bias.fill_(1.0)
+    model[1].running_var.fill_(1.0)
+    result = quantize_data_free(model, SPEC, Recipe(quantize=True, bits_weight=3, bits_activation=16, correction=True))
+    expected = model(SPEC.probe()).mean((0, 2, 3))
+    torch.testing.assert_close(result.simulated(SPEC.probe()).mean((0, 2, 3)), expected, rtol=1e-3, atol=1e-3)
+
+
+def rounded(exact, bits: int = 3):
+    """A copy with rounded weights."""
+    model = capture(exact, SPEC)
+    names = {node.target for node in weighted_nodes(model)}
+    quantize_weights(model, names, bits, False, True, 32, PassLog())
+    return model
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("network", [chain, Residual, Branches])
+def test_correction_on_images_centres_every_layer(network, together):
+    exact, _ = folded(settle(randomise(network())))
+    images, model = SPEC.probe(32, seed=3), rounded(exact)
+    expected, before = (layer_means(net, images) for net in (exact, model))
+    if together:
+        round_and_correct(model, exact, expected, images, PassLog())
+    else:
+        empirical_bias_correction(model, expected, images, PassLog())
+    after = layer_means(model, images)
+    for name, mean in expected.items():
+        assert (before[name] - mean).abs().max() > 1e-3
+        torch.testing.assert_close(after[name], mean, atol=1e-5, rtol=1e-5)
+
+
+def test_every_layer_is_rounded_before_it_is_corrected():
+    exact, _ = folded(settle(randomise(chain())))
+    images, model, log = SPEC.probe(8, seed=3), rounded(exact), PassLog()
+    round_and_correct(model, exact, layer_means(exact, images), images, log)
+    done = [(entry.action, entry.where) for entry in log.entries]
+    names = [node.target for node in weighted_nodes(model)]
+    assert done == [(action, name) for name in names for action in ("rounded with GPTQ", "corrected biases")]

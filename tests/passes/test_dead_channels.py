@@ -1,0 +1,76 @@
+"""Dead channels: cleared where that is exact, left and said elsewhere."""
+
+import pytest
+import torch
+from networks import SPEC, chain, conv_bn, folded, randomise, settle
+from torch import nn
+
+from utils.passes.dead_channels import clear_dead_channels
+from utils.passes.log import PassLog
+
+
+def dead_chain(bias: float, padding: int) -> nn.Module:
+    """The first channel's weights have decayed to nothing, and its reader's BatchNorm saw no variance."""
+    model = nn.Sequential(
+        conv_bn(3, 4, 1, activation=nn.ReLU6),
+        conv_bn(4, 4, 3, groups=4, padding=padding),
+        conv_bn(4, 4, 1),
+        nn.Flatten(),
+        nn.Linear(4 * (22 + padding * 2) ** 2, 3),
+    )
+    randomise(model)
+    model[0][0].weight[0] = 1e-20
+    model[0][1].running_mean[0] = 0
+    model[0][1].bias[0] = bias
+    model[1][1].running_mean[0] = 0
+    model[1][1].running_var[0] = 0
+    return model
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_dead_channels_that_are_zero_are_cleared(padding):
+    model = dead_chain(-1.0, padding)
+    traced, statistics = folded(model)
+    before, largest = traced(SPEC.probe()), traced.get_submodule("1.0").weight.abs().max()
+    clear_dead_channels(traced, SPEC, statistics, PassLog())
+    layer = traced.get_submodule("1.0")
+    assert (layer.weight[0] == 0).all()
+    assert layer.weight.abs().max() < largest / 20
+    torch.testing.assert_close(traced(SPEC.probe()), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dead_constant_moves_to_the_readers_bias_where_nothing_pads():
+    model = dead_chain(0.5, padding=0)
+    traced, statistics = folded(model)
+    before, bias = traced(SPEC.probe()), traced.get_submodule("1.0").bias.clone()
+    clear_dead_channels(traced, SPEC, statistics, PassLog())
+    layer = traced.get_submodule("1.0")
+    assert (layer.weight[0] == 0).all() and layer.bias[0] != bias[0]
+    assert (layer.bias[1:] == bias[1:]).all()
+    torch.testing.assert_close(traced(SPEC.probe()), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dead_constant_before_padding_is_left_and_said():
+    traced, statistics = folded(dead_chain(0.5, padding=1))
+    kept = traced.get_submodule("1.0").weight.clone()
+    log = PassLog()
+    clear_dead_channels(traced, SPEC, statistics, log)
+    torch.testing.assert_close(traced.get_submodule("1.0").weight, kept, rtol=0, atol=0)
+    assert [entry.where for entry in log.entries if entry.skipped] == ["0.0[0] in 1.0"]
+
+
+def test_live_channels_are_not_cleared():
+    traced, statistics = folded(settle(chain()))
+    weights = {key: value.clone() for key, value in traced.state_dict().items()}
+    clear_dead_channels(traced, SPEC, statistics, PassLog())
+    for key, value in traced.state_dict().items():
+        torch.testing.assert_close(value, weights[key], rtol=0, atol=0)
+
+
+def test_statistics_of_dead_channels_are_returned_and_the_old_ones_kept():
+    traced, statistics = folded(dead_chain(0.5, padding=0))
+    kept = statistics["0.0"].variance.clone()
+    corrected = clear_dead_channels(traced, SPEC, statistics, PassLog())["0.0"]
+    assert corrected.variance[0] == 0 and corrected.mean[0] == 0.5
+    assert (corrected.variance[1:] == kept[1:]).all()
+    torch.testing.assert_close(statistics["0.0"].variance, kept, rtol=0, atol=0)

@@ -1,0 +1,38 @@
+"""The self-check of exact passes."""
+
+import math
+
+import pytest
+from networks import SPEC, chain, randomise
+from torch import nn
+
+from utils.core.errors import UserError
+from utils.passes.exactness import Reference, check_unchanged, outputs_of, rounding_noise
+from utils.passes.log import PassLog
+
+
+def test_a_pass_that_breaks_the_network_is_named():
+    model, probe = randomise(chain()), SPEC.probe()
+    reference = Reference(probe, outputs_of(model, probe), randomise(chain()))
+    check_unchanged("equalization", model, reference, PassLog())
+    model[2][0].weight *= 1.01
+    with pytest.raises(UserError, match="equalization should leave the network's output as it is"):
+        check_unchanged("equalization", model, reference, PassLog())
+    model[2][0].weight.fill_(math.nan)
+    with pytest.raises(UserError, match="equalization"):
+        check_unchanged("equalization", model, reference, PassLog())
+
+
+def test_a_network_that_amplifies_rounding_is_checked_against_that():
+    class Cancelling(nn.Module):
+        """A large number added and taken away again: what is left is rounding."""
+
+        def forward(self, x):
+            return (x + 3e4) - 3e4
+
+    model, probe, log = Cancelling(), SPEC.probe(), PassLog()
+    assert rounding_noise(model, probe) > 1e-4
+    check_unchanged("folding", model, Reference(probe, [1.003 * probe], model), log)
+    assert log.notes[0].startswith("folding moved the output")
+    with pytest.raises(UserError, match="folding"):
+        check_unchanged("folding", model, Reference(probe, [1.5 * probe], model), log)

@@ -1,0 +1,109 @@
+"""Quantization parameters, against torch's own kernels and by what they must be."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.quantization.qparams import (
+    affine_qparams,
+    choose_bias_qparams,
+    choose_weight_qparams,
+    fake_quantize,
+    fit_bias_to_int32,
+    overflows,
+    round_bias,
+    round_weight,
+    symmetric_qparams,
+)
+
+BITS = range(2, 17)
+LAYERS = {
+    "conv": lambda: nn.Conv2d(6, 8, 3),
+    "grouped": lambda: nn.Conv2d(6, 8, 3, groups=2),
+    "depthwise": lambda: nn.Conv2d(6, 6, 3, groups=6),
+    "transposed": lambda: nn.ConvTranspose2d(6, 8, 3, groups=2),
+    "linear": lambda: nn.Linear(6, 8),
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("channelwise", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_weights_lie_on_their_steps(kind, symmetric, channelwise, bits):
+    layer = LAYERS[kind]().requires_grad_(False)
+    before = layer.weight.clone()
+    qparams = choose_weight_qparams(layer, bits, channelwise, symmetric)
+    round_weight(layer, qparams)
+    axis = 1 if kind == "transposed" else 0
+    if channelwise and kind != "transposed":
+        torch.testing.assert_close(layer.weight, fake_quantize(before, qparams, axis), rtol=0, atol=0)
+        assert all(len(row.unique()) <= 2**bits for row in layer.weight)
+    elif not channelwise:
+        torch.testing.assert_close(layer.weight, fake_quantize(before, qparams), rtol=0, atol=0)
+        assert len(layer.weight.unique()) <= 2**bits
+    assert (layer.weight - before).abs().max() <= qparams.scale.max() / 2 + 1e-7
+    assert (qparams.zero_point >= qparams.quant_min).all() and (qparams.zero_point <= qparams.quant_max).all()
+    if symmetric:
+        assert (qparams.zero_point == 0).all()
+
+
+def test_per_channel_scales_of_a_transposed_convolution_run_along_its_output():
+    layer = nn.ConvTranspose2d(4, 6, 2, groups=2).requires_grad_(False)
+    layer.weight.normal_()
+    layer.weight[:2, 1] *= 10  # group 0, output 1
+    qparams = choose_weight_qparams(layer, 8, per_channel=True, symmetric=True)
+    assert qparams.scale.shape == (6,)
+    assert qparams.scale.argmax() == 1
+
+
+def test_a_tensor_of_zeros_stays_zeros():
+    layer = nn.Conv2d(3, 3, 1).requires_grad_(False)
+    layer.weight.zero_()
+    for symmetric in (False, True):
+        round_weight(layer, choose_weight_qparams(layer, 8, per_channel=False, symmetric=symmetric))
+        assert (layer.weight == 0).all()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_narrow_bias_has_few_values(bits):
+    bias = torch.randn(4096)
+    rounded = round_bias(bias, choose_bias_qparams(bias, bits, None))
+    assert len(rounded.unique()) <= 2**bits
+    assert (rounded - bias).abs().max() <= bias.abs().max() / (2 ** (bits - 1) - 1) * 0.5001
+
+
+def test_wide_bias_lies_on_the_steps_of_the_accumulator():
+    bias, scale = torch.randn(64), torch.rand(64) * 1e-4 + 1e-6
+    rounded = round_bias(bias, choose_bias_qparams(bias, 32, scale))
+    steps = rounded.double() / scale.double()
+    torch.testing.assert_close(steps, steps.round(), rtol=1e-6, atol=1e-2)
+    assert ((rounded - bias).abs() <= scale * 0.51 + 1e-7).all()
+
+
+def test_zero_is_exact_even_where_the_range_does_not_hold_it():
+    for low, high in ((1.0, 3.0), (-3.0, -1.0), (0.0, 0.0)):
+        qparams = affine_qparams(torch.tensor(low), torch.tensor(high), 8)
+        assert fake_quantize(torch.zeros(1), qparams) == 0
+    assert symmetric_qparams(torch.tensor(0.0), 8).scale > 0
+
+
+def test_bits_are_those_that_hold_all_steps():
+    for bits in BITS:
+        assert affine_qparams(torch.tensor(-1.0), torch.tensor(1.0), bits).bits == bits
+        assert symmetric_qparams(torch.tensor(1.0), bits).bits == bits
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_bias_fits_int32_with_room_for_the_products(per_channel):
+    layer, input_scale = nn.Conv2d(3, 4, 1).requires_grad_(False), 0.02
+    layer.weight[0] = 1e-9
+    layer.bias.copy_(torch.tensor([7.0, 0.1, -0.1, 0.0]))
+    qparams = choose_weight_qparams(layer, 8, per_channel, symmetric=True)
+    roomy = fit_bias_to_int32(qparams, layer.bias, input_scale)
+    steps = layer.bias / (roomy.scale * input_scale)
+    assert steps.abs().max() <= 2**30 * (1 + 1e-6)
+    kept = slice(1, None) if per_channel else ...
+    torch.testing.assert_close(roomy.scale[kept], qparams.scale[kept], rtol=0, atol=0)
+    assert not overflows(layer.bias, choose_bias_qparams(layer.bias, 32, roomy.scale * input_scale))
+    assert overflows(layer.bias, choose_bias_qparams(layer.bias, 32, qparams.scale * input_scale)) == per_channel

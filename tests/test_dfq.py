@@ -1,0 +1,74 @@
+"""The pipeline: whole recipes on small networks."""
+
+import pytest
+import torch
+from networks import SPEC, Branches, Residual, chain, randomise, settle
+from torch import nn
+
+from dfq import Recipe, quantize_data_free
+from utils.core.errors import UserError
+from utils.graph.layers import CappedReLU
+from utils.tasks.metrics import sqnr
+
+NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Residual, "branches": Branches}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_the_whole_recipe_comes_close_to_float(name, per_channel):
+    model, images = settle(NETWORKS[name]()), SPEC.probe(64, seed=7)
+    recipe = Recipe(equalize=True, absorption=True, quantize=True, correction=True, per_channel=per_channel)
+    result = quantize_data_free(model, SPEC, recipe)
+    assert sqnr(model(images), result.simulated(images)) > 25
+
+
+def test_more_bits_come_closer():
+    model, images = settle(chain()), SPEC.probe(64, seed=7)
+    noise = [
+        sqnr(
+            model(images),
+            quantize_data_free(
+                model, SPEC, Recipe(equalize=True, quantize=True, correction=True, bits_weight=b, bits_activation=b)
+            ).simulated(images),
+        )
+        for b in (4, 6, 8, 10, 12)
+    ]
+    assert noise == sorted(noise) and noise[-1] > 45
+
+
+def test_a_recipe_with_relu_leaves_no_relu6():
+    result = quantize_data_free(randomise(chain()), SPEC, Recipe(relu=True, equalize=True))
+    assert not any(isinstance(module, nn.ReLU6 | CappedReLU) for module in result.float.modules())
+    assert result.simulated is None
+
+
+def test_the_loaded_network_is_never_touched():
+    model = settle(chain())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    quantize_data_free(
+        model, SPEC, Recipe(relu=True, equalize=True, absorption=True, clip_weight=0.1, quantize=True, correction=True)
+    )
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_a_network_without_batchnorm_is_refused_where_statistics_are_needed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    assert quantize_data_free(model, SPEC, Recipe(equalize=True)).float is not None
+    with pytest.raises(UserError, match="no BatchNorm, whose statistics --quantize and --correction would need"):
+        quantize_data_free(model, SPEC, Recipe(quantize=True, correction=True))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        (Recipe(quantize=True), "Original"),
+        (Recipe(quantize=True, relu=True), "+ReLU"),
+        (Recipe(quantize=True, relu=True, equalize=True, correction=True), "+ReLU+LE+BC"),
+        (Recipe(quantize=True, correction=True, clip_weight=15.0), "+BC +clip_15"),
+        (Recipe(quantize=True, clear_dead=True), "+DC"),
+        (Recipe(quantize=True, equalize=True, absorption=True, correction=True), "+LE+HBA+BC"),
+    ],
+)
+def test_rows_have_the_published_names(recipe, name):
+    assert str(recipe) == name

@@ -1,0 +1,210 @@
+"""torch.export's graph in canonical form: one way of writing each operation.
+
+The translator walks the exported graph once. What does not depend on the image is computed and becomes a constant.
+What does is written by the operator's rule (utils/graph/rules.py), or as it is. Sizes that depend on the batch become -1.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from utils.graph.nodes import free_name
+
+_TRANSPOSES = {
+    torch.ops.aten.t.default,
+    torch.ops.aten.numpy_T.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+}
+Size = tuple[int | torch.SymInt, ...]  # of a value; symbolic where it depends on the batch
+
+
+def translate(program: ExportedProgram, rules: dict[str, Any]) -> fx.GraphModule:
+    """The program's graph in canonical form, with layers as modules; rules: by the operator's name."""
+    translator = Translator(program, rules)
+    for node in program.graph.nodes:
+        translator.visit(node)
+    model = fx.GraphModule(translator.root, translator.graph)
+    model.meta["constants"] = translator.values  # what constants were computed from
+    model.graph.eliminate_dead_code()
+    return model.eval()
+
+
+def size_of(node: fx.Node | Tensor) -> Size:
+    return tuple(node.shape if isinstance(node, Tensor) else node.meta["size"])
+
+
+def is_constant(value: Any) -> bool:
+    """Whether nothing in a value depends on the image."""
+    if isinstance(value, tuple | list):
+        return all(map(is_constant, value))
+    return not isinstance(value, fx.Node)
+
+
+class Translator:
+    """The canonical graph as far as it is written. Rules call emit(), layer(), attribute() and reshape().
+
+    values: by exported node, what it became: a node, a constant, or a tuple of these.
+    """
+
+    def __init__(self, program: ExportedProgram, rules: dict[str, Any]):
+        self.graph, self.root, self.rules = fx.Graph(), nn.Module(), rules
+        self.values: dict[fx.Node, Any] = {}
+        self.origins: dict[int, fx.Node] = {}  # of constant tensors, by identity
+        self.fqns: dict[int, str] = {}  # of parameters and buffers, by identity
+        self.tensors = _lifted(program)
+        self.current: fx.Node | None = None
+
+    # ------------------------------------------------------------------------------- the walk
+
+    def visit(self, node: fx.Node) -> None:
+        self.current = node
+        if node.op == "placeholder":
+            self.values[node] = self._placeholder(node)
+        elif node.op == "output":
+            self._output(fx.map_arg(node.args[0], self.values.__getitem__))
+        elif node.op == "call_function":
+            args, kwargs = (fx.map_arg(part, self.values.__getitem__) for part in (node.args, node.kwargs))
+            self.values[node] = self._call(node, args, kwargs)
+        else:
+            self.values[node] = None  # guards
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        if node.name in self.tensors:
+            fqn, tensor = self.tensors[node.name]
+            self.origins[id(tensor)] = node
+            self.fqns[id(tensor)] = fqn
+            return tensor
+        if not isinstance(node.meta.get("val"), Tensor):
+            return node.meta.get("val")  # a keyword's default
+        made = self.graph.placeholder(node.name)
+        made.meta["size"] = tuple(node.meta["val"].shape)
+        return made
+
+    def _output(self, results: Any) -> None:
+        leaves = [leaf for leaf in results if leaf is not None]
+        nodes = [leaf if isinstance(leaf, fx.Node) else self.attribute(leaf, "output") for leaf in leaves]
+        self.graph.output(nodes[0] if len(nodes) == 1 else tuple(nodes))
+
+    def _call(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        value = node.meta.get("val")
+        if node.target is operator.getitem and isinstance(args[0], tuple | list):
+            return args[0][args[1]]
+        if isinstance(value, int | float | bool):  # a size that does not depend on the batch
+            return value
+        if is_constant(args) and is_constant(list(kwargs.values())):
+            return self._constant(node, args, kwargs)
+        name = node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
+        rule = self.rules.get(name)
+        result = rule(self, node, *args, **kwargs) if rule else None
+        return self.emit(node.target, args, kwargs) if result is None else result
+
+    def _constant(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)
+        if isinstance(value, Tensor):
+            self.origins[id(value)] = node
+        return value
+
+    # --------------------------------------------------------------------------- what rules call
+
+    def emit(self, target: Any, args: Sequence, kwargs: dict | None = None, size: Sequence | None = None) -> fx.Node:
+        """Write a call of the current node's, or of a step towards it, whose size is then given."""
+        args, kwargs = (self._as_nodes(part) for part in (tuple(args), kwargs or {}))
+        node = self.graph.call_function(target, args, kwargs)
+        return self._note(node, size)
+
+    def layer(self, module: nn.Module, source: fx.Node, name: str, size: Sequence | None = None) -> fx.Node:
+        """Write a call of a module of its own."""
+        name = free_name(self.root, name)
+        parent = self.root
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.rpartition(".")[2], module.eval().requires_grad_(False))
+        return self._note(self.graph.call_module(name, (source,)), size)
+
+    def attribute(self, tensor: Tensor, name: str | None = None) -> fx.Node:
+        """A constant tensor as a node."""
+        name = free_name(self.root, (name or f"{self.current.name}_constant").replace(".", "_"))
+        self.root.register_buffer(name, tensor.detach())
+        node = self.graph.get_attr(name)
+        node.meta["size"], node.meta["origin"] = tuple(tensor.shape), self.origins.get(id(tensor))
+        return node
+
+    def reshape(self, source: fx.Node, size: Sequence) -> fx.Node | None:
+        """Another shape of the same values in the same order; None where two sizes depend on the batch."""
+        if tuple(size) == size_of(source):
+            return source
+        target = [-1 if isinstance(side, torch.SymInt) else side for side in size]
+        if target.count(-1) > 1:
+            return None
+        if _is_call(source, torch.ops.aten.reshape.default):  # two in a row are one
+            return self.reshape(source.args[0], size)
+        return self.emit(torch.ops.aten.reshape.default, (source, target), size=size)
+
+    def slice(self, source: fx.Node, axis: int, start: int, stop: int, step: int = 1) -> fx.Node:
+        size = list(size_of(source))
+        if (start, stop, step) == (0, size[axis], 1):
+            return source
+        size[axis] = len(range(start, stop, step))
+        return self.emit(torch.ops.aten.slice.Tensor, (source, axis, start, stop, step), size=size)
+
+    def size(self) -> Size:
+        """Of the value that is being written."""
+        return tuple(self.current.meta["val"].shape)
+
+    def path(self) -> str:
+        """The user's module in which the current node stands, '' for the network's own forward."""
+        stack = self.current.meta.get("nn_module_stack") or {}
+        return list(stack.values())[-1][0] if stack else ""
+
+    def layer_name(self, weight: Tensor) -> str:
+        """What users call a layer: where its weight is, transposed or not, or the module that runs it."""
+        origin = self.origins.get(id(weight))
+        while origin is not None and origin.op == "call_function" and origin.target in _TRANSPOSES:
+            origin = origin.args[0]
+        fqn = self.fqns.get(id(self.values[origin])) if origin is not None else None
+        if fqn is None:
+            return self.path() or self.current.name
+        return fqn.rpartition(".")[0] or fqn
+
+    def _note(self, node: fx.Node, size: Sequence | None) -> fx.Node:
+        value = self.current.meta.get("val")
+        if size is not None:
+            node.meta["size"] = tuple(size)
+        elif isinstance(value, Tensor):
+            node.meta["size"] = tuple(value.shape)
+        node.meta["path"], node.meta["exported"] = self.path(), self.current
+        return node
+
+    def _as_nodes(self, value: Any) -> Any:
+        """Arguments with constant tensors as nodes."""
+        if isinstance(value, Tensor):
+            return self.attribute(value, self.fqns.get(id(value)))
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._as_nodes, value))
+        if isinstance(value, dict):
+            return {key: self._as_nodes(entry) for key, entry in value.items()}
+        return value
+
+
+def _is_call(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+
+
+def _lifted(program: ExportedProgram) -> dict[str, tuple[str, Tensor]]:
+    """Parameters, buffers and constants by the name of their placeholder: where they are in the network, and the tensor."""
+    found = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in program.state_dict:
+            found[spec.arg.name] = spec.target, program.state_dict[spec.target].detach()
+        elif spec.kind is not InputKind.USER_INPUT and spec.target in program.constants:
+            found[spec.arg.name] = spec.target, program.constants[spec.target]
+    return found

@@ -1,0 +1,162 @@
+"""Cross-layer equalization: channels are rescaled between layers, by scales that make their weight ranges equal.
+
+Section 4.1 of the paper. Exact: positive factors pass through ReLU, pooling, padding and concats, and a ReLU6
+gets bounds of its own for every channel.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from utils.calibration.moments import Gaussian, Statistics
+from utils.calibration.ranges import ChannelRanges
+from utils.graph.layers import grouped_weight, scale_inputs, scale_outputs
+from utils.graph.nodes import tidy
+from utils.graph.regions import ChannelSlice, Region, find_regions
+from utils.passes.log import PassLog
+from utils.passes.relu6 import channel_reach, scale_bounds
+
+ACTION = "equalized"
+
+# For every region, what its channels [C] are divided by.
+ScalesOf = Callable[[fx.GraphModule, list[Region], PassLog], list[Tensor]]
+
+
+def equalize(
+    model: fx.GraphModule,
+    statistics: Statistics,
+    scales_of: ScalesOf,
+    log: PassLog,
+    through_sums: bool = False,
+    without: frozenset[str] = frozenset(),
+) -> Statistics:
+    """Rescale channels between every layer and its sinks; returns the statistics, which scale with them.
+
+    through_sums: scale the layers of a residual stream too, all of them by one factor for each channel; the paper
+    leaves them as they are. without: layers whose input is left as it is.
+    """
+    regions, refused = find_regions(model, through_sums)
+    for name, reason in refused.items():
+        log.skipped(ACTION, name, reason)
+    harmful = [region for region in regions if any(sink.name in without for sink in region.sinks)]
+    for name in (name for region in harmful for name in region.sources):
+        log.skipped(ACTION, name, "a sink loses by it on distilled images")
+    regions = [region for region in regions if region not in harmful]
+    for region, scale in zip(regions, scales_of(model, regions, log), strict=True):
+        statistics = apply_scale(model, region, scale, statistics)
+        sinks = ", ".join(sink.name for sink in region.sinks)
+        factors = f"factors {float(scale.min()):.3g} to {float(scale.max()):.3g}"
+        for name in region.sources:
+            log.applied(ACTION, f"{name} -> {sinks}", factors + (", tied by sums" if region.tied else ""))
+    tidy(model)
+    return statistics
+
+
+def apply_scale(model: fx.GraphModule, region: Region, scale: Tensor, statistics: Statistics) -> Statistics:
+    """Divide a region's channels by scale [C] where they are made, multiply by it where they are read."""
+    scaled = dict(statistics)
+    for name in region.sources:
+        scale_outputs(model.get_submodule(name), 1 / scale)
+        if name in statistics:
+            known = statistics[name]
+            scaled[name] = Gaussian(known.mean / scale, known.variance / scale**2)
+    for sink in region.sinks:
+        layer = model.get_submodule(sink.name)
+        scale_inputs(layer, sink.gather(scale, elsewhere=1))
+    for clip in region.clips:
+        scale_bounds(model, clip, 1 / scale)
+    return scaled
+
+
+# -------------------------------------------------------------------------------------- CLE scales
+
+
+def equalization_scale(r1: Tensor, r2: Tensor) -> Tensor:
+    """s that gives both layers of a pair the same channel ranges; the paper, equation 11.
+
+    r1, r2: [C] ranges of the first layer's outputs and the second's input channels. Dividing the first and
+    multiplying the second by s makes both sqrt(r1 r2). A channel with no range on one side keeps s = 1.
+    """
+    live = (r1 > 0) & (r2 > 0)
+    return torch.where(live, (r1 / torch.where(live, r2, torch.ones_like(r2))).sqrt(), torch.ones_like(r1))
+
+
+def cle_scales(
+    model: fx.GraphModule,
+    regions: Sequence[Region],
+    log: PassLog,
+    ranges: ChannelRanges,
+    limit: float = 1e4,
+    sweeps: int = 100,
+) -> list[Tensor]:
+    """Scales under which a layer's channels have the weight range of those that read them; section 4.1.
+
+    Sweeps over the network until no factor moves by more than 0.1 %. No factor may stretch
+    the range that all channels of an activation share: one of tiny weights and a common bias would, scaled
+    up for its weights' sake, leave the others a few steps. Nor may one go beyond limit,
+    either way. Works on the kernels' maxima; weights are not touched. ranges: of the layers' outputs.
+    """
+    names = {name for region in regions for name in (*region.sources, *(sink.name for sink in region.sinks))}
+    maxima = {name: grouped_weight(model.get_submodule(name)).abs().amax(3) for name in names}  # [groups, out, in]
+    totals = [torch.ones(region.channels) for region in regions]
+    floors = [_least_scales(model, region, ranges) for region in regions]
+    for _ in range(sweeps):
+        moved = 0.0
+        for region, total, floor in zip(regions, totals, floors, strict=True):
+            scale = (total * _pair_scale(region, maxima)).clamp(1 / limit, limit)
+            scale = torch.maximum(scale, floor) / total
+            total *= scale
+            _scale_maxima(region, maxima, scale)
+            moved = max(moved, float(scale.log().abs().max()))
+        if moved < 1e-3:
+            break
+    else:
+        log.note(f"after {sweeps} sweeps of equalization a factor still moved by {moved:.1%}")
+    return totals
+
+
+def _least_scales(model: fx.GraphModule, region: Region, ranges: ChannelRanges) -> Tensor:
+    """The least scales [C] that leave a region's activations within their present range, 0 where it is not known."""
+    reach = activation_reach(model, region, ranges)
+    if reach is None:
+        return torch.zeros(region.channels)
+    return (reach / reach.amax(1, keepdim=True).clamp_min(1e-30)).amax(0)
+
+
+def _pair_scale(region: Region, maxima: dict[str, Tensor]) -> Tensor:
+    """The scale that makes a region's present ranges equal, over all layers that make and that read its channels."""
+    r1 = torch.stack([maxima[name].amax(2).reshape(-1) for name in region.sources]).amax(0)
+    r2 = torch.stack([_input_range(maxima[sink.name], sink, region.channels) for sink in region.sinks]).amax(0)
+    return equalization_scale(r1, r2)
+
+
+def _input_range(maxima: Tensor, sink: ChannelSlice, channels: int) -> Tensor:
+    """r(W)_i over the columns that read each of a layer's channels."""
+    return sink.reduce(maxima.amax(1).reshape(-1), channels)
+
+
+def _scale_maxima(region: Region, maxima: dict[str, Tensor], scale: Tensor) -> None:
+    """Do to the kernels' maxima [groups, out, in] what a scale does to the kernels."""
+    for name in region.sources:
+        maxima[name] /= scale.view(maxima[name].shape[0], -1, 1)
+    for sink in region.sinks:
+        groups = len(maxima[sink.name])
+        maxima[sink.name] *= sink.gather(scale, elsewhere=1).view(groups, 1, -1)
+
+
+def activation_reach(model: fx.GraphModule, region: Region, ranges: ChannelRanges) -> Tensor | None:
+    """The largest absolute value [tensors, C] of each channel of a region's activations, where it is known: behind
+    the activation of each layer that makes them, and of their sum where adds tie several."""
+    if any(name not in ranges for name in region.sources):
+        return None
+    reaches = []
+    for name in region.sources:
+        low, high = ranges[name]
+        reaches.append(high.clamp_min(0) if region.rectified else torch.maximum(low.abs(), high.abs()))
+    together = torch.stack(reaches)
+    if region.tied:  # as of independent terms
+        together = torch.cat([together, together.square().sum(0, keepdim=True).sqrt()])
+    for clip in region.clips:
+        together = torch.minimum(together, channel_reach(model, clip, region.channels))
+    return together

@@ -1,0 +1,65 @@
+"""Self-checks: passes that should leave the network's output as it is are held to that on a probe batch."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from utils.core.errors import UserError
+from utils.passes.log import PassLog
+
+TOLERANCE = 1e-3  # by how much of its largest value an exact pass may move an output; float32 alone moves some by 1e-4
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the network must go on to compute.
+
+    probe: images [N, C, H, W]. outputs: what it gave on them. loaded: the network before any pass.
+    """
+
+    probe: Tensor
+    outputs: list[Tensor]
+    loaded: nn.Module
+
+
+def outputs_of(model: nn.Module, probe: Tensor) -> list[Tensor]:
+    """The network's outputs on the probe, one or several."""
+    with torch.no_grad():
+        result = model(probe)
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def deviation(expected: list[Tensor], model: nn.Module, probe: Tensor) -> float:
+    """The largest change of any value on the probe, as a share of the largest value of its output."""
+    pairs = zip(expected, outputs_of(model, probe), strict=True)
+    return max(float((before - after).abs().max() / before.abs().max().clamp_min(1e-30)) for before, after in pairs)
+
+
+def check_unchanged(name: str, model: nn.Module, reference: Reference, log: PassLog) -> None:
+    """Refuse a pass that should be exact and moved the output by more than TOLERANCE.
+
+    Some networks amplify float32's own rounding to more than that, where statistics of no variance
+    multiply it layer after layer; they are allowed ten times what the loaded network shows of it.
+    """
+    moved = deviation(reference.outputs, model, reference.probe)
+    if moved <= TOLERANCE:
+        return
+    noise = rounding_noise(reference.loaded, reference.probe)
+    if moved <= 10 * noise:
+        log.note(
+            f"{name} moved the output by {moved:.1e} of its largest value; "
+            f"float32's rounding alone moves it by {noise:.1e}"
+        )
+        return
+    raise UserError(
+        f"{name} should leave the network's output as it is, but moved it by {moved:.1e} of its largest value "
+        f"(tolerance {TOLERANCE:.0e}): this network is not handled rightly, and nothing was recorded"
+    )
+
+
+def rounding_noise(model: nn.Module, probe: Tensor) -> float:
+    """How far the network's output in float32 is from that in float64, as a share of its largest value."""
+    exact = [output.float() for output in outputs_of(copy.deepcopy(model).double(), probe.double())]
+    return deviation(exact, model, probe)

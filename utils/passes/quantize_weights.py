@@ -1,0 +1,58 @@
+"""Weight quantization: every layer's weights get their parameters and are rounded to the nearest steps."""
+
+import torch
+from torch import Tensor, fx
+
+from utils.calibration.moments import Unknown
+from utils.calibration.ranges import RangeOf
+from utils.core.errors import UserError
+from utils.graph.layers import grouped_weight
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.passes.log import PassLog
+from utils.quantization.placement import quantizer_before
+from utils.quantization.qparams import choose_weight_qparams, fit_bias_to_int32, round_weight
+
+ACTION = "quantized weights"
+
+
+def quantizable_layers(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> set[str]:
+    """The layers that an integer engine could run: those whose input can be given a range."""
+    chosen = set()
+    for node in weighted_nodes(model):
+        known = range_of(node.args[0])
+        if isinstance(known, Unknown):
+            log.skipped(ACTION, node.target, f"nothing is known of its input {known.reason}")
+        else:
+            chosen.add(node.target)
+    if not chosen:
+        raise UserError("no layer of the network can be quantized: see the reasons above with --verbose")
+    return chosen
+
+
+def quantize_weights(
+    model: fx.GraphModule, layers: set[str], bits: int, per_channel: bool, symmetric: bool, bits_bias: int, log: PassLog
+) -> None:
+    """Choose the weight parameters of the layers of these names, and round their weights.
+
+    At 32 bits a bias counts in the steps of the accumulator, weight scale times the scale of the layer's input, which
+    is quantized already. Where it would overflow, the weights get larger steps before they are rounded.
+    """
+    for node in weighted_nodes(model):
+        if node.target not in layers:
+            continue
+        layer, source = module_of(model, node), quantizer_before(model, node.args[0])
+        qparams = choose_weight_qparams(layer, bits, per_channel, symmetric)
+        if source is not None and bits_bias == 32:
+            roomy = fit_bias_to_int32(qparams, layer.bias, source.scale)
+            if not torch.equal(roomy.scale, qparams.scale):
+                qparams = roomy
+                log.applied("fitted biases to int32", node.target, "its weights have larger steps")
+        layer.weight_qparams = qparams
+        round_weight(layer, qparams)
+        log.applied(ACTION, node.target, f"largest step {float(qparams.scale.max()):.3g}")
+
+
+def weight_ranges(model: fx.GraphModule) -> dict[str, Tensor]:
+    """The smallest and largest weight [C_out, 2] of every channel, by layer."""
+    views = {node.target: grouped_weight(module_of(model, node)) for node in weighted_nodes(model)}
+    return {name: torch.stack([view.amin((2, 3)), view.amax((2, 3))], -1).flatten(0, 1) for name, view in views.items()}

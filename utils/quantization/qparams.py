@@ -1,0 +1,120 @@
+"""Quantization parameters: how they are chosen, and weights and biases that are rounded to them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from utils.graph.layers import grouped_weight
+
+
+@dataclass(frozen=True)
+class QParams:
+    """An affine mapping to integers: real value = scale * (q - zero_point), q in [quant_min, quant_max].
+
+    scale: [] per tensor, [C_out] per output channel (float32).
+    zero_point: like scale (int32); an integer, so that 0 is represented exactly.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    quant_min: int
+    quant_max: int
+
+    @property
+    def per_channel(self) -> bool:
+        return self.scale.dim() > 0
+
+    @property
+    def bits(self) -> int:
+        return (self.quant_max - self.quant_min).bit_length()
+
+
+def affine_qparams(low: Tensor, high: Tensor, bits: int) -> QParams:
+    """Unsigned, 2^bits steps over [low, high], which is widened to hold 0; low and high: [] or [C]."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    quant_max = 2**bits - 1
+    scale = _nonzero((high - low) / quant_max)
+    return QParams(scale, (-low / scale).round().clamp(0, quant_max).int(), 0, quant_max)
+
+
+def symmetric_qparams(largest: Tensor, bits: int) -> QParams:
+    """Signed, 2^bits - 1 steps over [-largest, largest]; largest: [] or [C]."""
+    quant_max = 2 ** (bits - 1) - 1
+    scale = _nonzero(largest / quant_max)
+    return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), -quant_max, quant_max)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """Zeros are exact at any scale but 0."""
+    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+
+
+def fake_quantize(x: Tensor, qparams: QParams, axis: int = 0) -> Tensor:
+    """x rounded to integers and back; axis: the one that per-channel parameters run along."""
+    scale, zero_point, limits = qparams.scale, qparams.zero_point, (qparams.quant_min, qparams.quant_max)
+    if qparams.per_channel:
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
+
+
+# ----------------------------------------------------------------------------------------- weights
+
+
+def choose_weight_qparams(layer: nn.Module, bits: int, per_channel: bool, symmetric: bool) -> QParams:
+    """The parameters that span a layer's weights, per tensor or per output channel."""
+    view = grouped_weight(layer)  # [groups, out, in, positions]
+    low, high = view.amin((2, 3)).reshape(-1), view.amax((2, 3)).reshape(-1)
+    if not per_channel:
+        low, high = low.min(), high.max()
+    if symmetric:
+        return symmetric_qparams(torch.maximum(-low, high), bits)
+    return affine_qparams(low, high, bits)
+
+
+def fit_bias_to_int32(qparams: QParams, bias: Tensor, input_scale: float) -> QParams:
+    """A layer's weight parameters, at a larger scale where its bias [C_out] would overflow an int32 accumulator.
+
+    The accumulator counts in weight scale times input scale, so the bias of a layer whose weights are nothing
+    beside it, as those of dead channels, takes too many steps. The bias gets half of the accumulator. The rest is
+    for the products, and for what bias correction adds later: a mean of products' errors, smaller than they are.
+    """
+    least = bias.abs() / (2**30 * input_scale)
+    return replace(qparams, scale=torch.maximum(qparams.scale, least if qparams.per_channel else least.max()))
+
+
+def round_weight(layer: nn.Module, qparams: QParams) -> None:
+    """Round a layer's weights to the nearest steps, in place."""
+    view = grouped_weight(layer)
+    groups, out = view.shape[:2]
+    if qparams.per_channel:
+        rows = view.reshape(groups * out, -1)
+        view.copy_(fake_quantize(rows, qparams).view(view.shape))
+    else:
+        view.copy_(fake_quantize(view, qparams))
+
+
+# ------------------------------------------------------------------------------------------ biases
+
+
+def choose_bias_qparams(bias: Tensor, bits: int, accumulator_scale: Tensor | None) -> QParams:
+    """The parameters of a bias [C_out].
+
+    32 bits: those of an integer engine's accumulator, scale s_w * s_x ([] or [C_out]), which must be given.
+    Fewer: symmetric over the bias's own range.
+    """
+    if bits < 32:
+        return symmetric_qparams(bias.abs().max(), bits)
+    scale = _nonzero(accumulator_scale)
+    return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), -(2**31) + 1, 2**31 - 1)
+
+
+def overflows(bias: Tensor, qparams: QParams) -> bool:
+    """Whether a bias has a value beyond the range of its parameters."""
+    return bool(((bias.double() / qparams.scale.double()).round().abs() > qparams.quant_max).any())
+
+
+def round_bias(bias: Tensor, qparams: QParams) -> Tensor:
+    """The bias rounded to steps; in float64, since float32 cannot count to 2^31."""
+    scale = qparams.scale.double()
+    return ((bias.double() / scale).round().clamp(qparams.quant_min, qparams.quant_max) * scale).float()
