@@ -41,7 +41,7 @@ from utils.core.errors import UserError
 from utils.core.files import whole
 from utils.core.input_spec import InputSpec
 from utils.experiment import cli
-from utils.graph.capture import trace as capture
+from utils.graph.capture import capture
 
 RECIPE = Recipe(equalize=True, quantize=True, correction=True)
 EXACT = 1e-3  # of the largest output: as much as an exact pass may move one

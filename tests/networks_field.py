@@ -97,7 +97,8 @@ class OwnConv(nn.Conv2d):
 
 def convolution(before: int, after: int, size: tuple[int, int], a: int, b: int) -> nn.Module:
     """One of many kinds, for maps of that height and width."""
-    kernel = min((3, 1, 3, 2, (1, 3), 3, 5, 3)[a], (min(size), min(size)) if a == 4 else min(size))
+    kernel = (3, 1, 3, 2, (1, 3), 3, 5, 3)[a]
+    kernel = 1 if max(kernel if a == 4 else (kernel,)) > min(size) else kernel
     groups = math.gcd(before, after) if b == 3 else 2 if b == 5 and before % 2 == after % 2 == 0 else 1
     options = {"groups": groups, "bias": b % 2 == 1}
     if b == 4:
