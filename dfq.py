@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from utils.backends.lowering import lower_to_integers
 from utils.calibration.distillation import describe_fit, statistics_fit
-from utils.calibration.fidelity import Fidelity, fidelity
+from utils.calibration.fidelity import fidelity
 from utils.calibration.moments import Moments, Statistics, Unknown, propagate
 from utils.calibration.observers import layer_means
 from utils.calibration.ranges import (
@@ -41,7 +41,7 @@ from utils.passes.bias_correction import analytical_bias_correction, empirical_b
 from utils.passes.clip_weights import clip_weights
 from utils.passes.dead_channels import clear_dead_channels
 from utils.passes.equalization import ScalesOf, cle_scales, equalize
-from utils.passes.exactness import Reference, check_unchanged, deviation, outputs_of
+from utils.passes.exactness import Reference, check_capture, check_unchanged, deviation, outputs_of
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.insert_quantizers import insert_quantizers, written_tensors
 from utils.passes.log import PassLog
@@ -49,156 +49,35 @@ from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_o
 from utils.passes.quantize_bias import quantize_biases
 from utils.passes.quantize_weights import quantizable_layers, quantize_weights, weight_ranges
 from utils.passes.relu6 import replace_relu6
+from utils.passes.result import Quantized
 from utils.quantization import serialization as artifact
+from utils.quantization.recipe import Recipe, recipes_of
 
 if TYPE_CHECKING:
     from modeling import Network
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Which passes run, and on what grids; the names are those of the command line."""
-
-    relu: bool = False
-    clear_dead: bool = False
-    equalize: bool = False
-    absorption: bool = False
-    clip_weight: float | None = None
-    quantize: bool = False
-    correction: bool = False
-    bits_weight: int = 8
-    bits_activation: int = 8
-    bits_bias: int = 32
-    per_channel: bool = False
-    asymmetric: bool = False
-    distill_equalize: bool = False
-    distill_correction: bool = False
-    distill_rounding: bool = False
-    distill_range: bool = False
-    range_method: str = "minmax"
-
-    @classmethod
-    def of(cls, args: Namespace) -> Recipe:
-        """The recipe that flags of the same names ask for."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
-
-    @property
-    def settings(self) -> dict[str, bool | int | float | str | None]:
-        return asdict(self)
-
-    @property
-    def words(self) -> list[str]:
-        """The flags of its passes, as one would type them."""
-        flags = [
-            f"--{name}" for name, value in self.settings.items() if value is True or (name == "clip_weight" and value)
-        ]
-        return flags + (["--range_method", self.range_method] if self.range_method != "minmax" else [])
-
-    @property
-    def needs_images(self) -> bool:
-        return self.distill_equalize or self.distill_correction or self.distill_rounding or self.distill_range
-
-    @property
-    def changes_float(self) -> bool:
-        """Whether the row's float network differs from the one that was loaded."""
-        return self.relu or self.absorption
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """What a table calls the networks that the row evaluates."""
-        changed = replace(self, correction=False, clip_weight=None, distill_rounding=False, distill_range=False)
-        bits = self.bits_weight, self.bits_activation
-        grids = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
-        return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {changed}", "quantized": f"{grids} {self}"}
-
-    def __str__(self) -> str:
-        """The row's name as in the published tables, such as +ReLU+LE+BC +clip_15."""
-        parts = [
-            ("+ReLU", self.relu),
-            ("+DC", self.clear_dead and not self.equalize),
-            ("+DLE" if self.distill_equalize else "+LE", self.equalize),
-            ("+HBA", self.absorption),
-            ("+GPTQ", self.distill_rounding),
-            ("+DBC" if self.distill_correction else "+BC", self.correction),
-            (f" +clip_{self.clip_weight or 0:g}", self.clip_weight),
-            (" +DR" if self.range_method == "minmax" else f" +DR_{self.range_method}", self.distill_range),
-        ]
-        return "".join(name for name, there in parts if there).strip() or "Original"
-
-
-def _row(*passes: str) -> Recipe:
-    return Recipe(quantize=True, **{name: 15.0 if name == "clip_weight" else True for name in passes})
-
-
-TABLE = {
-    f"{recipe}{' per channel' if recipe.per_channel else ''}": recipe
-    for recipe in (
-        _row(),  # the published ones
-        _row("relu"),
-        _row("relu", "equalize"),
-        _row("relu", "equalize", "distill_range"),
-        _row("correction"),
-        _row("correction", "clip_weight"),
-        _row("relu", "equalize", "correction"),
-        _row("relu", "equalize", "correction", "distill_range"),
-        _row("clear_dead"),  # and ours
-        _row("clear_dead", "correction"),
-        _row("equalize"),
-        _row("equalize", "correction"),
-        _row("equalize", "correction", "distill_range"),
-        _row("equalize", "correction", "distill_correction"),
-        _row("equalize", "correction", "distill_correction", "distill_range"),
-        _row("equalize", "correction", "distill_equalize", "distill_range"),
-        _row("equalize", "correction", "distill_equalize", "distill_correction", "distill_range"),
-        _row("equalize", "correction", "distill_rounding", "distill_correction", "distill_range"),
-        _row("equalize", "correction", "distill_equalize", "distill_rounding", "distill_correction", "distill_range"),
-        _row("equalize", "absorption", "correction"),
-        _row("per_channel"),
-        _row("per_channel", "equalize", "correction"),
-    )
-}
-
-
-def recipes_of(args: Namespace) -> list[Recipe]:
-    """The recipe that the flags ask for; with --table those of its rows, or of --rows, at the bits that the flags say."""
-    base = Recipe.of(args)
-    if not args.table:
-        return [base]
-    unknown = [name for name in args.rows or () if name not in TABLE]
-    if unknown:
-        raise UserError(f"--rows: there is no row {unknown[0]!r}; choose from {', '.join(map(repr, TABLE))}")
-    bits = {f"bits_{kind}": getattr(base, f"bits_{kind}") for kind in ("weight", "activation", "bias")}
-    return [replace(TABLE[name], **bits) for name in args.rows or TABLE]
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What quantize_data_free made.
-
-    float: the row's own float network, after --relu and the exact passes. simulated: the quantized network in
-    simulation, its parameters at its layers and quantizers; None without --quantize. log: what the passes did.
-    fidelity: how near the two are on distilled images, where there were any.
-    """
-
-    float: fx.GraphModule
-    simulated: fx.GraphModule | None
-    log: PassLog
-    fidelity: Fidelity | None = None
-
-
-def quantize_data_free(model: nn.Module, spec: InputSpec, recipe: Recipe, images: Tensor | None = None) -> Quantized:
+def quantize_data_free(
+    model: nn.Module,
+    spec: InputSpec,
+    recipe: Recipe,
+    images: Tensor | None = None,
+    captured: fx.GraphModule | None = None,
+) -> Quantized:
     """Run the recipe's passes on a copy of the network; no data is used.
 
-    images: [N, C, H, W] as utils.calibration.distillation makes them, which recipe.needs_images asks for.
+    images: [N, C, H, W] as utils.calibration.distillation makes them, which recipe.needs_images asks for. captured:
+    capture(model, spec), where it is at hand.
     A network that cannot be captured, or lacks what a pass needs, is a UserError; so is a pass that
     should be exact and changes the output of a probe batch.
     """
-    log, probe = PassLog(), spec.probe()
-    network = capture(model, spec)
-    reference = Reference(probe, outputs_of(model, probe), model)
-    check_unchanged("capture", network, reference, log)
+    recipe.check_images(images)
+    log = PassLog()
+    network = capture(model if captured is None else captured, spec)
+    probe = spec.probe(network.meta["batch"] or 2)
+    reference = check_capture(model, network, spec, probe, log)
     if images is not None:
-        log.note(describe_fit(statistics_fit(model, spec, images), len(images)))
+        log.note(describe_fit(statistics_fit(network, spec, images), len(images)))
 
     # Fold BatchNorm, and keep what it knew of every layer's output.
     statistics = fold_batchnorm(network, log)

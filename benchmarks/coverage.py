@@ -37,8 +37,9 @@ from benchmarks import catalogue
 from benchmarks.catalogue import Entry
 from dfq import Recipe, quantize_data_free
 from utils.backends.onnxruntime.export import build, check_parity
+from utils.core.arguments import at_least
 from utils.core.errors import UserError
-from utils.core.files import whole
+from utils.core.files import atomic_write
 from utils.core.input_spec import InputSpec
 from utils.experiment import cli
 from utils.graph.capture import capture
@@ -308,10 +309,10 @@ def append(file: Path, record: Record) -> None:
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="WORD", help="regular expressions: of library:name, any of them")
-    parser.add_argument("--limit", type=cli.at_least(1), metavar="N", help="at most N networks, of all kinds")
-    parser.add_argument("--jobs", type=cli.at_least(1), default=2, help="processes at a time (default: 2)")
-    parser.add_argument("--timeout", type=cli.at_least(1), default=600, metavar="SECONDS", help="of one network")
-    parser.add_argument("--memory", type=cli.at_least(1), default=8, metavar="GB", help="of one network (default: 8)")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="at most N networks, of all kinds")
+    parser.add_argument("--jobs", type=at_least(1), default=2, help="processes at a time (default: 2)")
+    parser.add_argument("--timeout", type=at_least(1), default=600, metavar="SECONDS", help="of one network")
+    parser.add_argument("--memory", type=at_least(1), default=8, metavar="GB", help="of one network (default: 8)")
     parser.add_argument("--again", action="store_true", help="try networks again whose last line is not of a success")
     parser.add_argument("--results", type=Path, default=Path("results/coverage.jsonl"), metavar="FILE")
     return parser.parse_args(arguments)
@@ -329,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     for count, record in enumerate(run_all(work, args.jobs, args.timeout, args.memory), start=1):
         append(args.results, record)
         print(f"{count:>5} {_line(record)}", flush=True)
-    with whole(args.results.with_suffix(".txt")) as file:
+    with atomic_write(args.results.with_suffix(".txt")) as file:
         file.write_text(text := report(read_records(args.results).values()))
     print("\n" + text.partition("\n\n")[2])
 

@@ -20,9 +20,9 @@ from modeling import build_model
 from utils.calibration.distillation import Distillation, distill, statistics_fit
 from utils.calibration.fidelity import fidelity
 from utils.calibration.observers import histograms
+from utils.core.predictions import count_classes
 from utils.experiment import cli
 from utils.experiment import evaluation as engine
-from utils.graph.nodes import classes_of
 from utils.graph.capture import capture
 from utils.tasks.data import Batches, evenly, image_folder
 from utils.tasks.metrics import TopK
@@ -55,8 +55,8 @@ def range_error(network: fx.GraphModule, images: Tensor, real: Mapping) -> float
 def measure(args: argparse.Namespace, settings: Mapping[str, Distillation]) -> dict[str, dict[str, float]]:
     """Figures of each setting by name."""
     network = build_model(args.model, args.weights)
-    spec = cli.input_spec(args, network.spec)
-    samples, _ = image_folder(args.data, "val", spec, classes_of(capture(network.model, spec)))
+    spec = cli.changed_spec(network.spec, args.image_size)
+    samples, _ = image_folder(args.data, "val", spec, count_classes(network.model, spec, axis=1))
     samples = evenly(samples, args.limit)
     real = torch.stack([samples[i][0] for i in range(0, len(samples), max(1, len(samples) // 64))])
     seen = histograms(capture(network.model, spec), real)
@@ -124,7 +124,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--plot", type=Path, help="PNG to draw the curves in")
     args = parser.parse_args(arguments)
-    args.resize = args.mean = args.std = args.load = None
     engine.tune_allocator()
     curve = {f"{n} images, {steps} steps": Distillation(images=n, steps=steps) for n in IMAGES for steps in STEPS}
     figures = measure(args, curve)

@@ -5,7 +5,7 @@
 Seconds are medians over rounds in which every variant ran once, one after the other, with the
 quartiles beside them. quantize_static is ONNX Runtime's own quantizer on the same network, calibrated on
 real images. torch.compile needs a C++ compiler, OpenVINO (pip install openvino) its package; what is
-not there is left out, and that is said.
+not there is skipped, and that is said.
 """
 
 import argparse
@@ -22,17 +22,17 @@ import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor
+from utils.backends.onnxruntime.graph import INPUT, onnx_model
 
 from demo.render import rendered
 from dfq import Quantized, Recipe, quantize_data_free
 from modeling import build_model
 from utils.backends.onnxruntime.export import build
-from utils.backends.onnxruntime.graph import INPUT, onnx_model
 from utils.backends.onnxruntime.session import OnnxNetwork
 from utils.core.input_spec import InputSpec
 from utils.experiment import cli
 from utils.experiment.evaluation import deploy, tune_allocator
-from utils.tasks.data import classification_transform, load_rgb
+from utils.tasks.images import classification_transform, load_image
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(equalize=True, quantize=True, correction=True)
@@ -125,7 +125,7 @@ def calibration(folder: str | None, spec: InputSpec, count: int) -> Tensor:
     """Real images [N, 3, H, W], evenly spread over the folder (default: the demo's)."""
     paths = sorted(Path(folder or rendered("classification")).rglob("*.[jJ][pP]*[gG]"))
     transform = classification_transform(spec)
-    return torch.stack([transform(load_rgb(str(paths[i * len(paths) // count]))) for i in range(count)])
+    return torch.stack([transform(load_image(str(paths[i * len(paths) // count]))) for i in range(count)])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -137,10 +137,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--relu", action="store_true", help="replace ReLU6 by ReLU: no caps per channel to keep")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args(arguments)
-    args.resize = args.mean = args.std = args.load = None
     tune_allocator()
     network = build_model(args.model, args.weights)
-    spec = cli.input_spec(args, network.spec)
+    spec = cli.changed_spec(network.spec, args.image_size)
     recipe = replace(RECIPE, relu=args.relu)
     quantized = quantize_data_free(network.model, spec, recipe)
     print(f"{args.model} {spec.size[0]}x{spec.size[1]}, {recipe}")

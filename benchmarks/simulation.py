@@ -27,7 +27,7 @@ RECIPES = {"+ReLU+LE+BC": Recipe(relu=True, equalize=True, quantize=True, correc
 RECIPES |= {"+LE+BC": Recipe(equalize=True, quantize=True, correction=True)}
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="classification", help="classification (default), segmentation or detection")
     parser.add_argument("--model", default="mobilenet_v2", help="as for the task's script")
@@ -36,8 +36,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # the process of its own
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_args()
     model, spec = load(args), InputSpec(size=(args.side, args.side))
     images = spec.probe(args.batch_size)
     if args.plain:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from demo.train import detection_loss
+from demo.training.tasks import detection_loss
 from modeling.checkpoint import read_checkpoint
 from modeling.ssd_lite import SPEC, SSDLite
 from utils.experiment import cli

@@ -20,6 +20,12 @@ class Demo:
     note: str
 
 
+def flags(task: str) -> dict[str, str | int | list[int]]:
+    """What the script's flags would be for the demo's network, without its files."""
+    chosen = {"model": MODELS[task], "image_size": [IMAGE_SIZES[task]]}
+    return chosen | ({"resize": RESIZED} if task == "classification" else {})
+
+
 def open(task: str, cache: str | None = None) -> Demo:
     """The demo of "classification", "segmentation" or "detection"; its images are rendered the first time.
 
@@ -27,17 +33,9 @@ def open(task: str, cache: str | None = None) -> Demo:
     """
     from demo import render, weights  # slow to import, and needed by the demo alone
 
-    file = weights.checked(task)
-    flags = {
-        "data": str(render.rendered(SCENES[task], cache)),
-        "weights": str(file),
-        "model": MODELS[task],
-        "image_size": [IMAGE_SIZES[task]],
-    }
-    if task == "classification":
-        flags["resize"] = RESIZED
-    count = render.RECIPES[SCENES[task]].images
+    files = {"data": str(render.rendered(SCENES[task], cache)), "weights": str(weights.checked(task))}
+    count = render.KINDS[SCENES[task]].images
     return Demo(
-        flags,
+        files | flags(task),
         f"demo: a small {MODELS[task]} on {count} rendered scenes; for your own network and data pass --weights FILE and --data DIR",
     )

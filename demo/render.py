@@ -28,7 +28,7 @@ _SMALLEST = 4  # pixels: what is narrower gets no box
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SceneKind:
     """How the scenes of one data set are drawn.
 
     images: how many the data set has. size: height and width in pixels. objects: fewest and most in
@@ -42,20 +42,20 @@ class Recipe:
     clutter: int
 
 
-RECIPES = {
-    "classification": Recipe(images=500, size=(96, 96), objects=(1, 1), radius=(0.3, 0.48), clutter=1),
-    "voc": Recipe(images=100, size=(160, 200), objects=(1, 5), radius=(0.16, 0.34), clutter=2),
+KINDS = {
+    "classification": SceneKind(images=500, size=(96, 96), objects=(1, 1), radius=(0.3, 0.48), clutter=1),
+    "voc": SceneKind(images=100, size=(160, 200), objects=(1, 5), radius=(0.16, 0.34), clutter=2),
 }
 
 
 def scene(kind: str, seed: int, index: int) -> Scene:
-    """Scene number `index` of a recipe; the classes take turns, in changing company, so that all are as frequent."""
-    recipe = RECIPES[kind]
+    """Scene number `index` of a kind; the classes take turns, in changing company, so that all are as frequent."""
+    settings = KINDS[kind]
     rng = np.random.default_rng((seed, index))
-    fewest, most = recipe.objects
+    fewest, most = settings.objects
     first, stride = index * (fewest + most) // 2, rng.choice([1, 3, 7, 9])  # strides that pass through all ten
     classes = tuple(int(first + i * stride) % len(CLASSES) for i in range(rng.integers(fewest, most + 1)))
-    return draw_scene((seed, index, 1), recipe.size, classes, recipe.radius, recipe.clutter)
+    return draw_scene((seed, index, 1), settings.size, classes, settings.radius, settings.clutter)
 
 
 def jpeg(image: ndarray) -> bytes:
@@ -165,14 +165,14 @@ def rendered(kind: str, root: str | None = None) -> Path:
 
 
 def _fill(folder: Path, kind: str) -> None:
-    recipe = RECIPES[kind]
+    settings = KINDS[kind]
     indices = tqdm(
-        range(recipe.images), desc="rendering the demo's images (once)", unit="image", file=sys.stderr, disable=None
+        range(settings.images), desc="rendering the demo's images (once)", unit="image", file=sys.stderr, disable=None
     )
     WRITERS[kind](folder, (scene(kind, EVALUATION_SEED, index) for index in indices))
     manifest = {
         "kind": kind,
-        "images": recipe.images,
+        "images": settings.images,
         "seed": EVALUATION_SEED,
         "version": _version(),
         "sha256": _digest(folder),

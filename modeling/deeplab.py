@@ -44,10 +44,10 @@ class Backbone(nn.Module):
     images [N, 3, H, W] -> low [N, low_channels, H/4, W/4], high [N, high_channels, H/16, W/16].
     """
 
-    def __init__(self, width: float, stages: Sequence[tuple[int, int, int, int]]):
+    def __init__(self, width: float, stages: Sequence[tuple[int, int, int, int]], divisor: int = 8):
         super().__init__()
         make_divisible = torchvision.models.mobilenetv2._make_divisible
-        channels = make_divisible(32 * width, 8)
+        channels = make_divisible(32 * width, divisor)
         blocks = [torchvision.ops.Conv2dNormActivation(3, channels, stride=2, activation_layer=nn.ReLU6)]
         reached, dilation = 2, 1
         for expansion, outputs, count, stride in stages:
@@ -55,7 +55,7 @@ class Backbone(nn.Module):
             if reached == OUTPUT_STRIDE:
                 stride, dilation = 1, dilation * stride
             reached *= stride
-            outputs = make_divisible(outputs * width, 8)
+            outputs = make_divisible(outputs * width, divisor)
             for i in range(count):
                 blocks.append(PaddedBlock(channels, outputs, 1 if i else stride, expansion, own_dilation))
                 channels = outputs
@@ -137,6 +137,7 @@ class DeepLab(nn.Module):
 
     width: MobileNetV2's width multiplier. channels: of the pyramid and the decoder. reduced: what
     the decoder reduces the low-level features to. stages: as STAGES. dilations: of the pyramid.
+    divisor: of MobileNetV2's channels.
     """
 
     def __init__(
@@ -147,9 +148,10 @@ class DeepLab(nn.Module):
         reduced: int = 48,
         stages: Sequence[tuple[int, int, int, int]] = STAGES,
         dilations: Sequence[int] = (1, 6, 12, 18),
+        divisor: int = 8,
     ):
         super().__init__()
-        self.backbone = Backbone(width, stages)
+        self.backbone = Backbone(width, stages, divisor)
         self.aspp = AtrousPyramid(self.backbone.high_channels, channels, dilations)
         self.decoder = Decoder(self.backbone.low_channels, reduced, channels, classes)
 
@@ -170,7 +172,7 @@ def deeplab_for(tensors: Mapping[str, Tensor]) -> DeepLab:
         if key in tensors
     }
     if "backbone.features.0.0.weight" in tensors:
-        sizes["width"] = width_of(tensors, "backbone.features")
+        sizes["width"], sizes["divisor"] = width_of(tensors, "backbone.features")
     return DeepLab(**sizes)
 
 

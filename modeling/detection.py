@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from modeling.checkpoint import fit, read_checkpoint
+from modeling.checkpoint import fit, input_channels, read_checkpoint
 from modeling.factory import build_from_factory, near_matches
 from modeling.mobilenet_v2 import to_torchvision_layout
 from modeling.ssd_lite import SPEC, WEIGHTS, ssd_coder, ssd_lite
@@ -13,7 +13,7 @@ from modeling.torchvision_models import download, official_weights
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
-from utils.tasks.boxes import BoxCoder, PriorSpec, to_centres
+from utils.tasks.boxes import BoxCoder, PriorSpec, box_convert
 
 NAMES = ("ssd_lite_mobilenet_v2",)
 TORCHVISION_NAMES = ("ssdlite320_mobilenet_v3_large", "ssd300_vgg16")
@@ -30,10 +30,10 @@ class RawHeads(nn.Module):
         self.backbone, self.head = ssd.backbone, ssd.head
         self.anchors = ssd.anchor_generator
         self.choice = {
-            "min_score": ssd.score_thresh,
-            "overlap": ssd.nms_thresh,
-            "candidates": ssd.topk_candidates,
-            "keep": ssd.detections_per_img,
+            "score_thresh": ssd.score_thresh,
+            "nms_thresh": ssd.nms_thresh,
+            "topk_candidates": ssd.topk_candidates,
+            "detections_per_img": ssd.detections_per_img,
         }
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,31 +42,32 @@ class RawHeads(nn.Module):
 
     def coder(self, size: tuple[int, int]) -> BoxCoder:
         """The priors for images of that height and width, and how torchvision chooses detections."""
-        images = torch.zeros(1, 3, *size)
+        images = torch.zeros(1, input_channels(self.backbone), *size)
         with torch.inference_mode():
             maps = list(self.backbone(images).values())
             corners = self.anchors(torchvision.models.detection.image_list.ImageList(images, [size]), maps)[0]
         height, width = size
-        return BoxCoder(to_centres(corners / torch.tensor([width, height, width, height])), clip=True, **self.choice)
+        priors = box_convert(corners / torch.tensor([width, height, width, height]), "xyxy", "cxcywh")
+        return BoxCoder(priors, clip=True, **self.choice)
 
 
-def build_detector(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
+def build_detector(name: str, weights: str | None, key: str | None = None) -> tuple[nn.Module, InputSpec, str]:
     """The network in eval mode, its input, and where its weights are from.
 
     It takes images [N, 3, H, W] to raw heads: logits [N, priors, classes], class 0 the background, and
     offsets [N, priors, 4]; box_coder() makes boxes of them.
     name: one of NAMES, 'torchvision:NAME' or 'package.module:factory'.
-    weights: path or URL of a checkpoint; None: the official ones (a factory's own).
+    weights: path or URL of a checkpoint; None: the official ones (a factory's own). key: of the state dict in it.
     """
     kind, _, rest = name.partition(":")
     if name in NAMES:
         source = weights or WEIGHTS
-        tensors = to_torchvision_layout(read_checkpoint(source))
+        tensors = to_torchvision_layout(read_checkpoint(source, key))
         return fit(ssd_lite(tensors), tensors, source).eval(), SPEC, source
     if kind == "torchvision":
-        return _from_torchvision(rest, weights)
+        return _from_torchvision(rest, weights, key)
     if rest:
-        model = build_from_factory(name, weights).eval()
+        model = build_from_factory(name, weights, key).eval()
         _check_heads(model, SPEC, name)
         return model, SPEC, weights or name
     choices = (*NAMES, *(f"torchvision:{known}" for known in TORCHVISION_NAMES), "package.module:factory")
@@ -78,7 +79,7 @@ def box_coder(model: nn.Module, spec: InputSpec) -> BoxCoder:
     return model.coder(spec.size) if hasattr(model, "coder") else ssd_coder(PriorSpec(), spec.size)
 
 
-def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputSpec, str]:
+def _from_torchvision(name: str, weights: str | None, key: str | None) -> tuple[nn.Module, InputSpec, str]:
     detection = torchvision.models.detection
     if name not in TORCHVISION_NAMES:
         official_weights(name, detection, "detection")  # which refuses what is no network at all
@@ -87,7 +88,7 @@ def _from_torchvision(name: str, weights: str | None) -> tuple[nn.Module, InputS
             f"choose from {', '.join(f'torchvision:{known}' for known in TORCHVISION_NAMES)}"
         )
     official = official_weights(name, detection, "detection")
-    tensors = read_checkpoint(weights) if weights else download(official, name)
+    tensors = read_checkpoint(weights, key) if weights else download(official, name)
     build = getattr(detection, name)
     ssd = build(weights=None, weights_backbone=None, num_classes=_classes(tensors, len(official.meta["categories"])))
     transform = fit(ssd, tensors, weights or official.url).transform
@@ -116,7 +117,7 @@ def _check_heads(model: nn.Module, spec: InputSpec, place: str) -> None:
     priors = len(box_coder(model, spec).priors)
     try:
         with torch.inference_mode():
-            heads = model(torch.zeros(spec.shape()))
+            heads = model(torch.zeros(1, input_channels(model), *spec.size))
     except Exception as error:  # the user's code may raise anything
         reason = str(error).partition("\n")[0]
         raise UserError(f"{place} fails on images of shape {spec.shape()}: {type(error).__name__}: {reason}") from error

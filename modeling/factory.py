@@ -10,15 +10,19 @@ from torch import nn
 
 from modeling.checkpoint import fit, read_checkpoint
 from utils.core.errors import UserError
+from utils.core.networks import other_type, plain
 
 
-def build_from_factory(place: str, weights: str | None) -> nn.Module:
+def build_from_factory(place: str, weights: str | None, key: str | None = None) -> nn.Module:
     """The network that `factory()` of 'package.module:factory' returns, with a checkpoint if one is given.
 
-    The working folder is searched too.
+    key: of the state dict in the checkpoint. The working folder is searched too.
     """
-    model = _call(place)
-    return fit(model, read_checkpoint(weights), weights) if weights else model
+    made = _call(place)
+    model = plain(made)
+    if kind := other_type(made):
+        print(f"{place}: the network's weights are {kind}; they are taken as float32")
+    return fit(model, read_checkpoint(weights, key), weights) if weights else model
 
 
 def _call(place: str) -> nn.Module:

@@ -24,7 +24,7 @@ class SSDLite(nn.Module):
 
     Boxes from offsets and their choice stay outside, with coder(). classes: background included.
     extras: hidden and output channels of each block of stride 2 after the backbone. priors: one entry
-    for the tap in block 14, one for the backbone's output and one for each extra block.
+    for the tap in block 14, one for the backbone's output and one for each extra block. divisor: of MobileNetV2's channels.
     """
 
     def __init__(
@@ -33,10 +33,11 @@ class SSDLite(nn.Module):
         width: float = 1.0,
         extras: Sequence[tuple[int, int]] = EXTRAS,
         priors: PriorSpec | None = None,
+        divisor: int = 8,
     ):
         super().__init__()
         self.classes, self.priors = classes, priors or PriorSpec()
-        self.base_net = mobilenet_v2(width=width).features
+        self.base_net = mobilenet_v2(width=width, divisor=divisor).features
         channels = [self.base_net[_TAP].conv[0][0].out_channels, self.base_net[-1][0].out_channels]
 
         self.extras = nn.ModuleList()
@@ -92,7 +93,8 @@ def ssd_lite(tensors: Mapping[str, Tensor]) -> SSDLite:
         return SSDLite(21)
     extras = [(tensors[depthwise].shape[0], tensors[project].shape[0]) for depthwise, project in blocks]
     cells = tensors[f"regression_{last}"].shape[0] // 4
-    return SSDLite(tensors[f"classification_{last}"].shape[0] // cells, width_of(tensors, "base_net"), extras)
+    width, divisor = width_of(tensors, "base_net")
+    return SSDLite(tensors[f"classification_{last}"].shape[0] // cells, width, extras, divisor=divisor)
 
 
 def _headers(channels: Sequence[int], outputs: int) -> nn.ModuleList:

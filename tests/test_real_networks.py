@@ -13,7 +13,7 @@ def run(tmp_path, *argv):
     return json.loads(file.read_text().splitlines()[-1])
 
 
-def test_mobilenet_v2_collapses_and_is_healed(shared, tmp_path):
+def test_mobilenet_v2_collapses_and_recovers(shared, tmp_path):
     flags = [
         "--weights",
         str(shared / "weights/mobilenet_v2_imagenette.pth"),

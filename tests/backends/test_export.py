@@ -22,10 +22,9 @@ from dfq import Recipe, quantize_data_free
 from utils.backends.lowering import lower_to_integers
 from utils.backends.onnxruntime.export import build, check_parity, export
 from utils.backends.onnxruntime.session import OnnxNetwork, find_kernels
-from utils.backends.parity import Agreement
 from utils.core.errors import UserError
 from utils.experiment import cli
-from utils.experiment import runner as experiment
+from utils.experiment import deployment as experiment
 from utils.experiment.records import read_lines
 from utils.graph.nodes import weighted_nodes
 from utils.graph.layers import WEIGHTED, IntegerSum
@@ -148,12 +147,6 @@ def test_an_operator_without_a_rule_is_named_with_its_place(tmp_path):
     with pytest.raises(UserError, match=r"cumsum .* cannot be exported"):
         export(result, SPEC, tmp_path / "net.onnx", {})
     assert not (tmp_path / "net.onnx").exists()
-
-
-def test_predictions_are_counted():
-    counted = Agreement()
-    counted.update(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor([[1.0, 2.0], [1.0, 2.0]]))
-    assert counted.share == 0.5
 
 
 @pytest.mark.parametrize(

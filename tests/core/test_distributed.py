@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
 import sys
 import main_cls, main_det, main_seg
-from utils.core.distributed import joined
-with joined():
+from utils.core.distributed import process_group
+with process_group():
     for script in (main_cls, main_seg, main_det):
         script.main(sys.argv[1:])
 """
@@ -68,9 +68,9 @@ def test_a_lost_process_ends_the_run_with_a_line(tmp_path):
         "from utils.core import distributed\n"
         "from utils.experiment import cli\n"
         "def main(_):\n"
-        "    if not distributed.is_first():\n"
+        "    if not distributed.is_main_process():\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    distributed.gather(1)\n"
+        "    distributed.all_gather(1)\n"
         "cli.run(main, 'driver.py')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(tmp_path / "driver.py")]
@@ -85,18 +85,18 @@ def test_a_lost_process_ends_the_run_with_a_line(tmp_path):
 
 def test_shares_are_the_whole(monkeypatch):
     items = list(range(11))
-    monkeypatch.setattr(distributed, "processes", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     shares = []
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share(items))
+        shares.append(distributed.shard(items))
     assert [item for own in shares for item in own] == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_more_processes_than_images(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("DFQ_CACHE", str(cache))
-    monkeypatch.setattr(distributed, "processes", lambda: 3)
-    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "all_gather", lambda value: [value])
     with pytest.raises(UserError, match="3 processes for 2 images; start at most 2"):
         main_cls.main(["--limit", "2", "--results", str(tmp_path / "runs.jsonl")])

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 import demo
-from demo import render, train, weights
+from demo import render, weights
 from demo.scenes import CLASSES, VOID, draw_scene
+from demo.training import __main__ as training
+from demo.training import data, tasks
 from modeling import build_model
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -22,8 +24,8 @@ from utils.core.input_spec import InputSpec
 
 @pytest.fixture
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in render.RECIPES:
-        monkeypatch.setitem(render.RECIPES, kind, replace(render.RECIPES[kind], images=10))
+    for kind in render.KINDS:
+        monkeypatch.setitem(render.KINDS, kind, replace(render.KINDS[kind], images=10))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -124,7 +126,7 @@ def test_voc_folder_agrees_with_itself(few_scenes: None, tmp_path: Path):
 
 
 def test_rendering_twice_gives_the_same_bytes(few_scenes: None, tmp_path: Path):
-    for kind in render.RECIPES:
+    for kind in render.KINDS:
         one, other = (files_of(render.rendered(kind, str(tmp_path / name))) for name in ("one", "other"))
         assert one == other
 
@@ -242,12 +244,12 @@ def test_the_demo_opens(task: str, few_scenes: None, tmp_path: Path):
 
 
 def test_stored_weights_come_back_and_damaged_ones_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(weights, "_FOLDER", tmp_path)
-    monkeypatch.setattr(weights, "_HASHES", tmp_path / "SHA256SUMS")
+    monkeypatch.setattr(weights, "FOLDER", tmp_path)
+    monkeypatch.setattr(weights, "HASHES", tmp_path / "SHA256SUMS")
     model, log = torch.nn.BatchNorm2d(3), tmp_path / "log"
     log.write_text("{}\n")
-    weights.store("detection", model, log)
-    weights.store("classification", model, log)
+    training.store("detection", model, log)
+    training.store("classification", model, log)
 
     file = weights.checked("classification")
     tensors = torch.load(file, weights_only=True)
@@ -266,11 +268,11 @@ def test_stored_weights_come_back_and_damaged_ones_are_refused(monkeypatch: pyte
 # ---- training
 
 
-def examples_of_masks() -> train.Examples:
+def examples_of_masks() -> data.Examples:
     """Scenes whose images are their masks, so that what happens to one must happen to the other."""
-    rows = [train._example("voc", 160, index) for index in range(3)]
+    rows = [data._example("voc", 160, index) for index in range(3)]
     images, masks, classes, boxes = (np.stack(column) for column in zip(*rows, strict=True))
-    return train.Examples(np.repeat(masks[..., None], images.shape[-1], axis=-1), masks, classes, boxes)
+    return data.Examples(np.repeat(masks[..., None], images.shape[-1], axis=-1), masks, classes, boxes)
 
 
 def pixels(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
@@ -279,15 +281,15 @@ def pixels(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
 
 
 def test_a_mask_is_cropped_and_turned_as_its_image():
-    images, masks = train.segmentation_batch(examples_of_masks(), np.arange(3), np.random.default_rng(0))
+    images, masks = tasks.segmentation_batch(examples_of_masks(), np.arange(3), np.random.default_rng(0))
     torch.testing.assert_close(pixels(images, InputSpec()), masks.float(), atol=0.01, rtol=0)
 
 
 def test_priors_are_given_the_mirrored_objects():
     examples = examples_of_masks()
     for seed in range(4):
-        images, (labels, offsets) = train.detection_batch(examples, np.arange(3), np.random.default_rng(seed))
-        grey, boxes = pixels(images, train.SSD_SPEC), train._coder().boxes(offsets)
+        images, (labels, offsets) = tasks.detection_batch(examples, np.arange(3), np.random.default_rng(seed))
+        grey, boxes = pixels(images, tasks.SSD_SPEC), tasks._coder().boxes(offsets)
         for image in range(3):
             for prior in (labels[image] > 0).nonzero().flatten():
                 x1, y1, x2, y2 = (boxes[image, prior] * grey.shape[1]).round().int().clamp(0, grey.shape[1]).tolist()
@@ -297,12 +299,12 @@ def test_priors_are_given_the_mirrored_objects():
 
 @torch.enable_grad()
 def test_a_training_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    task = train.TASKS["classification"]
-    rows = [train._example("classification", train.RESIZED, index) for index in range(8)]
-    examples = train.Examples(*(np.stack(column) for column in zip(*rows, strict=True)))
-    monkeypatch.setattr(train, "training_set", lambda *_: examples)
-    recipe = replace(task.recipe, scenes=8, batch=4, epochs=2, warm_up=1)
-    task = replace(task, recipe=recipe, score=lambda model: {})
+    task = tasks.TRAININGS["classification"]
+    rows = [data._example("classification", demo.RESIZED, index) for index in range(8)]
+    examples = data.Examples(*(np.stack(column) for column in zip(*rows, strict=True)))
+    monkeypatch.setattr(training, "training_set", lambda *_: examples)
+    schedule = replace(task.schedule, scenes=8, batch=4, epochs=2, warm_up=1)
+    task = replace(task, schedule=schedule, score=lambda model: {})
 
     def stop(model: torch.nn.Module) -> dict[str, float]:
         if (tmp_path / "b" / "x.jsonl").exists():
@@ -310,8 +312,8 @@ def test_a_training_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_pa
         return {}
 
     device = torch.device("cpu")
-    whole = train.train("x", task, 0, device, tmp_path / "a")
+    whole = training.train("x", task, 0, device, tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
-        train.train("x", replace(task, score=stop), 0, device, tmp_path / "b")
-    resumed = train.train("x", task, 0, device, tmp_path / "b")
+        training.train("x", replace(task, score=stop), 0, device, tmp_path / "b")
+    resumed = training.train("x", task, 0, device, tmp_path / "b")
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict())

@@ -11,7 +11,7 @@ from torch import nn
 import main_cls
 from dfq import Recipe, quantize_data_free
 from utils.experiment import charts, page
-from utils.experiment.pictures import network_pictures
+from utils.experiment.report import network_sections
 from utils.passes.log import PassLog
 
 LINE = {
@@ -31,8 +31,8 @@ def picture(tmp_path):
 
 def test_a_page_is_whole_in_itself_and_escapes_what_it_shows(tmp_path, picture):
     log = PassLog()
-    log.applied("equalized", "<script>")
-    log.skipped("equalized", "last", "read by <add>")
+    log.did("equalized", "<script>")
+    log.left("equalized", "last", "read by <add>")
     log.note("1 < 2")
     section = page.Section("Samples & more", "what <they> say", [picture])
     table = [["", "top1"], ["<script>alert(1)</script>", "80.00"]]
@@ -54,12 +54,12 @@ def test_weights_are_kept_after_every_pass(tmp_path):
     widths = {stage: stages[stage]["1.0"].abs().amax(1) for stage in ("BatchNorm folded", "equalized")}
     spread = {stage: float(width.max() / width.min()) for stage, width in widths.items()}
     assert spread["equalized"] < spread["BatchNorm folded"]
-    scale = result.simulated.get_submodule("1.0").weight_qparams.scale
-    steps = stages["quantized"]["1.0"] / scale
+    qparams = result.simulated.get_submodule("1.0").weight_qparams
+    steps = stages["quantized"]["1.0"] / qparams.scale
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
     near = quantize_data_free(model, SPEC, Recipe(quantize=True), SPEC.probe(4)).fidelity
-    sections = network_pictures(tmp_path, stages, result.simulated, near)
-    assert [section.title for section in sections] == ["Weights", "Activations", "Noise"]
+    sections = network_sections(tmp_path, stages, result.simulated, near)
+    assert [section.title for section in sections] == ["Weights", "Activations", "Quantization noise"]
     assert all(picture.file.stat().st_size > 1000 for section in sections for picture in section.pictures)
 
 
@@ -80,5 +80,5 @@ def test_the_demo_is_reported(flags, tmp_path, capsys):
     else:
         assert pages == {"report.html"}
         text = (folder / "report.html").read_text()
-        assert ("<h2>Noise</h2>" in text) == ("--quantize" in flags)
+        assert ("<h2>Quantization noise</h2>" in text) == ("--quantize" in flags)
         assert text.count("data:image/png") == len(list(folder.glob("*.png")))

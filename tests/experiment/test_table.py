@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import dfq
 import main_cls
 import main_det
 from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment.records import identity, read_lines
+from utils.quantization.recipe import TABLE
 from utils.tasks.data import Batches
 
 ROOT = Path(__file__).resolve().parents[2]
+DEFAULTS = cli.defaults(main_cls.TASK)
 ROWS = ["Original", "+ReLU+LE", "+LE+BC", "+LE+BC per channel"]
 
 
@@ -38,8 +39,7 @@ def comparable(line):
 
 
 def test_names_of_the_rows():
-    assert len(dfq.TABLE) == 22
-    assert list(dfq.TABLE)[:8] == [
+    assert list(TABLE) == [
         "Original",
         "+ReLU",
         "+ReLU+LE",
@@ -48,13 +48,27 @@ def test_names_of_the_rows():
         "+BC +clip_15",
         "+ReLU+LE+BC",
         "+ReLU+LE+BC +DR",
+        "+DC",
+        "+DC+BC",
+        "+LE",
+        "+LE+BC",
+        "+LE+BC +DR",
+        "+LE+DBC",
+        "+LE+DBC +DR",
+        "+DLE+BC +DR",
+        "+DLE+DBC +DR",
+        "+LE+GPTQ+DBC +DR",
+        "+DLE+GPTQ+DBC +DR",
+        "+LE+HBA+BC",
+        "Original per channel",
+        "+LE+BC per channel",
     ]
 
 
 def test_a_row_is_what_its_own_command_gives(table, tmp_path, capsys):
     main_cls.main([*table, "--rows", *ROWS])
     rows = read_lines(tmp_path / "runs.jsonl")
-    assert [dfq.TABLE[name].words for name in ROWS] == [
+    assert [TABLE[name].words for name in ROWS] == [
         ["--quantize"],
         ["--relu", "--equalize", "--quantize"],
         ["--equalize", "--quantize", "--correction"],
@@ -68,7 +82,7 @@ def test_a_row_is_what_its_own_command_gives(table, tmp_path, capsys):
         main_cls.main(flags)
         alone = read_lines(tmp_path / "alone.jsonl")[-1]
         assert comparable(alone) == comparable(row)
-        assert identity(alone) == identity(row)
+        assert identity(alone, DEFAULTS) == identity(row, DEFAULTS)
 
 
 def test_detection_compares_with_the_float_network_that_ran_once(table, tmp_path):
@@ -104,7 +118,7 @@ def test_a_killed_table_goes_on_where_it_was(table, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "torn line" in done.stderr
     rows = read_lines(file)
-    assert len(rows) == len(ROWS) == len({identity(row) for row in rows})
+    assert len(rows) == len(ROWS) == len({identity(row, DEFAULTS) for row in rows})
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"{len(ROWS)} rows, {len(ROWS)} of them in {file} already" in again
     assert [name for name in ROWS if re.search(rf"^{re.escape(name)} +\d", again, re.MULTILINE)] == ROWS

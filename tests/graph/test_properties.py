@@ -37,10 +37,10 @@ SIZES = ((12, 12), (11, 13), (9, 12))
 
 
 @st.composite
-def networks(draw: st.DrawFn, family: str) -> tuple[list[Step], int, tuple[int, int]]:
+def networks(draw: st.DrawFn, family: str, length: int = 2) -> tuple[list[Step], int, tuple[int, int]]:
     number = st.integers(0, 7)
     step = st.tuples(st.sampled_from(FAMILIES[family]), number, number, number)
-    steps = draw(st.lists(step, min_size=1, max_size=4))
+    steps = draw(st.lists(step, min_size=1, max_size=length))
     return [("layer", draw(number), draw(number), 0), *steps], draw(number), draw(st.sampled_from(SIZES))
 
 
@@ -74,5 +74,5 @@ def test_networks_are_captured_kept_and_exported(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_more_networks(family):
     seen = Counter()
-    THOROUGH(given(networks(family))(lambda described: check(described, seen)))()
+    THOROUGH(given(networks(family, 5))(lambda described: check(described, seen)))()
     assert seen["refused"] <= REFUSED * seen["tried"]

@@ -14,12 +14,14 @@ from torch import Tensor, fx, nn
 from modeling import build_model
 from modeling.deeplab import STAGES, DeepLab
 from utils.core.errors import UserError
+from utils.core.files import make_folder
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
 from utils.experiment.evaluation import evaluate
-from utils.experiment.pictures import denormalise, make_folder, segmentation_pictures, voc_palette
 from utils.tasks.data import BadSample, Batches, evenly
 from utils.tasks.metrics import VOID, ConfusionMatrix, iou
+from utils.tasks.pictures import denormalise, voc_palette
+from utils.tasks.segmentation import draw as segmentation_pictures
 from utils.tasks.segmentation import voc_segmentation
 from utils.tasks.voc import open_voc
 
@@ -187,7 +189,7 @@ def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
         "class Counting(nn.Module):\n    def forward(self, x):\n        return 3\n"
         "counting = Counting\n"
         "def halving():\n    return nn.Conv2d(3, 4, 3, 2, 1)\n"
-        "def failing():\n    return nn.Conv2d(4, 4, 3)\n"
+        "def failing():\n    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(5, 4, 3))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=message) as error:
@@ -321,7 +323,7 @@ def test_unusable_folder_is_one_line(tmp_path, spoil, split, outputs, message):
         (lambda root: write_mask(root, np.zeros((32, 48, 3))), r"0001.png' is a colour picture \(RGB\)"),
         (
             lambda root: (root / "SegmentationClass/0001.png").write_bytes(b"no picture"),
-            r"mask '.*0001.png': cannot identify",
+            r"mask '.*0001.png' cannot be read: cannot identify",
         ),
         (lambda root: (root / "JPEGImages/0001.png").write_bytes(b"no picture"), r"0001.png \(cannot identify"),
     ],

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from utils.backends.onnxruntime.graph import integers_of
 from utils.core.errors import UserError
+from utils.core.predictions import Agreement, Predictions, channel_predictions
 from utils.graph.layers import WEIGHTED, grouped_weight, per_channel
 from utils.graph.nodes import module_of
 from utils.quantization.quantizer import Quantizer
@@ -23,6 +23,11 @@ TIE = 0.01
 SHARE = 200e-6  # of a layer's values may be one step off elsewhere
 OUTPUT_STEPS = 0.1  # by which an output that is not quantized may differ, in steps of 1/255 of its range
 AGREEMENT = 0.99  # of all predictions on evaluation images must be the same
+
+
+def integers_of(node: fx.Node) -> str:
+    """The name of the uint8 tensor that a quantizer's node has become."""
+    return f"{node.name}_uint8"
 
 
 @dataclass
@@ -79,24 +84,6 @@ class Parity:
         )
 
 
-@dataclass
-class Agreement:
-    """How often two networks predict the same class."""
-
-    same: int = 0
-    predictions: int = 0
-
-    def update(self, first: Tensor, second: Tensor) -> None:
-        """Logits of the same shape: [N, C], [N, C, H, W], or a detector's [N, P, C]."""
-        axis = 2 if first.dim() == 3 else 1
-        equal = first.argmax(axis) == second.argmax(axis)
-        self.same, self.predictions = self.same + int(equal.sum()), self.predictions + equal.numel()
-
-    @property
-    def share(self) -> float:
-        return self.same / max(self.predictions, 1)
-
-
 class Remembered(nn.Module):
     """A network that keeps what it last said."""
 
@@ -112,35 +99,46 @@ class Remembered(nn.Module):
 class Compared(nn.Module):
     """An engine whose predictions are held against those of a simulation that has just seen the same images.
 
-    first_parting: the layer at which the two are known to part, if any.
+    first_parting: the layer at which the two are known to part, if any. predictions: what is held against each other.
     """
 
-    def __init__(self, engine: nn.Module, simulation: Remembered, first_parting: LayerParity | None):
+    def __init__(
+        self,
+        engine: nn.Module,
+        simulation: Remembered,
+        first_parting: LayerParity | None,
+        predictions: Predictions = channel_predictions,
+    ):
         super().__init__()
-        self.engine, self.simulation, self.agreement = engine, simulation, Agreement()
+        self.engine, self.simulation, self.agreement = engine, simulation, Agreement(predictions)
         self.first_parting = first_parting
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         found = self.engine(images)
-        self.agreement.update(results(found)[0], results(self.simulation.last)[0])
+        self.agreement.update(found, self.simulation.last)
         return found
 
 
 def compare(
-    simulated: fx.GraphModule, engine: Callable[[Tensor], dict[str, Tensor]], images: Tensor, batch: int = 2
+    simulated: fx.GraphModule,
+    engine: Callable[[Tensor], dict[str, Tensor]],
+    images: Tensor,
+    predictions: Predictions = channel_predictions,
+    batch: int = 2,
 ) -> Parity:
     """Run both on the images.
 
-    engine: gives, by name, the network's outputs first and the uint8 tensors of all quantizers.
+    engine: gives, by name, the network's outputs first and the uint8 tensors of all quantizers. predictions: of
+    the outputs, for the agreement.
     """
     layers: dict[str, LayerParity] = {}
-    agreement, steps = Agreement(), []
+    agreement, steps = Agreement(predictions), []
     with torch.inference_mode():
         for part in images.split(batch):
             tensors = engine(part)
             outputs = results(simulated(part))
             found = list(tensors.values())[: len(outputs)]
-            agreement.update(found[0], outputs[0])
+            agreement.update(found, outputs)
             steps.append(torch.cat([_output_steps(*pair).flatten() for pair in zip(found, outputs, strict=True)]))
             _Alone(simulated, tensors, layers).run(part)
     steps = torch.cat(steps)
@@ -160,7 +158,10 @@ class _Alone(fx.Interpreter):
         if isinstance(module, Quantizer):
             return self._compare(node, module)
         if isinstance(module, WEIGHTED):
-            terms = grouped_weight(module).abs().sum((2, 3)).flatten() * self.env[node.args[0]].abs().max() + module.bias.abs()
+            terms = (
+                grouped_weight(module).abs().sum((2, 3)).flatten() * self.env[node.args[0]].abs().max()
+                + module.bias.abs()
+            )
             self.reach[node] = float(terms.max())
         return super().run_node(node)
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from utils.core import distributed
 from utils.core.errors import UserError
+from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
-from utils.experiment.records import weights_hash
 from utils.graph.capture import capture
 
 
@@ -122,13 +122,13 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
             "the network has no BatchNorm with running statistics, from which --distill_* would make images; use a network trained with BatchNorm"
         )
     network = network.to(device, memory_format=torch.channels_last)
-    firsts = distributed.share(range(0, settings.images, settings.batch))
+    firsts = distributed.shard(range(0, settings.images, settings.batch))
     made = []
     with tqdm(
         total=len(firsts) * settings.steps,
         desc=f"distilling {settings.images} images",
         unit="step",
-        disable=not distributed.is_first(),
+        disable=not distributed.is_main_process(),
     ) as progress:
         for first in firsts:
             size = min(settings.batch, settings.images - first)
@@ -141,7 +141,7 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
                         f"not enough memory to distill {size} images at once; lower --distill_batch (now {settings.batch})"
                     ) from None
                 raise
-    return as_pixels(torch.cat(distributed.concatenated(made)), spec)
+    return as_pixels(torch.cat(distributed.all_gather_lists(made)), spec)
 
 
 @torch.enable_grad()
@@ -280,8 +280,8 @@ def distilled(model: nn.Module, spec: InputSpec, settings: Distillation, device:
     """
     key = hashlib.sha256(f"{weights_hash(model)} {spec} {settings}".encode()).hexdigest()[:16]
     file = folder / f"{key}.pt"
-    images = distributed.gather(_read(file, spec, settings.images) if distributed.is_first() else None)[0]
-    if images is None and distributed.is_first():
+    images = distributed.all_gather(_read(file, spec, settings.images) if distributed.is_main_process() else None)[0]
+    if images is None and distributed.is_main_process():
         with _kept(file) as handle:
             images = distill(model, spec, settings, device)
             torch.save(_to_bytes(images, spec), handle)

@@ -14,21 +14,17 @@ from utils.graph.nodes import module_of
 class Fidelity:
     """How near a quantized network is to its float one, on images without labels.
 
-    output: signal-to-quantization-noise ratio of the network's outputs, in dB. agreement: percent of
-    answers (images, pixels or priors) of which both say the same class. layers: that ratio of
-    each layer's output.
+    output: signal-to-quantization-noise ratio of the network's outputs, in dB. layers: that ratio of each layer's output.
     """
 
     output: float
-    agreement: float
     layers: dict[str, float]
 
     def report(self, images: int, verbose: bool, count: int = 3) -> str:
         """A few lines: of how many images, the layers that lose most; or all layers."""
         worst = sorted(self.layers.items(), key=lambda layer: layer[1])
         lines = [
-            f"  on {images} distilled images: output {self.output:.1f} dB over its quantization noise, "
-            f"{self.agreement:.1f} % of answers as the float network's",
+            f"  on {images} distilled images: output {self.output:.1f} dB over its quantization noise",
             "  noisiest layers: " + ", ".join(f"{name} {value:.1f} dB" for name, value in worst[:count]),
         ]
         if verbose:
@@ -53,7 +49,7 @@ class _Ratio:
 def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tensor) -> Fidelity:
     """Compare two networks with the same layers on images [N, C, H, W]."""
     layers: dict[str, _Ratio] = {}
-    output, same, answers = _Ratio(), 0, 0
+    output = _Ratio()
     kept: dict[str, Tensor] = {}
 
     def keep(node: fx.Node, value: Tensor) -> None:
@@ -71,14 +67,7 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
             )
             for before, after in zip(expected, found, strict=True):
                 output.add(before, after)
-            first, second = (classes(values[0]) for values in (expected, found))
-            same, answers = same + int((first == second).sum()), answers + first.numel()
-    return Fidelity(output.decibels(), 100 * same / answers, {name: ratio.decibels() for name, ratio in layers.items()})
-
-
-def classes(logits: Tensor) -> Tensor:
-    """The best class of each answer: of an image [N, C], a pixel [N, C, H, W] or a detector's prior [N, P, C]."""
-    return logits.argmax(-1 if logits.dim() == 3 else 1)
+    return Fidelity(output.decibels(), {name: ratio.decibels() for name, ratio in layers.items()})
 
 
 def _outputs(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

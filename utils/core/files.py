@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writing files atomically: a file is there complete, or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def check_target(file: Path, flag: str) -> None:
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """A path beside the file to write to: it takes the file's place if the block succeeds, and goes if not."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -30,3 +30,14 @@ def whole(file: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {str(file)!r}: {error.strerror or error}") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path, flag: str = "--report") -> Path:
+    """Make a folder, before the work whose files go into it. flag: what asked for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {str(folder)!r} ({error.strerror}); pass {flag} with another"
+        ) from None
+    return folder

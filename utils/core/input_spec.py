@@ -11,9 +11,18 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
+def natural_pixels(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of a natural image's pixels in [0, 1]: ImageNet's for colour, their average for other channels."""
+    if channels == len(PIXEL_MEAN):
+        return PIXEL_MEAN, PIXEL_STD
+    grey = [(round(sum(values) / len(values), 3),) for values in (PIXEL_MEAN, PIXEL_STD)]
+    colour = (PIXEL_MEAN, PIXEL_STD) if channels == 4 else ((), ())  # red, green, blue, alpha
+    return tuple(known + mean * (channels - len(known)) for known, mean in zip(colour, grey, strict=True))
+
+
 @dataclass(frozen=True)
 class InputSpec:
-    """Pixels in [0, 1] enter the network as (pixel - mean) / std, [N, 3, height, width].
+    """Pixels in [0, 1] enter the network as (pixel - mean) / std, [N, channels, height, width].
 
     size: height and width in pixels. resize: length of the short side before the centre crop.
     interpolation: "bilinear" or "bicubic". mean, std: per channel, in units of full scale.
@@ -24,6 +33,10 @@ class InputSpec:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = PIXEL_MEAN
     std: tuple[float, ...] = PIXEL_STD
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
 
     def shape(self, batch: int = 1) -> tuple[int, ...]:
         return (batch, len(self.mean), *self.size)
@@ -36,7 +49,8 @@ class InputSpec:
     def prior(self) -> tuple[Tensor, Tensor]:
         """Mean and variance [C] of a natural image's normalised pixels, from ImageNet's."""
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return (torch.tensor(PIXEL_MEAN) - mean) / std, (torch.tensor(PIXEL_STD) / std) ** 2
+        pixel_mean, pixel_std = map(torch.tensor, natural_pixels(len(self.mean)))
+        return (pixel_mean - mean) / std, (pixel_std / std) ** 2
 
     def probe(self, batch: int = 2, seed: int = 0) -> Tensor:
         """Random images with the prior's mean and variance, flat patches under fine noise.

@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from utils.calibration.distillation import Distillation, distilled
-from utils.calibration.observers import METHODS
 from utils.core import distributed
+from utils.core.arguments import Parser, at_least
 from utils.core.cache import cache_folder
 from utils.core.errors import UserError
-from utils.core.files import check_target
+from utils.core.files import check_target, make_folder
 from utils.core.input_spec import InputSpec
 from utils.experiment.evaluation import tune_allocator
-from utils.experiment.pictures import make_folder
 from utils.experiment.records import Loaded, check_writable
+from utils.quantization.recipe import DISTILLED, OF_A_ROW, SETTINGS, add_recipe_flags, check_settings, given
+from utils.tasks.base import Task
 
 
 class Demo(Protocol):
@@ -32,21 +34,34 @@ class Demo(Protocol):
     note: str
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags are typed in full, and whose errors are one line, without the usage."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+# ------------------------------------------------------------------------------------------ flags
 
 
-def shared_flags() -> argparse.ArgumentParser:
-    """A parser to pass in parents=[...]: every flag that means the same in the three scripts."""
-    flags = argparse.ArgumentParser(add_help=False)
+def parser_of(task: Task) -> Parser:
+    """The parser of a task's script: the flags that all scripts share, and its own."""
+    parser = Parser(prog=task.program, description=task.summary)
+    add_input_flags(parser)
+    add_distillation_flags(add_recipe_flags(parser)[DISTILLED])
+    add_deployment_flags(parser)
+    add_run_flags(parser)
+    task.add_flags(parser)
+    return parser
 
-    group = flags.add_argument_group("network and data")
+
+def parse(task: Task, argv: Sequence[str] | None) -> Namespace:
+    """The flags of a task's script; combinations that mean nothing end it."""
+    parser = parser_of(task)
+    return check(parser, parser.parse_args(argv))
+
+
+def defaults(task: Task) -> dict[str, Any]:
+    """The default of every flag of a task's script."""
+    parser = parser_of(task)
+    return {action.dest: parser.get_default(action.dest) for action in parser._actions if action.dest != "help"}
+
+
+def add_input_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("network and data")
     group.add_argument(
         "--weights", metavar="PATH|URL", help="checkpoint to load (default: the network's official weights)"
     )
@@ -58,73 +73,50 @@ def shared_flags() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="side, or height and width, of the input: images are scaled to cover it and cropped (default: the network's)",
     )
-    group.add_argument(
-        "--mean", type=float, nargs=3, metavar="M", help="per-channel mean of pixels in [0, 1] (default: the network's)"
-    )
-    group.add_argument(
-        "--std",
-        type=float,
-        nargs=3,
-        metavar="S",
-        help="per-channel deviation of pixels in [0, 1] (default: the network's)",
-    )
+    data_flags(group)
     group.add_argument(
         "--limit", type=at_least(1), metavar="N", help="evaluate on N images, evenly spread over the data"
     )
-    group.add_argument("--skip_bad_images", action="store_true", help="count and skip images that cannot be read")
-
-    group = flags.add_argument_group("passes, in the order in which they run")
     group.add_argument(
-        "--relu", action="store_true", help="replace every ReLU6 by ReLU (the published method; may cost accuracy)"
-    )
-    group.add_argument(
-        "--clear_dead", action="store_true", help="zero the weights that read dead channels (part of --equalize)"
-    )
-    group.add_argument(
-        "--equalize", action="store_true", help="cross-layer equalization; keeps ReLU6 exact without --relu"
-    )
-    group.add_argument(
-        "--absorption", action="store_true", help="absorb high biases into the next layer; needs --equalize"
-    )
-    group.add_argument(
-        "--clip_weight",
-        type=_positive,
-        nargs="?",
-        const=15.0,
-        metavar="W",
-        help="clip weights to [-W, W] (15 if no value is given)",
-    )
-    group.add_argument("--quantize", action="store_true", help="quantize weights, biases and activations")
-    group.add_argument(
-        "--correction", action="store_true", help="correct the biases for the shift that quantized weights cause"
+        "--skip_bad_images",
+        action="store_true",
+        help="count and skip images, masks and annotations that cannot be read",
     )
 
-    group = flags.add_argument_group("distilled data: images made from BatchNorm statistics, see the README")
+
+def data_flags(group: argparse._ArgumentGroup) -> None:
+    """What tells how files are to be read: the state dict in a checkpoint, the pixels, the order of classes."""
     group.add_argument(
-        "--distill_equalize",
-        action="store_true",
-        help="scale channels so that rounding adds least to the output on distilled images, as far as that is nearer to float; needs --equalize --quantize",
+        "--checkpoint_key",
+        metavar="NAME",
+        help="the entry of the checkpoint to load, such as ema (default: it is said)",
     )
+    for flag, metavar, what in (("mean", "M", "mean"), ("std", "S", "standard deviation")):
+        group.add_argument(
+            f"--{flag}",
+            type=float,
+            nargs="+",
+            metavar=metavar,
+            help=f"{what} of pixels in [0, 1], one number for each channel (default: the network's)",
+        )
     group.add_argument(
-        "--distill_correction",
-        action="store_true",
-        help="correct biases by what distilled images show instead of by statistics; needs --correction",
+        "--classes",
+        metavar="FILE",
+        help="names of the network's classes in its order, one a line (default: classes.txt or labels.txt beside the data)",
     )
-    group.add_argument(
-        "--distill_rounding",
-        action="store_true",
-        help="round a layer's weights so that their errors on distilled images make up for each other, as GPTQ does; "
-        "needs --distill_correction",
-    )
-    group.add_argument(
-        "--distill_range", action="store_true", help="activation ranges from distilled images; needs --quantize"
-    )
-    group.add_argument(
-        "--range_method",
-        choices=METHODS,
-        default="minmax",
-        help="range of an activation: all that was seen, all but 1e-5 at either end, or least squared error (default: minmax)",
-    )
+
+
+def check_data_flags(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse what a saved network would ignore, and keys of a checkpoint that is none of the user's."""
+    ignored = ("model", "resize", "checkpoint_key", "distill_images", "distill_batch", "distill_steps", "distill_cache")
+    said = [flag for flag in ignored if getattr(args, flag, None) != parser.get_default(flag)]
+    if args.load and said:
+        parser.error(f"--load takes the network, its input and its passes from the file; leave out --{said[0]}")
+    if args.checkpoint_key and not args.weights:
+        parser.error("--checkpoint_key needs --weights")
+
+
+def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fidelity",
         action="store_true",
@@ -149,7 +141,7 @@ def shared_flags() -> argparse.ArgumentParser:
         type=at_least(1),
         default=Distillation.steps,
         metavar="N",
-        help="optimizer's steps (default: %(default)s)",
+        help="steps of the optimizer (default: %(default)s)",
     )
     group.add_argument(
         "--distill_cache",
@@ -158,28 +150,9 @@ def shared_flags() -> argparse.ArgumentParser:
         help="folder to keep distilled images in (default: distilled in $DFQ_CACHE or the user's cache folder)",
     )
 
-    group = flags.add_argument_group("quantizers")
-    group.add_argument(
-        "--bits_weight", type=_bits, default=8, metavar="B", help="bits of weights, 2 to 16 (default: 8)"
-    )
-    group.add_argument(
-        "--bits_activation", type=_bits, default=8, metavar="B", help="bits of activations, 2 to 16 (default: 8)"
-    )
-    group.add_argument(
-        "--bits_bias",
-        type=int,
-        choices=(8, 16, 32),
-        default=32,
-        help="bits of biases; 32: on the grid of the accumulator (default)",
-    )
-    group.add_argument(
-        "--per_channel", action="store_true", help="one weight scale per output channel instead of per tensor"
-    )
-    group.add_argument(
-        "--asymmetric", action="store_true", help="weights with a zero point instead of a symmetric range"
-    )
 
-    group = flags.add_argument_group("deployment")
+def add_deployment_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("deployment")
     group.add_argument(
         "--export",
         type=Path,
@@ -197,16 +170,20 @@ def shared_flags() -> argparse.ArgumentParser:
         "--load", type=Path, metavar="FILE", help="a network that --save kept, in place of --weights and the passes"
     )
 
-    group = flags.add_argument_group("run")
+
+def add_run_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
     group.add_argument(
         "--table",
         action="store_true",
-        help="all rows of the result tables in place of the passes above; the same command goes on where it was stopped",
+        help="all rows of the result tables in place of the passes above; the same command resumes where it was stopped",
     )
     group.add_argument(
         "--rows", nargs="+", metavar="ROW", help="these rows of --table alone, by name, such as Original +LE+BC"
     )
-    group.add_argument("--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: 32)")
+    group.add_argument(
+        "--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: %(default)s)"
+    )
     group.add_argument(
         "--workers", type=at_least(0), default=2, metavar="N", help="processes that load images (default: 2)"
     )
@@ -220,40 +197,41 @@ def shared_flags() -> argparse.ArgumentParser:
         help="file that gets one JSON line (default: results/runs.jsonl)",
     )
     group.add_argument(
-        "--report", type=Path, metavar="DIR", help="folder for pictures of images and of what each network says"
+        "--report", type=Path, metavar="DIR", help="folder for a page with pictures of images and predictions"
     )
     group.add_argument(
         "--verbose", action="store_true", help="list what each pass did to each layer, and what it skipped and why"
     )
-    return flags
 
 
-PASSES = (
-    "relu",
-    "clear_dead",
-    "equalize",
-    "absorption",
-    "clip_weight",
-    "quantize",
-    "correction",
-    "distill_equalize",
-    "distill_correction",
-    "distill_rounding",
-    "distill_range",
-)
+# ----------------------------------------------------------------------------------------- checks
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse combinations of the shared flags that cannot mean anything."""
+def check(parser: ArgumentParser, args: Namespace) -> Namespace:
+    """Refuse combinations of the shared flags that mean nothing."""
     if args.rows and not args.table:
         parser.error("--rows needs --table")
-    if args.table:
-        said = [flag for flag in (*PASSES, "per_channel", "asymmetric") if getattr(args, flag) not in (False, None)]
-        if said:
-            parser.error(f"--table runs the passes of each of its rows; leave out --{said[0]}")
-    own = [*PASSES, "per_channel", "asymmetric", "weights", "image_size", "mean", "std", "table", "save"]
-    if args.load and (said := [flag for flag in own if getattr(args, flag) not in (False, None)]):
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    of_a_row = [name for name in given(settings) if name in OF_A_ROW]
+    if args.table and of_a_row:
+        parser.error(f"--table runs the passes of each of its rows; leave out --{of_a_row[0]}")
+    own = [flag for flag in ("weights", "image_size", "mean", "std", "table", "save") if getattr(args, flag)]
+    if args.load and (said := of_a_row + own):
         parser.error(f"--load takes the network, its input and its passes from the file; leave out --{said[0]}")
+    check_data_flags(parser, args)
+    _check_engine(parser, args)
+    try:
+        check_settings(settings, there=("quantize",) if args.table else ())
+    except UserError as error:
+        parser.error(str(error))
+    if args.fidelity and not (args.quantize or args.table):
+        parser.error("--fidelity needs --quantize")
+    _check_input(parser, args)
+    return args
+
+
+def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
+    """What writes or runs an INT8 network needs one, and an engine computes with 8 bits."""
     to_int8 = [flag for flag in ("export", "save") if getattr(args, flag)]
     if to_int8 and args.table:
         parser.error(f"--{to_int8[0]} writes one network; leave out --table")
@@ -266,51 +244,49 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
             f"--{'export' if args.export else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
             "and biases of 32; leave out --bits_weight, --bits_activation and --bits_bias"
         )
-    needs = {
-        "absorption": "equalize",
-        "correction": "quantize",
-        "clip_weight": "quantize",
-        "per_channel": "quantize",
-        "asymmetric": "quantize",
-        "distill_equalize": "equalize",
-        "distill_correction": "correction",
-        "distill_rounding": "distill_correction",
-        "distill_range": "quantize",
-        "fidelity": "quantize",
-    }
-    for flag, other in needs.items():
-        there = getattr(args, other) or (args.table and other == "quantize")
-        if getattr(args, flag) not in (False, None) and not there:
-            parser.error(f"--{flag} needs --{other}")
-    if args.distill_equalize and not args.quantize:
-        parser.error("--distill_equalize needs --quantize")
-    if args.range_method != "minmax" and not args.distill_range:
-        parser.error("--range_method needs --distill_range")
-    for flag in ("bits_weight", "bits_activation", "bits_bias"):
-        if getattr(args, flag) != parser.get_default(flag) and not (args.quantize or args.table):
-            parser.error(f"--{flag} needs --quantize")
+
+
+def _check_input(parser: ArgumentParser, args: Namespace) -> None:
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image_size takes one number, or height and width, not {len(args.image_size)} numbers")
     if args.std and min(args.std) <= 0:
         parser.error(f"--std must be positive, not {min(args.std)}")
-    args.model_given = args.model != parser.get_default("model")
-    return args
 
 
-def input_spec(args: argparse.Namespace, spec: InputSpec) -> InputSpec:
+# ---------------------------------------------------------------------------- from flags to things
+
+
+def input_spec(args: Namespace, spec: InputSpec) -> InputSpec:
     """The network's input, changed as the flags say; a network that was saved has its own."""
     if args.load:
         return spec
-    if args.image_size:
-        height, width = args.image_size[0], args.image_size[-1]
+    return changed_spec(spec, args.image_size, getattr(args, "resize", None), args.mean, args.std)
+
+
+def changed_spec(
+    spec: InputSpec,
+    image_size: Sequence[int] | None = None,
+    resize: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> InputSpec:
+    """The input with those parts changed that are given, in the words of the flags."""
+    if image_size:
+        height, width = image_size[0], image_size[-1]
         spec = replace(spec, size=(height, width), resize=min(height, width))
-    if getattr(args, "resize", None):
-        spec = replace(spec, resize=args.resize)
-    return replace(spec, mean=tuple(args.mean or spec.mean), std=tuple(args.std or spec.std))
+    if resize:
+        spec = replace(spec, resize=resize)
+    for flag, values in (("mean", mean), ("std", std)):
+        if values and len(values) != spec.channels:
+            raise UserError(
+                f"--{flag} has {len(values)} number(s), but the network's images have {spec.channels} channel(s); "
+                "pass one number for each"
+            )
+    return replace(spec, mean=tuple(mean or spec.mean), std=tuple(std or spec.std))
 
 
 def distilled_images(
-    args: argparse.Namespace, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
+    args: Namespace, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
 ) -> Tensor | None:
     """Images for the recipe or for --fidelity, as the flags say; None where neither needs any."""
     if not (needed or args.fidelity):
@@ -319,13 +295,13 @@ def distilled_images(
     return distilled(model, spec, settings, device, args.distill_cache or cache_folder() / "distilled")
 
 
-def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argparse.Namespace:
+def with_demo(task: Task, args: Namespace, open_demo: Callable[[str], Demo]) -> Namespace:
     """The flags as they are; or, where they name neither data nor weights, those of the embedded demo.
 
     A network that was asked for by name needs data that only the user has, unless it is only to be written.
     args.demo says which it was.
     """
-    own = args.weights is not None or args.model_given
+    own = args.weights is not None or args.model != defaults(task)["model"]
     args.demo = args.data is None and not ((own or args.load) and (args.export or args.save))
     if not args.demo:
         return args
@@ -334,15 +310,15 @@ def with_demo(args: argparse.Namespace, open_demo: Callable[[], Demo]) -> argpar
             "no data to evaluate on; pass --data DIR, or --export or --save to write the INT8 network alone "
             "(or neither --data, --weights nor --model for the embedded demo)"
         )
-    with distributed.first_before_others():
-        demo = open_demo()
+    with distributed.main_process_first():
+        demo = open_demo(task.name)
     print(demo.note)
     for flag, value in demo.flags.items():
         setattr(args, flag, value)
     return args
 
 
-def prepare(args: argparse.Namespace) -> torch.device:
+def prepare(args: Namespace) -> torch.device:
     """Check what can fail early, seed, set the allocator; returns the device."""
     device = open_device(args.device)
     check_writable(args.results)
@@ -380,6 +356,9 @@ def open_device(name: str) -> torch.device:
     return device
 
 
+# ---------------------------------------------------------------------------------- what is printed
+
+
 def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | None = None) -> str:
     """The command line that started this run, to be typed again; or of one row of its table, with that row's passes."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -392,13 +371,13 @@ def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | No
         words += passes
     start = (
         ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
-        if distributed.processes() > 1
+        if distributed.world_size() > 1
         else ["python"]
     )
     return shlex.join([*start, program, *words])
 
 
-def headline(args: argparse.Namespace, network: Loaded, samples: int, recipe: str) -> str:
+def headline(args: Namespace, network: Loaded, samples: int, recipe: str) -> str:
     """What is about to be evaluated, in a line."""
     subset = ", evenly spread," if args.limit else ""
     return f"{network.name}, weights {_short(network.weights)}; {samples:,} images{subset} of {_short(args.data)}; {recipe}"
@@ -412,9 +391,12 @@ def _short(path: str) -> str:
     return path
 
 
+# ------------------------------------------------------------------------------------------ running
+
+
 def run(main: Callable[[Sequence[str] | None], None], program: str) -> None:
     """Run a script's main, on all processes where torchrun has started some: a UserError becomes one line and exit code 2."""
-    with distributed.joined():
+    with distributed.process_group():
         try:
             main(None)
         except UserError as error:
@@ -424,31 +406,6 @@ def run(main: Callable[[Sequence[str] | None], None], program: str) -> None:
 
 
 def _fail(program: str, message: str, code: int) -> int:
-    which = "" if distributed.is_first() else f" (process {distributed.rank()})"
+    which = "" if distributed.is_main_process() else f" (process {distributed.rank()})"
     print(f"{program}{which}: error: {message}", file=sys.stderr)
     return code
-
-
-def at_least(lowest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.lstrip("+-").isdigit() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
-        return int(text)
-
-    return parse
-
-
-def _bits(text: str) -> int:
-    if not text.isdigit() or not 2 <= int(text) <= 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits from 2 to 16")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value

@@ -1,7 +1,7 @@
 """The result tables that this project reproduces, as their source gives them, in percent.
 
 Simulated INT8, weights and activations of 8 bits per tensor, biases of 16. They are of other weights or images than
-ours wherever the README says so: compare what each row loses against its own FP32.
+ours wherever results/README.md says so: compare what each row loses from its own FP32.
 """
 
 from dataclasses import dataclass

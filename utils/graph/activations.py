@@ -14,7 +14,18 @@ from utils.graph.layers import ChannelAffine, Clip, Elementwise
 from utils.graph.nodes import free_name
 
 # Elementwise, though torch does not tag them so.
-_UNTAGGED = {"hardswish", "prelu", "log_sigmoid", "where", "to", "_to_copy", "type_as", "_prelu_kernel", "rrelu", "softshrink"}
+_UNTAGGED = {
+    "hardswish",
+    "prelu",
+    "log_sigmoid",
+    "where",
+    "to",
+    "_to_copy",
+    "type_as",
+    "_prelu_kernel",
+    "rrelu",
+    "softshrink",
+}
 
 
 def find_activations(model: fx.GraphModule) -> None:
@@ -56,7 +67,9 @@ def _functions(model: fx.GraphModule) -> dict[fx.Node, fx.Node]:
         fresh = {
             node
             for node, root in roots.items()
-            if node not in cuts and any(u in roots for u in node.users) and any(roots.get(user) is not root for user in node.users)
+            if node not in cuts
+            and any(u in roots for u in node.users)
+            and any(roots.get(user) is not root for user in node.users)
         }
         if not fresh:
             return roots

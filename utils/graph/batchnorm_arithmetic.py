@@ -32,14 +32,20 @@ def find_batchnorm(
         for mean in [*vectors, torch.zeros_like(deviation).float()]:
             bias = offset.double() + slope.double() * mean.double()
             known = [*vectors, torch.zeros_like(deviation)]
-            if any(_equal(bias, other.double()) for other in known) and not _equal(mean.double(), variance.reshape(-1).double()):
+            size = (slope.double() * mean.double()).abs()
+            if any(_equal(bias, other.double(), size) for other in known) and not _equal(
+                mean.double(), variance.reshape(-1).double()
+            ):
                 weight = (slope.double() * deviation).float().expand_as(mean)
-                return batch_norm_module(max(dims - 2, 1), weight, bias.float(), mean.float(), variance.reshape(-1).float(), eps)
+                return batch_norm_module(
+                    max(dims - 2, 1), weight, bias.float(), mean.float(), variance.reshape(-1).float(), eps
+                )
     return None
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= 1e-5 * (a.abs() + b.abs() + 1e-3)).all())
+def _equal(a: Tensor, b: Tensor, size: Tensor | float = 0.0) -> bool:
+    """size: of the terms that a is the sum of."""
+    return bool(((a - b).abs() <= 1e-5 * (a.abs() + b.abs() + size + 1e-3)).all())
 
 
 def _lineage(model: fx.GraphModule, constants: list[fx.Node]) -> tuple[list[Tensor], list[tuple[Tensor, float]]]:

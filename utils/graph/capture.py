@@ -5,10 +5,14 @@ elementwise function of one tensor is one module (Clip, ChannelAffine, Elementwi
 operator that utils/graph/ops.py describes. Nothing is written in place, and the batch is free.
 """
 
+import contextlib
 import copy
+import io
+import logging
 import re
 import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,8 +21,9 @@ from torch.export import Dim, ExportedProgram
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.core.networks import Scored, plain
 from utils.graph.activations import find_activations, is_elementwise
-from utils.graph.functional import functionalize
+from utils.graph.functional import functionalize, inline_contexts
 from utils.graph.nodes import first_line, propagate_shapes, tidy
 from utils.graph.rules import RULES
 from utils.graph.translate import translate
@@ -28,48 +33,50 @@ def capture(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
     """A copy of the network as a graph in canonical form; the network itself is left as it is. Of a captured one, a copy.
 
     The shapes of one image's activations are at every node, as nodes.shape() gives them. meta["batch"] is the batch size
-    that the network fixes, None where any will do. A network that fails on its input, or whose control flow depends on its
+    that the network fixes, None where any will do; meta["outputs"] are the outputs' names, None where they have none. A network that fails on its input, or whose control flow depends on its
     values, is a UserError that says where.
     """
-    if isinstance(model, fx.GraphModule) and "batch" in model.meta:
+    if isinstance(model, fx.GraphModule) and "batch" in getattr(model, "meta", {}):
         return copy.deepcopy(model)  # it is one already
-    model = plain(model)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of torch.export about its own parts
+    model = _OfImages(plain(model))
+    depth = 1 + isinstance(model.network, Scored)
+    with _quiet(), torch.no_grad():
         program, batch = _exported(model, spec)
+        inline_contexts(program)
         if any(_needs_decomposition(node) for node in program.graph.nodes):
             program = program.run_decompositions({})
-        captured = translate(functionalize(program), RULES)
+        captured = translate(functionalize(program), RULES, "network." * depth)
     find_activations(captured)
-    captured.meta = {"batch": batch}
+    captured.meta = {"batch": batch, "outputs": model.network.names if depth > 1 else None}
     for node in captured.graph.nodes:
         for key in ("exported", "origin", "val"):
             node.meta.pop(key, None)
     return propagate_shapes(tidy(captured), spec, batch or 1)
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """A copy of the network in float32 and evaluation mode, without what wraps it for training or speed.
-
-    A scripted network, or one that cannot be copied, is a UserError.
-    """
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError("the network is a scripted or traced TorchScript module; pass the nn.Module that it was made from")
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.export prints and logs of its own parts: an error is told in a line of ours."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    nowhere = io.StringIO()
     try:
-        copied = copy.deepcopy(model, _computed(model))
-    except Exception as error:  # whatever the network's own parts raise
-        raise UserError(f"the network cannot be copied: {first_line(error)}") from error
-    for module in copied.modules():
-        module.training = False
-    return copied.float().requires_grad_(False)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
-def _computed(model: nn.Module) -> dict[int, Tensor]:
-    """Copies of the tensors that a network has computed and keeps, as pruning and weight_norm do; by identity, for deepcopy."""
-    kept = (value for module in model.modules() for value in vars(module).values())
-    return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
+class _OfImages(nn.Module):
+    """The network with images as its only input, whatever else its forward takes."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
 
 
 def _exported(model: nn.Module, spec: InputSpec) -> tuple[ExportedProgram, int | None]:
@@ -122,7 +129,11 @@ def _refused(error: Exception) -> UserError:
 
 def place(error: BaseException) -> str:
     """The innermost line of the network's own code, past torch's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/utils/graph/" not in f.filename]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in f.filename and "/utils/graph/" not in f.filename
+    ]
     return f"{frames[-1].filename}:{frames[-1].lineno}, {frames[-1].name}" if frames else "its forward"
 
 
@@ -139,4 +150,12 @@ def _needs_decomposition(node: fx.Node) -> bool:
 _KEPT = {"layer_norm", "group_norm", "instance_norm", "softmax", "log_softmax", "pixel_shuffle", "pixel_unshuffle"}
 _KEPT |= {"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"}
 _KEPT |= {"upsample_linear1d", "upsample_trilinear3d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "matmul"}
-_KEPT |= {"max_pool2d", "max_pool1d", "max_pool3d", "scaled_dot_product_attention", "channel_shuffle", "sym_size", "rms_norm"}
+_KEPT |= {
+    "max_pool2d",
+    "max_pool1d",
+    "max_pool3d",
+    "scaled_dot_product_attention",
+    "channel_shuffle",
+    "sym_size",
+    "rms_norm",
+}

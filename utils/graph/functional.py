@@ -11,7 +11,16 @@ from torch.export import ExportedProgram
 
 # Composite operators that make a new tensor. Others may return their input, as dropout and reshape do.
 _FRESH = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul"}
-_FRESH |= {"batch_norm", "layer_norm", "group_norm", "instance_norm", "max_pool2d", "adaptive_avg_pool2d", "embedding", "hardswish"}
+_FRESH |= {
+    "batch_norm",
+    "layer_norm",
+    "group_norm",
+    "instance_norm",
+    "max_pool2d",
+    "adaptive_avg_pool2d",
+    "embedding",
+    "hardswish",
+}
 
 
 def functionalize(program: ExportedProgram) -> ExportedProgram:
@@ -23,6 +32,27 @@ def functionalize(program: ExportedProgram) -> ExportedProgram:
         _rewrite(program.graph, node)
     program.graph.lint()
     return program
+
+
+def inline_contexts(program: ExportedProgram) -> None:
+    """Put what ran under torch.no_grad or torch.autocast in its place; in float32, as all the rest."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target not in (
+            torch.ops.higher_order.wrap_with_autocast,
+            torch.ops.higher_order.wrap_with_set_grad_enabled,
+        ):
+            continue
+        place = next(i for i, value in enumerate(node.args) if isinstance(value, fx.Node) and value.op == "get_attr")
+        inner = getattr(program.graph_module, node.args[place].target).graph
+        sources = [other for other in inner.nodes if other.op == "placeholder"]
+        with graph.inserting_before(node):
+            made = dict(zip(sources, node.args[place + 1 :], strict=True))
+            results = graph.graph_copy(inner, made)
+        for reader in list(node.users):  # getitem of a tuple of results
+            reader.replace_all_uses_with(results[reader.args[1]])
+            graph.erase_node(reader)
+        graph.erase_node(node)
 
 
 def functional_form(overload: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

@@ -42,7 +42,10 @@ class Clip(nn.Module):
         return F.hardtanh(x, low, high, self.inplace)
 
     def extra_repr(self) -> str:
-        ends = [f"{name}={end.min():.4g}" + (f" to {end.max():.4g}" if end.dim() else "") for name, end in self.named_buffers()]
+        ends = [
+            f"{name}={end.min():.4g}" + (f" to {end.max():.4g}" if end.dim() else "")
+            for name, end in self.named_buffers()
+        ]
         return ", ".join(ends)
 
 
@@ -156,9 +159,15 @@ def make_layer(kind: type[nn.Module], weight: Tensor, bias: Tensor | None, **opt
         inputs, outputs = weight.shape[1] * options["groups"], weight.shape[0]
         if issubclass(kind, _ConvTransposeNd):
             inputs, outputs = weight.shape[0], weight.shape[1] * options["groups"]
-        layer = kind(inputs, outputs, tuple(weight.shape[2:]), device="meta", **{k: _hashable(v) for k, v in options.items()})
+        layer = kind(
+            inputs, outputs, tuple(weight.shape[2:]), device="meta", **{k: _hashable(v) for k, v in options.items()}
+        )
     layer.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
-    bias = torch.zeros(channels_out(layer), dtype=weight.dtype, device=weight.device) if bias is None else bias.detach().clone()
+    bias = (
+        torch.zeros(channels_out(layer), dtype=weight.dtype, device=weight.device)
+        if bias is None
+        else bias.detach().clone()
+    )
     layer.bias = nn.Parameter(bias, requires_grad=False)
     layer.weight_qparams = layer.bias_qparams = None
     return layer.eval()

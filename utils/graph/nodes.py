@@ -95,6 +95,11 @@ def propagate_shapes(model: fx.GraphModule, spec: InputSpec, batch: int = 1) -> 
             ShapeProp(model).propagate(spec.probe(batch))
     except Exception as error:
         raise UserError(f"the network fails on images of shape {spec.shape(batch)}: {first_line(error)}") from error
+    for node in model.graph.nodes:
+        if is_tensor(node) and node.meta["tensor_meta"].dtype.is_complex:
+            raise UserError(
+                f"the network computes with complex numbers (at {describe(None, node)}), which no INT8 engine has"
+            )
     return model
 
 

@@ -6,6 +6,7 @@ Shapes are those of one image; only the batch is free. A form that cannot write 
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,12 +90,36 @@ def max_pool(w: Any, node: fx.Node, x: fx.Node, kernel, stride, padding, dilatio
     return w.add("MaxPool", [w.name(x)], node.name, ceil_mode=int(ceil_mode), **options)
 
 
-def average_pool(w: Any, node: fx.Node, x: fx.Node, kernel, stride=None, padding=None, ceil_mode=False, include=True, divisor=None) -> str | None:
+def max_pool_with_indices(w: Any, node: fx.Node, x: fx.Node, kernel, stride, padding, dilation, ceil_mode) -> list[str]:
+    """The maxima, and where in the whole tensor they stood; MaxUnpool reads these as MaxPool wrote them."""
+    options = {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *padding], "dilations": dilation}
+    outputs = [f"{node.name}_values", f"{node.name}_indices"]
+    w.add("MaxPool", [w.name(x)], node.name, outputs, ceil_mode=int(ceil_mode), **options)
+    return outputs
+
+
+def max_unpool(w: Any, node: fx.Node, x: fx.Node, indices: fx.Node, size: Sequence[int]) -> str | None:
+    pool = indices.args[0] if indices.target is operator.getitem else None
+    if pool is None or pool.target is not torch.ops.aten.max_pool2d_with_indices.default:
+        return None
+    _, kernel, stride, padding, *_ = pool.args
+    sides = [(n - 1) * s - 2 * p + k for n, s, p, k in zip(shape(x)[2:], stride, padding, kernel, strict=True)]
+    if sides != list(size)[-2:]:
+        return None
+    options = {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *padding]}
+    return w.add("MaxUnpool", [w.name(x), w.name(indices)], node.name, **options)
+
+
+def average_pool(
+    w: Any, node: fx.Node, x: fx.Node, kernel, stride=None, padding=None, ceil_mode=False, include=True, divisor=None
+) -> str | None:
     if divisor is not None or len(kernel) != len(shape(x)) - 2:
         return None
     padding = padding or [0] * len(kernel)
     options = {"kernel_shape": kernel, "strides": stride or kernel, "pads": [*padding, *padding]}
-    return w.add("AveragePool", [w.name(x)], node.name, ceil_mode=int(ceil_mode), count_include_pad=int(include), **options)
+    return w.add(
+        "AveragePool", [w.name(x)], node.name, ceil_mode=int(ceil_mode), count_include_pad=int(include), **options
+    )
 
 
 def mean(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: bool = True) -> str:
@@ -170,7 +195,10 @@ def softmax(w: Any, node: fx.Node, x: fx.Node, axis: int, *_: Any) -> str:
 def _clamp(w: Any, node: fx.Node, x: Any, low: Any = None, high: Any = None) -> str | None:
     if any(isinstance(bound, fx.Node | Tensor) for bound in (low, high)):
         return None
-    bounds = [w.number(f"{node.name}_{name}", bound) if bound is not None else "" for name, bound in (("low", low), ("high", high))]
+    bounds = [
+        w.number(f"{node.name}_{name}", bound) if bound is not None else ""
+        for name, bound in (("low", low), ("high", high))
+    ]
     return w.add("Clip", [w.operand(x, f"{node.name}_operand"), *bounds], node.name)
 
 
@@ -194,7 +222,9 @@ def _gelu(w: Any, node: fx.Node, x: fx.Node, *, approximate: str = "none") -> st
     if approximate != "none":
         return None
     scaled = w.add("Mul", [w.name(x), w.number(f"{node.name}_root", math.sqrt(0.5))], f"{node.name}_scaled")
-    both = w.add("Add", [w.add("Erf", [scaled], f"{node.name}_erf"), w.number(f"{node.name}_one", 1.0)], f"{node.name}_both")
+    both = w.add(
+        "Add", [w.add("Erf", [scaled], f"{node.name}_erf"), w.number(f"{node.name}_one", 1.0)], f"{node.name}_both"
+    )
     half = w.add("Mul", [w.name(x), w.number(f"{node.name}_half", 0.5)], f"{node.name}_halved")
     return w.add("Mul", [half, both], node.name)
 
@@ -203,7 +233,9 @@ def _leaky_relu(w: Any, node: fx.Node, x: fx.Node, slope: float = 0.01) -> str:
     return w.add("LeakyRelu", [w.name(x)], node.name, alpha=slope)
 
 
-def _elu(w: Any, node: fx.Node, x: fx.Node, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> str | None:
+def _elu(
+    w: Any, node: fx.Node, x: fx.Node, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
+) -> str | None:
     return w.add("Elu", [w.name(x)], node.name, alpha=alpha) if (scale, input_scale) == (1.0, 1.0) else None
 
 

@@ -5,6 +5,7 @@ scale of a channel passes, whether its output lies on its input's grid, and how 
 stays in float between quantizers and is exported by torch.onnx.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,6 +51,9 @@ OPERATORS: dict[object, Operator] = {
         overload: Operator("maximum", "each", "kept", True, onnx.max_pool)
         for overload in (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
     },
+    aten.max_pool2d_with_indices.default: Operator("maximum", "each", None, True, onnx.max_pool_with_indices),
+    aten.max_unpool2d.default: Operator("shape", "each", None, True, onnx.max_unpool),
+    operator.getitem: Operator("shape", None, None, True, None),
     aten.amax.default: Operator("maximum", "each", "kept", True, onnx.reduce_max),
     **{
         overload: Operator("average", "each", "kept", False, onnx.average_pool)

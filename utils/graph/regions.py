@@ -184,7 +184,11 @@ class _Walk:
             self._follow(user, _Way(index, way.rectified, constant))
         elif row.kind == "product":
             self._multiply(user, node, way)
-        elif row.kind == "sum" and self.through_sums and torch.equal(way.index, _spread(way.index.new_tensor(range(shape(node)[1])), shape(node))):
+        elif (
+            row.kind == "sum"
+            and self.through_sums
+            and torch.equal(way.index, _spread(way.index.new_tensor(range(shape(node)[1])), shape(node)))
+        ):
             self._add(user)
         else:
             raise _Refused(f"read by {describe(None, user)}")

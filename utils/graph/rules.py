@@ -8,6 +8,7 @@ positions become mean.dim; layers become modules.
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def _convolution(dims: int, transposed: bool = False) -> Rule:
     return rule
 
 
-def _any_convolution(t: Translator, node: fx.Node, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Any:
+def _any_convolution(
+    t: Translator, node: fx.Node, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+) -> Any:
     return _layer(t, x, weight, bias, len(stride), stride, padding, dilation, groups, transposed, output_padding)
 
 
@@ -67,6 +70,18 @@ def _product(t: Translator, node: fx.Node, x, weight) -> Any:
     if not (isinstance(x, fx.Node) and isinstance(weight, Tensor) and weight.dim() == 2 and len(size_of(x)) > 1):
         return None
     return t.layer(make_layer(nn.Linear, weight.T, None), x, t.layer_name(weight))
+
+
+def _einsum(t: Translator, node: fx.Node, equation: str, operands: Sequence, *_, **__) -> Any:
+    """A product of the last axis with a constant matrix is a linear layer."""
+    found = re.fullmatch(r"(\w+)(\w),(\w)(\w)->(\w+)(\w)", equation.replace(" ", "").replace("...", "_"))
+    if len(operands) != 2 or not found or not isinstance(operands[1], Tensor):
+        return None
+    axes, summed, first, second, kept, made = found.groups()
+    if axes != kept or summed in axes or {first, second} != {summed, made} or not isinstance(operands[0], fx.Node):
+        return None
+    weight = operands[1] if second == summed else operands[1].T
+    return t.layer(make_layer(nn.Linear, weight, None), operands[0], t.layer_name(operands[1]))
 
 
 def _addmm(t: Translator, node: fx.Node, bias, x, weight, *, beta=1, alpha=1) -> Any:
@@ -199,7 +214,11 @@ def _roll(t: Translator, node: fx.Node, x, shifts, dims=()) -> Any:
         axis, side = dim % len(size_of(x)), size_of(x)[dim]
         if isinstance(side, torch.SymInt):
             return None
-        x = _joined(t, [t.slice(x, axis, (-shift) % side, side), t.slice(x, axis, 0, (-shift) % side)], axis) if shift % side else x
+        x = (
+            _joined(t, [t.slice(x, axis, (-shift) % side, side), t.slice(x, axis, 0, (-shift) % side)], axis)
+            if shift % side
+            else x
+        )
     return x
 
 
@@ -227,7 +246,9 @@ def _pad_rule(mode: str | None) -> Rule:
     return rule
 
 
-def _pad(t: Translator, x: fx.Node, before: list[int], after: list[int], mode: str = "constant", value: float = 0.0) -> fx.Node:
+def _pad(
+    t: Translator, x: fx.Node, before: list[int], after: list[int], mode: str = "constant", value: float = 0.0
+) -> fx.Node:
     """Pad the last axes; a negative amount cuts."""
     size = list(size_of(x))
     first = len(size) - len(before)
@@ -326,7 +347,9 @@ def _adaptive_average(dims: int) -> Rule:
 
 
 def _average(dims: int) -> Rule:
-    def rule(t: Translator, node: fx.Node, x, kernel, stride=(), padding=0, ceil_mode=False, include=True, divisor=None) -> Any:
+    def rule(
+        t: Translator, node: fx.Node, x, kernel, stride=(), padding=0, ceil_mode=False, include=True, divisor=None
+    ) -> Any:
         kernel, padding = _each(kernel, dims), _each(padding, dims)
         if kernel == list(size_of(x)[-dims:]) and not any(padding) and divisor is None:
             return mean(t, x, list(range(len(size_of(x)) - dims, len(size_of(x)))))
@@ -431,12 +454,17 @@ RULES: dict[str, Rule] = {
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm"), _product),
     "addmm": _addmm,
+    "einsum": _einsum,
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"), _batch_norm),
-    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "to", "_to_copy", "type_as"), _same),
+    **dict.fromkeys(
+        ("clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "to", "_to_copy", "type_as"), _same
+    ),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("view_as", "reshape_as", "ravel", "_reshape_alias"), _reshape),
-    **dict.fromkeys(("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT"), _permute),
+    **dict.fromkeys(
+        ("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT"), _permute
+    ),
     "slice": _slice,
     "narrow": _narrow,
     "select": _select,

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from utils.core.errors import UserError
 from utils.graph.nodes import free_name
 
 _TRANSPOSES = {
@@ -24,9 +25,12 @@ _TRANSPOSES = {
 Size = tuple[int | torch.SymInt, ...]  # of a value; symbolic where it depends on the batch
 
 
-def translate(program: ExportedProgram, rules: dict[str, Any]) -> fx.GraphModule:
-    """The program's graph in canonical form, with layers as modules; rules: by the operator's name."""
-    translator = Translator(program, rules)
+def translate(program: ExportedProgram, rules: dict[str, Any], wrapper: str = "") -> fx.GraphModule:
+    """The program's graph in canonical form, with layers as modules.
+
+    rules: by the operator's name. wrapper: what stands before the names of the user's own modules.
+    """
+    translator = Translator(program, rules, wrapper)
     for node in program.graph.nodes:
         translator.visit(node)
     model = fx.GraphModule(translator.root, translator.graph)
@@ -52,8 +56,8 @@ class Translator:
     values: by exported node, what it became: a node, a constant, or a tuple of these.
     """
 
-    def __init__(self, program: ExportedProgram, rules: dict[str, Any]):
-        self.graph, self.root, self.rules = fx.Graph(), nn.Module(), rules
+    def __init__(self, program: ExportedProgram, rules: dict[str, Any], wrapper: str):
+        self.graph, self.root, self.rules, self.wrapper = fx.Graph(), nn.Module(), rules, wrapper
         self.values: dict[fx.Node, Any] = {}
         self.origins: dict[int, fx.Node] = {}  # of constant tensors, by identity
         self.fqns: dict[int, str] = {}  # of parameters and buffers, by identity
@@ -78,7 +82,7 @@ class Translator:
         if node.name in self.tensors:
             fqn, tensor = self.tensors[node.name]
             self.origins[id(tensor)] = node
-            self.fqns[id(tensor)] = fqn
+            self.fqns[id(tensor)] = fqn.removeprefix(self.wrapper)
             return tensor
         if not isinstance(node.meta.get("val"), Tensor):
             return node.meta.get("val")  # a keyword's default
@@ -87,7 +91,9 @@ class Translator:
         return made
 
     def _output(self, results: Any) -> None:
-        leaves = [leaf for leaf in results if leaf is not None]
+        leaves = [leaf for leaf in results if isinstance(leaf, fx.Node | Tensor)]
+        if not any(isinstance(leaf, fx.Node) for leaf in leaves):
+            raise UserError("the network returns nothing that depends on its images, so there is nothing to score")
         nodes = [leaf if isinstance(leaf, fx.Node) else self.attribute(leaf, "output") for leaf in leaves]
         self.graph.output(nodes[0] if len(nodes) == 1 else tuple(nodes))
 
@@ -163,7 +169,8 @@ class Translator:
     def path(self) -> str:
         """The user's module in which the current node stands, '' for the network's own forward."""
         stack = self.current.meta.get("nn_module_stack") or {}
-        return list(stack.values())[-1][0] if stack else ""
+        path = list(stack.values())[-1][0] if stack else ""
+        return f"{path}.".removeprefix(self.wrapper).removesuffix(".")
 
     def layer_name(self, weight: Tensor) -> str:
         """What users call a layer: where its weight is, transposed or not, or the module that runs it."""

@@ -4,9 +4,10 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
 from utils.passes.log import PassLog
 
 TOLERANCE = 1e-3  # by how much of its largest value an exact pass may move an output; float32 alone moves some by 1e-4
@@ -35,6 +36,20 @@ def deviation(expected: list[Tensor], model: nn.Module, probe: Tensor) -> float:
     """The largest change of any value on the probe, as a share of the largest value of its output."""
     pairs = zip(expected, outputs_of(model, probe), strict=True)
     return max(float((before - after).abs().max() / before.abs().max().clamp_min(1e-30)) for before, after in pairs)
+
+
+def check_capture(model: nn.Module, network: fx.GraphModule, spec: InputSpec, probe: Tensor, log: PassLog) -> Reference:
+    """Hold a captured network to the one as loaded, on the probe and on a batch of another size."""
+    reference = Reference(probe, outputs_of(model, probe), model)
+    check_unchanged("capture", network, reference, log)
+    if network.meta["batch"] is None:
+        other = spec.probe(3, seed=1)
+        check_unchanged("capture", network, Reference(other, outputs_of(model, other), model), log)
+    else:
+        log.note(
+            f"the network fixes its batch: it is captured, and runs, with {network.meta['batch']} image(s) at a time"
+        )
+    return reference
 
 
 def check_unchanged(name: str, model: nn.Module, reference: Reference, log: PassLog) -> None:

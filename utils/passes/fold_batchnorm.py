@@ -6,6 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from utils.calibration.moments import Gaussian, Statistics, batchnorm_output
+from utils.core.errors import UserError
 from utils.graph.layers import WEIGHTED, ChannelAffine, channels_out, grouped_weight, make_layer
 from utils.graph.nodes import module_of, shape, tidy
 from utils.passes.log import PassLog
@@ -31,6 +32,10 @@ def fold_batchnorm(model: fx.GraphModule, log: PassLog) -> Statistics:
 
 
 def _fold(model: fx.GraphModule, node: fx.Node, norm: _BatchNorm, statistics: Statistics, log: PassLog) -> None:
+    if not bool((norm.running_var >= 0).all()):
+        raise UserError(
+            f"BatchNorm {node.target!r} has a running variance that is negative or no number; is the checkpoint sound?"
+        )
     gain = norm.running_var.double().add(norm.eps).rsqrt() * (norm.weight.double() if norm.affine else 1.0)
     mean, bias = norm.running_mean.double(), norm.bias.double() if norm.affine else torch.zeros_like(gain)
     layer = _layer_before(model, node)
@@ -51,7 +56,9 @@ def _fold(model: fx.GraphModule, node: fx.Node, norm: _BatchNorm, statistics: St
     statistics[name] = batchnorm_output(norm)
 
 
-def _fold_affine(model: fx.GraphModule, node: fx.Node, affine: ChannelAffine, statistics: Statistics, log: PassLog) -> None:
+def _fold_affine(
+    model: fx.GraphModule, node: fx.Node, affine: ChannelAffine, statistics: Statistics, log: PassLog
+) -> None:
     layer = _layer_before(model, node)
     if layer is None or (affine.scale == 0).any():
         return

@@ -71,8 +71,8 @@ def _is_written(model: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if keeps_grid(node) or is_concat(node) or not node.meta["tensor_meta"].dtype.is_floating_point:
         return False
-    readers = [module_of(model, user) for user in node.users]
-    if len(readers) == 1 and isinstance(readers[0], Clip):
+    sinks = [module_of(model, user) for user in node.users]
+    if len(sinks) == 1 and isinstance(sinks[0], Clip):
         return False  # one kernel with its activation
     only_output = all(user.op == "output" for user in node.users)
     if only_output and isinstance(module_of(model, node), nn.Linear):
@@ -82,5 +82,5 @@ def _is_written(model: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _feeds_only(node: fx.Node, concat: fx.Node) -> bool:
-    """Whether every reader of a value, past whatever only moves it, is this concat."""
+    """Whether every sink of a value, past whatever only moves it, is this concat."""
     return all(user is concat or (keeps_grid(user) and _feeds_only(user, concat)) for user in node.users)

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from utils.core.errors import UserError
-from utils.core.files import whole
+from utils.core.files import atomic_write
 from utils.core.input_spec import InputSpec
 from utils.graph.layers import ChannelAffine, Clip, Elementwise
 from utils.graph.nodes import module_of, propagate_shapes, tidy
@@ -60,7 +60,7 @@ def save(file: Path, saved: Saved) -> None:
         "weights": saved.weights,
         "extras": saved.extras,
     }
-    with whole(file) as beside:
+    with atomic_write(file) as beside:
         torch.save(content, beside)
 
 

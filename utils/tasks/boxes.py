@@ -14,14 +14,21 @@ from torch import Tensor
 
 from utils.core.torchvision_compat import torchvision
 
+box_convert = torchvision.ops.box_convert  # between corner form, "xyxy", and centre form, "cxcywh"
+
 
 @dataclass(frozen=True)
 class Objects:
-    """The annotated objects of one image. boxes: [K, 4] corners; labels: [K], from 1; difficult: [K] bool."""
+    """The annotated objects of one image. boxes: [K, 4] corners; labels: [K], from 1; difficult: [K] bool.
+
+    pixel: width and height of a pixel, where boxes are to be matched with the pixels of their far edges, as VOC's
+    development kit does; (0, 0): without.
+    """
 
     boxes: Tensor
     labels: Tensor
     difficult: Tensor
+    pixel: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -74,35 +81,23 @@ def make_priors(spec: PriorSpec, maps: Sequence[tuple[int, int]], image: tuple[i
     return torch.cat(priors).clamp(0, 1).float()
 
 
-def to_corners(boxes: Tensor) -> Tensor:
-    """Centre form [..., 4] as corner form."""
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([centre - size / 2, centre + size / 2], -1)
-
-
-def to_centres(boxes: Tensor) -> Tensor:
-    """Corner form [..., 4] as centre form."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) / 2, high - low], -1)
-
-
 @dataclass(frozen=True)
 class BoxCoder:
     """Between a detector's raw heads and boxes: its priors, their variances and how detections are chosen.
 
     priors: [P, 4], centre form. centre_variance, size_variance: scale of the predicted offsets.
-    min_score: scores at or below are dropped. overlap: intersection over union above which the lower
-    of two boxes of one class is dropped (NMS). candidates: best boxes of a class that NMS looks at.
-    keep: at most that many detections an image; None: all. clip: cut boxes at the image's border.
+    score_thresh: scores at or below are dropped. nms_thresh: intersection over union above which the lower
+    of two boxes of one class is dropped (NMS). topk_candidates: best boxes of a class that NMS looks at.
+    detections_per_img: at most that many; None: all. clip: cut boxes at the image's border.
     """
 
     priors: Tensor = field(repr=False)
     centre_variance: float = 0.1
     size_variance: float = 0.2
-    min_score: float = 0.01
-    overlap: float = 0.45
-    candidates: int = 200
-    keep: int | None = None
+    score_thresh: float = 0.01
+    nms_thresh: float = 0.45
+    topk_candidates: int = 200
+    detections_per_img: int | None = None
     clip: bool = False
 
     def boxes(self, offsets: Tensor) -> Tensor:
@@ -112,28 +107,29 @@ class BoxCoder:
         growth = (offsets[..., 2:] * self.size_variance).clamp(
             max=math.log(1000 / 16)
         )  # torchvision's bound; an exp must not overflow
-        boxes = to_corners(torch.cat([centre, growth.exp() * priors[:, 2:]], -1))
-        return boxes.clamp(0, 1) if self.clip else boxes
+        boxes = box_convert(torch.cat([centre, growth.exp() * priors[:, 2:]], -1), "cxcywh", "xyxy")
+        return torchvision.ops.clip_boxes_to_image(boxes, (1, 1)) if self.clip else boxes
 
     def offsets(self, boxes: Tensor) -> Tensor:
         """Boxes [..., P, 4] in corner form, one for each prior, as the offsets that predict them."""
-        priors, boxes = self.priors.to(boxes.device), to_centres(boxes)
+        priors, boxes = self.priors.to(boxes.device), box_convert(boxes, "xyxy", "cxcywh")
         centre = (boxes[..., :2] - priors[:, :2]) / priors[:, 2:] / self.centre_variance
         return torch.cat([centre, (boxes[..., 2:] / priors[:, 2:]).log() / self.size_variance], -1)
 
-    def encode(self, objects: Objects, overlap: float = 0.5) -> tuple[Tensor, Tensor]:
+    def encode(self, objects: Objects, iou_thresh: float = 0.5) -> tuple[Tensor, Tensor]:
         """What each prior should predict: labels [P], 0 for background, and offsets [P, 4].
 
-        A prior takes the object that it overlaps most, if by at least `overlap`; and every object has
+        A prior takes the object that it overlaps most, if by an intersection over union of at least
+        iou_thresh; and every object has
         the prior that overlaps it most (SSD, section 2.2, matching).
         """
-        labels, boxes = torch.zeros(len(self.priors), dtype=torch.long), to_corners(self.priors)
+        labels, boxes = torch.zeros(len(self.priors), dtype=torch.long), box_convert(self.priors, "cxcywh", "xyxy")
         if len(objects.labels):
-            overlaps = torchvision.ops.box_iou(boxes, objects.boxes)
-            overlaps[overlaps.argmax(0), torch.arange(len(objects.labels))] = 2.0
-            best, which = overlaps.max(1)
-            labels = torch.where(best >= overlap, objects.labels[which], labels)
-            boxes = torch.where((best >= overlap)[:, None], objects.boxes[which], boxes)
+            ious = torchvision.ops.box_iou(boxes, objects.boxes)
+            ious[ious.argmax(0), torch.arange(len(objects.labels))] = 2.0
+            best, which = ious.max(1)
+            labels = torch.where(best >= iou_thresh, objects.labels[which], labels)
+            boxes = torch.where((best >= iou_thresh)[:, None], objects.boxes[which], boxes)
         return labels, self.offsets(boxes)
 
     def decode(self, heads: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -152,14 +148,14 @@ class BoxCoder:
     def _choose(self, scores: Tensor, boxes: Tensor) -> Detections:
         """scores: [P, classes]; boxes: [P, 4]."""
         chosen = [(torch.empty(0, 4), torch.empty(0, dtype=torch.long), torch.empty(0))]
-        for label in (scores > self.min_score).any(0).nonzero().flatten().tolist():
+        for label in (scores > self.score_thresh).any(0).nonzero().flatten().tolist():
             if label == 0:
                 continue
-            passing = (scores[:, label] > self.min_score).nonzero().flatten()
+            passing = (scores[:, label] > self.score_thresh).nonzero().flatten()
             best = scores[passing, label].sort(descending=True, stable=True)
-            rows = passing[best.indices[: self.candidates]]
-            rows = rows[torchvision.ops.nms(boxes[rows], scores[rows, label], self.overlap)]
+            rows = passing[best.indices[: self.topk_candidates]]
+            rows = rows[torchvision.ops.nms(boxes[rows], scores[rows, label], self.nms_thresh)]
             chosen.append((boxes[rows], torch.full((len(rows),), label), scores[rows, label]))
         boxes, labels, scores = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-        order = scores.argsort(descending=True, stable=True)[: self.keep]
+        order = scores.argsort(descending=True, stable=True)[: self.detections_per_img]
         return Detections(boxes[order], labels[order], scores[order])

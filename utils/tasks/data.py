@@ -1,13 +1,12 @@
 """Data sets in the formats that people have them in, and the batches that evaluation takes."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, default_collate
 
@@ -15,11 +14,14 @@ from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
+from utils.core.unpickling import reason
+from utils.tasks.images import check_channels, classification_transform, load_image
+from utils.tasks.labels import class_indices, find_list, is_hidden, open_split
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: [N, 3, H, W]; targets: what the task's metric takes; bad: images that could not be read."""
+    """images: [N, channels, H, W]; targets: what the task's metric takes; bad: images that could not be read."""
 
     images: Tensor
     targets: Any
@@ -36,11 +38,11 @@ class BadSample:
 class Guarded(Dataset):
     """A data set whose unreadable samples come as BadSample instead of an exception.
 
-    paths: the file of each sample, to name it.
+    paths: the file of each sample, to name it. notes: what the user should know of how it was read, in lines.
     """
 
-    def __init__(self, samples: Dataset, paths: list[str]):
-        self.samples, self.paths = samples, paths
+    def __init__(self, samples: Dataset, paths: list[str], notes: Sequence[str] = ()):
+        self.samples, self.paths, self.notes = samples, paths, tuple(notes)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -48,80 +50,69 @@ class Guarded(Dataset):
     def __getitem__(self, index: int) -> Any:
         try:
             return self.samples[index]
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken files
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return BadSample(f"{self.paths[index]} ({reason})")
+        except (OSError, ValueError, MemoryError) as error:  # load_image gives a ValueError for any broken file
+            return BadSample(f"{self.paths[index]} ({reason(error)})")
 
 
-def image_folder(root: str, split: str, spec: InputSpec, outputs: int) -> tuple[Guarded, dict[int, str]]:
+class _ClassFolders(torchvision.datasets.ImageFolder):
+    """torchvision's, of class folders that are already known, without hidden files and folders in them."""
+
+    def __init__(self, folder: Path, names: Sequence[str], spec: InputSpec):
+        self.names, self.left_out = list(names), 0
+        super().__init__(
+            str(folder),
+            transform=classification_transform(spec),
+            loader=partial(load_image, channels=spec.channels),
+            is_valid_file=self._is_image,
+            allow_empty=True,
+        )
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return self.names, {name: index for index, name in enumerate(self.names)}
+
+    def _is_image(self, file: str) -> bool:
+        hidden = any(is_hidden(part) for part in Path(file).relative_to(self.root).parts[1:])
+        wanted = not hidden and file.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+        self.left_out += not wanted
+        return wanted
+
+
+def image_folder(
+    root: str, split: str, spec: InputSpec, outputs: int, classes: str | None = None
+) -> tuple[Guarded, dict[int, str]]:
     """Images in one folder per class, labelled for a network with this many outputs; and each output's folder.
 
-    root: the folder that holds the class folders, or one with a sub-folder named by split.
-    Folders named by ImageNet's WordNet ids get ImageNet's class indices, however many of the 1,000
-    are there; a network with as many outputs as there are folders takes their sorted order.
+    root: the folder that holds the class folders, or one with a sub-folder named by split. classes: a file that names
+    the network's classes in order; class_indices() says what holds without one. The notes of the data set say it too.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise UserError(
-            f"no data folder at {root!r}; pass --data with a folder that holds one folder of images per class"
-        )
-    folder = folder / split if (folder / split).is_dir() else folder
-    try:
-        samples = torchvision.datasets.ImageFolder(
-            folder, transform=classification_transform(spec), loader=load_rgb, allow_empty=True
-        )
-    except FileNotFoundError:
-        raise UserError(
-            f"{str(folder)!r} has no class folders; pass --data with a folder that holds one folder of images per class"
-        ) from None
+    check_channels(spec)
+    folder, names, beside = open_split(root, split)
+    samples = _ClassFolders(folder, names, spec)
     if not samples.samples:
         raise UserError(
             f"the class folders of {str(folder)!r} hold no images ({', '.join(torchvision.datasets.folder.IMG_EXTENSIONS)})"
         )
-
-    label = torch.tensor(class_indices(samples.classes, outputs, str(folder)))
-    samples.target_transform = lambda index: int(label[index])
-    names = dict(zip(label.tolist(), samples.classes, strict=True))
-    return Guarded(samples, [path for path, _ in samples.samples]), names
-
-
-def class_indices(folders: list[str], outputs: int, root: str) -> list[int]:
-    """The network's output for each class folder (sorted by name)."""
-    if len(folders) == outputs:
-        return list(range(outputs))
-    known = {name: index for index, name in enumerate(imagenet_ids())}
-    strange = [name for name in folders if name not in known]
-    if outputs == len(known) and not strange:
-        return [known[name] for name in folders]
-    why = f"and {strange[0]!r} is no ImageNet WordNet id" if outputs == len(known) else "which is not ImageNet's 1,000"
-    raise UserError(
-        f"the network has {outputs} outputs, but {root!r} has {len(folders)} class folders ({why}); pass data of the network's own classes"
-    )
+    listed = find_list(Path(root), folder, classes)
+    try:
+        labels, kind = class_indices(names, outputs, str(folder), listed)
+    except UserError as error:
+        raise UserError(f"{error}{_left_out(beside)}") from None
+    samples.target_transform = labels.__getitem__
+    notes = [f"labels: {kind}{_left_out(beside)}"]
+    if samples.left_out:
+        notes.append(f"{samples.left_out} file(s) of the class folders are no images or hidden, and left out")
+    return Guarded(samples, [path for path, _ in samples.samples], notes), dict(zip(labels, names, strict=True))
 
 
-def imagenet_ids() -> list[str]:
-    """The WordNet ids of ImageNet's 1,000 classes, in class order."""
-    from timm.data import ImageNetInfo  # slow to import
-
-    return ImageNetInfo("imagenet-1k").label_names()
+def _left_out(beside: Sequence[str]) -> str:
+    return f" (left out, as no class: {', '.join(beside)})" if beside else ""
 
 
-def classification_transform(spec: InputSpec) -> Callable[[Image.Image], Tensor]:
-    """Short side to spec.resize, centre crop, normalise."""
-    transforms = torchvision.transforms
-    return transforms.Compose(
-        [
-            transforms.Resize(spec.resize, transforms.InterpolationMode(spec.interpolation)),
-            transforms.CenterCrop(spec.size),
-            transforms.ToTensor(),
-            transforms.Normalize(spec.mean, spec.std),
-        ]
-    )
-
-
-def load_rgb(path: str) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+def tell(samples: Guarded) -> Guarded:
+    """Print the notes of a data set."""
+    for note in samples.notes:
+        print(note)
+    return samples
 
 
 def evenly(samples: Dataset, limit: int | None) -> Dataset:
@@ -148,7 +139,7 @@ class Batches:
         room: int = 0,
     ):
         whole = list(BatchSampler(range(len(samples)), batch_size, drop_last=False))
-        self.samples, self.indices = samples, distributed.share(whole)
+        self.samples, self.indices = samples, distributed.shard(whole)
         self.workers, self.seed, self.collate, self.room = workers, seed, collate, room
         self._kept: list[Batch] = []  # the first ones
 

@@ -1,20 +1,31 @@
-"""Detection data in VOC's folder format: pictures, and the boxes that their annotations hold."""
+"""Detection: classes and boxes of objects, scored by mean average precision; annotations from a VOC folder."""
 
+import csv
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.core.predictions import prior_predictions
 from utils.core.torchvision_compat import torchvision
-from utils.tasks.boxes import Objects
-from utils.tasks.data import Guarded, load_rgb
-from utils.tasks.voc import CLASSES, VocSplit
+from utils.tasks import pictures
+from utils.tasks.annotations import Annotation, BadAnnotation, read_annotation
+from utils.tasks.base import Data, Task
+from utils.tasks.boxes import BoxCoder, Objects
+from utils.tasks.data import BadSample, Guarded, evenly, tell
+from utils.tasks.images import check_channels, load_image
+from utils.tasks.metrics import MeanAveragePrecision
+from utils.tasks.voc import CLASSES, VocSplit, open_voc
+
+_SHOWN = 0.3  # score from which a detection is drawn
 
 # What COCO calls those of VOC's classes that have another name there.
 _COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle"}
@@ -22,39 +33,65 @@ _COCO_NAMES |= {"pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv
 
 
 class VocDetection(Dataset):
-    """Pairs of an image [3, H, W], as the network takes it, and its Objects.
+    """Pairs of an image [channels, H, W], as the network takes it, and its Objects.
 
-    labels: the network's output for each class name. Annotations are read, and their mistakes told,
-    at once; pictures when they are asked for.
+    labels: the network's output for each class name. Annotations are read, and their mistakes told, at once; with
+    skip_bad an image with a bad one is a bad sample. Pictures are read when they are asked for.
     """
 
-    def __init__(self, voc: VocSplit, spec: InputSpec, labels: Mapping[str, int]):
+    def __init__(
+        self,
+        voc: VocSplit,
+        spec: InputSpec,
+        labels: Mapping[str, int],
+        skip_bad: bool = False,
+        pixel_inclusive: bool = False,
+    ):
         self.files, self.spec = voc.images, spec
-        annotations = [read_annotation(file, labels) for file in voc.annotations("Annotations", ".xml")]
-        self.objects, self.sizes = zip(*annotations, strict=True)
-        if all(image.difficult.all() for image in self.objects):
+        self.annotations: list[Annotation | BadAnnotation] = []
+        for file, image in zip(voc.annotations("Annotations", ".xml", skip_bad), voc.images, strict=True):
+            try:
+                self.annotations.append(read_annotation(file, labels, image, pixel_inclusive))
+            except BadAnnotation as error:
+                if not skip_bad:
+                    raise UserError(f"{error}; mend it, or pass --skip_bad_images") from None
+                self.annotations.append(error)
+        sound = [annotation for annotation in self.annotations if isinstance(annotation, Annotation)]
+        if all(annotation.objects.difficult.all() for annotation in sound):
             raise UserError(
                 f"split {voc.split!r} of {str(voc.folder)!r} holds no object that counts, so there is nothing to score"
             )
+        clipped, swapped = (sum(getattr(one, kind) for one in sound) for kind in ("clipped", "swapped"))
+        self.notes = [f"{clipped} box(es) reached a pixel outside their image and are clipped"] if clipped else []
+        self.notes += [f"{swapped} box(es) had swapped corners"] if swapped else []
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Objects]:
-        picture = load_rgb(str(self.files[index]))
-        if picture.size != self.sizes[index]:
-            width, height = self.sizes[index]
+        annotation = self.annotations[index]
+        if isinstance(annotation, BadAnnotation):
+            raise annotation
+        picture = load_image(self.files[index], self.spec.channels)
+        if picture.size != annotation.size:
+            width, height = annotation.size
             raise ValueError(f"it is {picture.width}x{picture.height}, its annotation says {width}x{height}")
-        return detection_transform(picture, self.spec), self.objects[index]
+        return detection_transform(picture, self.spec), annotation.objects
 
 
-def voc_detection(voc: VocSplit, spec: InputSpec, outputs: int) -> tuple[Guarded, dict[str, int]]:
+def voc_detection(
+    voc: VocSplit, spec: InputSpec, outputs: int, skip_bad: bool = False, pixel_inclusive: bool = False
+) -> tuple[Guarded, dict[str, int]]:
     """The images and objects of a split, and the network's output for each class name.
 
-    Class names are labels.txt's, otherwise VOC's 20. outputs: the network's, background included.
+    Class names are the split's labels, otherwise VOC's 20. outputs: the network's, background included. skip_bad:
+    whether annotations may be bad. pixel_inclusive: match boxes as VOC's development kit does, with the pixels of
+    their far edges.
     """
+    check_channels(spec)
     labels = class_labels(voc.labels or CLASSES, outputs)
-    return Guarded(VocDetection(voc, spec, labels), [str(file) for file in voc.images]), labels
+    samples = VocDetection(voc, spec, labels, skip_bad, pixel_inclusive)
+    return Guarded(samples, [str(file) for file in voc.images], [*voc.notes, *samples.notes]), labels
 
 
 def class_labels(names: tuple[str, ...], outputs: int) -> dict[str, int]:
@@ -90,55 +127,111 @@ def detection_transform(picture: Image.Image, spec: InputSpec) -> Tensor:
 
 
 def stack(samples: list[tuple[Tensor, Objects]]) -> tuple[Tensor, list[Objects]]:
-    """Samples as one batch: images [N, 3, H, W], and their objects as a list, since their number varies."""
+    """Samples as one batch: images [N, channels, H, W], and their objects as a list, since their number varies."""
     images, objects = zip(*samples, strict=True)
     return torch.stack(images), list(objects)
 
 
-def read_annotation(file: Path, labels: Mapping[str, int]) -> tuple[Objects, tuple[int, int]]:
-    """The objects of a VOC annotation, and the width and height that it states."""
-    try:
-        root = ElementTree.parse(file).getroot()
-    except (ElementTree.ParseError, UnicodeDecodeError) as error:
-        raise UserError(f"annotation {str(file)!r} is no valid XML: {error}") from None
-    width, height = (_number(root, f"size/{side}") for side in ("width", "height"))
-    if not (width and height and width > 0 and height > 0):
-        raise UserError(
-            f"annotation {str(file)!r} does not state the image's <size> with a positive <width> and <height>"
-        )
+# ---------------------------------------------------------------------------------------- the task
 
-    boxes, found, difficult = [], [], []
-    for index, entry in enumerate(root.findall("object"), 1):
-        name = (entry.findtext("name") or "").strip()
-        where = f"annotation {str(file)!r}, object {index} ({name or 'without a name'})"
-        if name not in labels:
-            raise UserError(
-                f"{where}: unknown class; the classes are {', '.join(labels)} (labels.txt in the folder names others)"
-            )
-        corners = [_number(entry, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-        if None in corners:
-            raise UserError(f"{where}: no <bndbox> with numbers for xmin, ymin, xmax and ymax")
-        x1, y1, x2, y2 = corners
-        box = f"box {x1:g}, {y1:g}, {x2:g}, {y2:g} (xmin, ymin, xmax, ymax)"
-        if x1 >= x2 or y1 >= y2:
-            raise UserError(f"{where}: {box} is inverted or empty")
-        if min(x1, y1) < 0 or x2 > width + 1 or y2 > height + 1:  # 1 more: some tools count pixels from 0, some from 1
-            raise UserError(f"{where}: {box} reaches outside the image of {width:g}x{height:g}")
-        boxes.append([(x1 - 1) / width, (y1 - 1) / height, (x2 - 1) / width, (y2 - 1) / height])  # VOC counts from 1
-        found.append(labels[name])
-        difficult.append(_number(entry, "difficult") == 1)
-    objects = Objects(
-        torch.tensor(boxes).reshape(-1, 4),
-        torch.tensor(found, dtype=torch.long),
-        torch.tensor(difficult, dtype=torch.bool),
+
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="ssd_lite_mobilenet_v2",
+        metavar="NAME",
+        help="ssd_lite_mobilenet_v2 (default), torchvision:ssdlite320_mobilenet_v3_large, torchvision:ssd300_vgg16, "
+        "package.module:factory",
     )
-    return objects, (int(width), int(height))
+    parser.add_argument("--split", help="list in ImageSets/Main (default: test of VOC2007, otherwise val)")
+    parser.add_argument(
+        "--metric",
+        choices=("voc07", "voc12"),
+        help="mean average precision by 11 points of recall, or by area (default: as the data's year has it, else voc12)",
+    )
+    parser.add_argument(
+        "--pixel_inclusive",
+        action="store_true",
+        help="match boxes with the pixels of their far edges (+1), as VOC's development kit does (default: without)",
+    )
+    parser.set_defaults(distill_images=32)
 
 
-def _number(entry: ElementTree.Element, path: str) -> float | None:
-    """The finite number at a path of tags, None where there is none."""
-    try:
-        value = float(entry.findtext(path) or "")
-    except ValueError:
-        return None
-    return value if abs(value) < float("inf") else None
+def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[str, Any]) -> Data:
+    """extras: "coder", the fields of the network's BoxCoder."""
+    coder = BoxCoder(**extras["coder"])
+    split = open_voc(args.data, "Main", args.split, args.classes, args.skip_bad_images)
+    samples, labels = voc_detection(split, spec, classes, args.skip_bad_images, args.pixel_inclusive)
+    samples = evenly(tell(samples), args.limit)
+    rule = args.metric or ("voc07" if split.year == 2007 else "voc12")
+
+    def metric(reference: MeanAveragePrecision | None) -> MeanAveragePrecision:
+        return MeanAveragePrecision(labels, coder, rule, reference, keep=args.table)
+
+    show = partial(draw, samples=samples, coder=coder, labels=labels, spec=spec)
+    return Data(samples, metric, show, {label: name for name, label in labels.items()}, stack)
+
+
+def draw(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    metrics: Mapping[str, MeanAveragePrecision],
+    device: torch.device,
+    samples: Dataset,
+    coder: BoxCoder,
+    labels: Mapping[str, int],
+    spec: InputSpec,
+    count: int = 8,
+) -> list[Path]:
+    """Draw the annotated objects and each network's detections side by side, and write precision and
+    recall as CSV; returns the files.
+
+    Drawn are images evenly spread over samples, and detections that a user would trust: scores of
+    0.3 and more. networks, metrics: by caption. labels: the network's output for each class name.
+    """
+    names = {label: name for name, label in labels.items()}
+    files = []
+    for index in range(0, len(samples), max(1, len(samples) // count)):
+        if len(files) == count or isinstance(sample := samples[index], BadSample):
+            continue
+        image, objects = sample
+        picture = pictures.denormalise(image, spec)
+        marks = [" (difficult)" if difficult else "" for difficult in objects.difficult.tolist()]
+        captions = [names[label] + mark for label, mark in zip(objects.labels.tolist(), marks, strict=True)]
+        panels = {"truth": pictures.draw_boxes(picture, objects.boxes, objects.labels, captions)}
+        for name, model in networks.items():
+            with torch.inference_mode():
+                found = coder.detect(model(image[None].to(device)))[0]
+            shown = [
+                i for i, score in enumerate(found.scores.tolist()) if score >= _SHOWN and int(found.labels[i]) in names
+            ]
+            captions = [f"{names[int(found.labels[i])]} {found.scores[i]:.2f}" for i in shown]
+            panels[name] = pictures.draw_boxes(picture, found.boxes[shown], found.labels[shown], captions)
+        files.append(folder / f"{len(files) + 1}_{pictures.sample_name(samples, index)}.png")
+        sheet = [pictures.captioned(panel, [caption]) for caption, panel in panels.items()]
+        pictures.grid(sheet, columns=len(sheet)).save(files[-1])
+    files.append(folder / "precision_recall.csv")
+    write_curves(files[-1], metrics)
+    return files
+
+
+def write_curves(file: Path, metrics: Mapping[str, MeanAveragePrecision]) -> None:
+    """Precision and recall of every class and network at each of its detections' scores, as CSV."""
+    with file.open("w", newline="", encoding="utf-8") as text:
+        rows = csv.writer(text)
+        rows.writerow(("network", "class", "score", "precision", "recall"))
+        for network, metric in metrics.items():
+            for name, curve in metric.curves().items():
+                points = torch.stack([curve.scores, curve.precision, curve.recall], 1).tolist()
+                rows.writerows((network, name, *(f"{value:.6f}" for value in point)) for point in points)
+
+
+TASK = Task(
+    name="detection",
+    program="main_det.py",
+    summary="Data-free quantization of a detection network, evaluated on VOC detection or any folder in its format.",
+    add_flags=add_flags,
+    open_data=open_data,
+    class_axis=2,
+    predictions=prior_predictions,
+)

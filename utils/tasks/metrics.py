@@ -314,18 +314,19 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def match(found: Detections, objects: Objects, overlap: float = 0.5) -> tuple[Tensor, Tensor]:
+def match(found: Detections, objects: Objects, iou_thresh: float = 0.5) -> tuple[Tensor, Tensor]:
     """Which detections [K] of one image are hits, and which are neutral (VOC development kit).
 
-    A detection goes for the object of its class that it overlaps most. If by more than `overlap`, it is a hit
+    A detection goes for the object of its class that it overlaps most. If by more than iou_thresh, it is a hit
     where it is the best-scored one to do so; on a difficult object it is neutral.
     """
     if not len(objects.labels):
         return torch.zeros(len(found.labels), dtype=torch.bool), torch.zeros(len(found.labels), dtype=torch.bool)
-    overlaps = torchvision.ops.box_iou(found.boxes, objects.boxes)
-    overlaps[found.labels[:, None] != objects.labels] = 0
-    best, which = overlaps.max(1)
-    matched = best > overlap
+    far_edges = found.boxes.new_tensor([0.0, 0.0, *objects.pixel])
+    ious = torchvision.ops.box_iou(found.boxes + far_edges, objects.boxes + far_edges)
+    ious[found.labels[:, None] != objects.labels] = 0
+    best, which = ious.max(1)
+    matched = best > iou_thresh
     neutral = matched & objects.difficult[which]
 
     rank = torch.arange(len(which))  # detections come by falling score

@@ -3,29 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx
 
-from utils.backends.onnxruntime.graph import integers_of, onnx_model
+from utils.backends.onnx_writer import onnx_model
 from utils.backends.onnxruntime.session import Kernels, OnnxNetwork, find_kernels
-from utils.backends.parity import Parity, compare, results
+from utils.backends.parity import Parity, compare, integers_of, results
 from utils.core.errors import UserError
-from utils.core.files import whole
+from utils.core.files import atomic_write
 from utils.core.input_spec import InputSpec
+from utils.core.predictions import Predictions, channel_predictions
 from utils.graph.nodes import module_of
+from utils.passes.result import Quantized
 from utils.quantization.quantizer import Quantizer
 
 PROBES = 8  # images that engine and simulation are compared on
-
-
-class Quantized(Protocol):
-    """What is exported: the network in simulation, as quantize_data_free leaves it."""
-
-    simulated: fx.GraphModule
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,9 @@ def describe_kernels(model: onnx.ModelProto, quantized: Quantized) -> Kernels:
     return find_kernels(model, quantized.simulated)
 
 
-def check_parity(model: onnx.ModelProto, simulated: fx.GraphModule, images: Tensor) -> Parity:
+def check_parity(
+    model: onnx.ModelProto, simulated: fx.GraphModule, images: Tensor, predictions: Predictions = channel_predictions
+) -> Parity:
     """Engine against simulation, layer by layer; over the bounds of utils.backends.parity it is a UserError.
 
     The engine runs a copy of the model that also hands out its uint8 tensors. In ONNX Runtime this adds
@@ -67,24 +65,29 @@ def check_parity(model: onnx.ModelProto, simulated: fx.GraphModule, images: Tens
     for node in simulated.graph.nodes:
         if isinstance(module_of(simulated, node), Quantizer):
             opened.graph.output.append(helper.make_tensor_value_info(integers_of(node), TensorProto.UINT8, None))
-    parity = compare(simulated, OnnxNetwork(opened.SerializeToString()).tensors, images)
+    parity = compare(simulated, OnnxNetwork(opened.SerializeToString()).tensors, images, predictions)
     parity.check()
     return parity
 
 
 def export(
-    quantized: Quantized, spec: InputSpec, file: Path, metadata: Mapping[str, Any], images: Tensor | None = None
+    quantized: Quantized,
+    spec: InputSpec,
+    file: Path,
+    metadata: Mapping[str, Any],
+    images: Tensor | None = None,
+    predictions: Predictions = channel_predictions,
 ) -> Exported:
     """Write the file, read it back, check it and run it; a file of that name stays as it is until all is well.
 
-    images: to compare engine and simulation on (default: random ones). Too large a difference, bits or
+    images: to compare engine and simulation on (default: random ones). predictions: of the network's outputs. Too large a difference, bits or
     operators that the file cannot hold, and a file that cannot be written are UserErrors.
     """
     images = spec.probe(PROBES) if images is None else images
     model = build(quantized, spec, metadata)
-    parity = check_parity(model, quantized.simulated, images)
+    parity = check_parity(model, quantized.simulated, images, predictions)
     kernels = describe_kernels(model, quantized)
-    with whole(file) as beside:
+    with atomic_write(file) as beside:
         onnx.save(model, beside)
         onnx.checker.check_model(str(beside), full_check=True)
         expected = results(OnnxNetwork(model.SerializeToString())(images))

@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor, fx, nn
 
-from utils.backends.onnxruntime.graph import INPUT
+from utils.backends.onnx_writer import INPUT
 from utils.graph.nodes import module_of, weighted_nodes
 
 _PROVIDERS = ["CPUExecutionProvider"]

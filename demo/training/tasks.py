@@ -1,41 +1,26 @@
-"""Train the demo's networks: python -m demo.train classification|segmentation|detection
+"""What is trained for each task: its network, its batches, its loss, its score and its schedule."""
 
-And, as python -m demo.train residual, a ResNet-18 to measure on, which is not part of the demo.
-
-An interrupted training goes on where it was. The scenes are rendered from other seeds than those
-that the networks are scored on, and the scores steer nothing: the last epoch's weights are kept.
-"""
-
-import argparse
-import hashlib
-import io
-import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from demo import IMAGE_SIZES, RESIZED, weights
-from demo.render import TRAINING_SEED, cache_folder, jpeg, rendered, scene
+from demo.render import rendered
 from demo.scenes import CLASSES, VOID
+from demo.training.data import Examples, normalise
 from modeling.deeplab import DeepLab
 from modeling.mobilenet_v2 import mobilenet_v2
 from modeling.ssd_lite import SPEC as SSD_PUBLISHED
 from modeling.ssd_lite import SSDLite
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
-from utils.experiment import evaluation as engine
-from utils.experiment.cli import run
+from utils.experiment.evaluation import evaluate
 from utils.tasks.boxes import BoxCoder, Objects
 from utils.tasks.data import Batches, image_folder
 from utils.tasks.detection import stack, voc_detection
@@ -44,12 +29,11 @@ from utils.tasks.segmentation import voc_segmentation
 from utils.tasks.voc import open_voc
 
 WIDTH = 0.5  # of MobileNetV2, in all three
-MOST_OBJECTS = 5  # in a scene
 SSD_SPEC = replace(SSD_PUBLISHED, size=(IMAGE_SIZES["detection"],) * 2)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Schedule:
     """A linear warm-up of the rate, then a cosine to zero.
 
     scenes: how many to train on. optimizer: "sgd" (Nesterov momentum 0.9) or "adam". decay: weight
@@ -77,20 +61,8 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Rendered scenes. images: [N, H, W, 3] uint8; masks: [N, H, W] uint8, as Scene.mask();
-    classes: [N, MOST_OBJECTS] int8, -1 where there is no object; boxes: [N, MOST_OBJECTS, 4] x1, y1,
-    x2, y2 in pixels, the last ones excluded."""
-
-    images: ndarray
-    masks: ndarray
-    classes: ndarray
-    boxes: ndarray
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a training needs to know of a task.
+class Training:
+    """How one network is trained.
 
     scenes: their kind, as demo.render knows it. short_side: of the images to crop from, in pixels.
     batch: examples, their indices and a random generator -> images [N, 3, H, W] and targets.
@@ -100,7 +72,7 @@ class Task:
 
     scenes: str
     short_side: int
-    recipe: Recipe
+    schedule: Schedule
     network: Callable[[], nn.Module]
     batch: Callable[[Examples, ndarray, np.random.Generator], tuple[Tensor, object]]
     loss: Callable[[object, object], Tensor]
@@ -249,164 +221,48 @@ def initialise(model: nn.Module) -> nn.Module:
     return model
 
 
-def normalise(images: ndarray) -> Tensor:
-    """[N, H, W, 3] uint8 -> [N, 3, H, W] float32 with ImageNet's mean and deviation."""
-    spec = InputSpec()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
-    return (torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
 def _evaluate(model: nn.Module, loader: object, metric: object) -> dict[str, float]:
     device = next(model.parameters()).device
-    engine.evaluate({"network": model}, loader, {"network": metric}, device)
+    evaluate({"network": model}, loader, {"network": metric}, device)
     return metric.compute()
 
 
-TASKS = {
-    "classification": Task(
+TRAININGS = {
+    "classification": Training(
         "classification",
         RESIZED,
-        Recipe(scenes=12_000, epochs=36, batch=64, optimizer="adam", rate=2e-3, decay=1e-4),
+        Schedule(scenes=12_000, epochs=36, batch=64, optimizer="adam", rate=2e-3, decay=1e-4),
         classifier,
         classification_batch,
         nn.functional.cross_entropy,
         classification_score,
     ),
-    "residual": Task(
+    "residual": Training(
         "classification",
         RESIZED,
-        Recipe(scenes=12_000, epochs=3, batch=64, optimizer="sgd", rate=0.05, decay=1e-4),
+        Schedule(scenes=12_000, epochs=3, batch=64, optimizer="sgd", rate=0.05, decay=1e-4),
         residual_classifier,
         classification_batch,
         nn.functional.cross_entropy,
         classification_score,
         shipped=False,
     ),
-    "segmentation": Task(
+    "segmentation": Training(
         "voc",
         IMAGE_SIZES["segmentation"],
-        Recipe(scenes=5_000, epochs=3, batch=16, optimizer="adam", rate=1e-3, decay=1e-4),
+        Schedule(scenes=5_000, epochs=3, batch=16, optimizer="adam", rate=1e-3, decay=1e-4),
         segmenter,
         segmentation_batch,
         partial(nn.functional.cross_entropy, ignore_index=VOID),
         segmentation_score,
     ),
-    "detection": Task(
+    "detection": Training(
         "voc",
         IMAGE_SIZES["detection"],
-        Recipe(scenes=5_000, epochs=5, batch=32, optimizer="adam", rate=1e-3, decay=1e-4),
+        Schedule(scenes=5_000, epochs=5, batch=32, optimizer="adam", rate=1e-3, decay=1e-4),
         detector,
         detection_batch,
         detection_loss,
         detection_score,
     ),
 }
-
-
-# ---- training
-
-
-def training_set(kind: str, short_side: int, count: int) -> Examples:
-    """Scenes of demo.render, drawn by all cores once and kept in the cache as arrays."""
-    first = hashlib.sha256(scene(kind, TRAINING_SEED, 0).image.tobytes()).hexdigest()[:8]  # tells renderers apart
-    folder = cache_folder() / "demo" / "training" / f"{kind}-{short_side}-{count}-{first}"
-    names = Examples.__dataclass_fields__
-    if not (folder / "done").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor() as pool:
-            drawn = pool.map(partial(_example, kind, short_side), range(count), chunksize=32)
-            columns = zip(
-                *tqdm(drawn, desc="rendering scenes to train on (once)", total=count, unit="image"), strict=True
-            )
-            for name, column in zip(names, columns, strict=True):
-                np.save(folder / f"{name}.npy", np.stack(column))
-        (folder / "done").touch()
-    return Examples(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
-
-
-def _example(kind: str, short_side: int, index: int) -> tuple[ndarray, ndarray, ndarray, ndarray]:
-    """One row of Examples, its image as JPEG and resizing leave it."""
-    one = scene(kind, TRAINING_SEED, index)
-    image = Image.open(io.BytesIO(jpeg(one.image)))
-    if min(image.size) != short_side:
-        image = image.resize(
-            [round(side * short_side / min(image.size)) for side in image.size], Image.Resampling.BILINEAR
-        )
-    classes, boxes = np.full(MOST_OBJECTS, -1, np.int8), np.zeros((MOST_OBJECTS, 4), np.float32)
-    for row, (number, (x1, y1, x2, y2)) in enumerate(one.boxes().items()):
-        classes[row], boxes[row] = one.classes[number - 1], (x1, y1, x2 + 1, y2 + 1)
-    return np.asarray(image), one.mask(), classes, boxes
-
-
-def train(name: str, task: Task, seed: int, device: torch.device, folder: Path) -> nn.Module:
-    """The trained network; folder keeps its state after each epoch and its log, one JSON line an epoch."""
-    recipe = task.recipe
-    examples = training_set(task.scenes, task.short_side, recipe.scenes)
-    torch.manual_seed(seed)
-    model = task.network().to(device, memory_format=torch.channels_last)
-    optimizer = recipe.optimizer_of(model)
-    state, log = folder / f"{name}.state.pth", folder / f"{name}.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    done, identity = 0, f"{recipe} {seed}"
-    saved = torch.load(state, map_location=device, weights_only=True) if state.is_file() else {}
-    if saved.get("identity") == identity:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        done = saved["epochs"]
-    else:
-        log.unlink(missing_ok=True)
-
-    for epoch in range(done, recipe.epochs):
-        start = time.perf_counter()
-        torch.manual_seed(seed + epoch)  # of the dropout
-        total = steps = 0
-        for images, targets in _epoch(task, examples, np.random.default_rng((seed, epoch))):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate_at(epoch * (recipe.scenes // recipe.batch) + steps)
-            model.train()
-            loss = task.loss(model(images.to(device, memory_format=torch.channels_last)), _to(targets, device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total, steps = total + float(loss.detach()), steps + 1
-        figures = {"loss": total / steps, "rate": recipe.rate_at((epoch + 1) * steps)} | task.score(model)
-        figures["seconds"] = time.perf_counter() - start
-        line = {"epoch": epoch + 1} | {key: float(f"{value:.4g}") for key, value in figures.items()}
-        saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(saved | {"epochs": epoch + 1, "identity": identity}, state.with_suffix(".new"))
-        state.with_suffix(".new").replace(state)
-        with log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
-    return model.eval()
-
-
-def _epoch(task: Task, examples: Examples, rng: np.random.Generator) -> Iterator[tuple[Tensor, object]]:
-    order = rng.permutation(task.recipe.scenes)
-    size = task.recipe.batch
-    for i in range(len(order) // size):
-        yield task.batch(examples, np.sort(order[i * size : (i + 1) * size]), rng)
-
-
-def _to(targets: object, device: torch.device) -> object:
-    return targets.to(device) if isinstance(targets, Tensor) else tuple(_to(target, device) for target in targets)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.train", description="Train one of the demo's networks.")
-    parser.add_argument("task", choices=sorted(TASKS))
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and crops (default: 0)")
-    args = parser.parse_args(arguments)
-    folder = cache_folder() / "demo" / "training"
-    task = TASKS[args.task]
-    model = train(args.task, task, args.seed, torch.device(args.device), folder)
-    if task.shipped:
-        weights.store(args.task, model, folder / f"{args.task}.jsonl")
-    else:
-        torch.save(model.state_dict(), file := folder / f"{args.task}.pth")
-        print(f"kept in {file}")
-
-
-if __name__ == "__main__":
-    run(main, "demo.train")

@@ -1,0 +1,125 @@
+"""The Markdown tables made from recorded lines."""
+
+import pytest
+
+from utils.core.errors import UserError
+from utils.experiment import records, tables
+
+
+def line(**changes):
+    content = {
+        "format": records.FORMAT,
+        "task": "classification",
+        "engine": "simulate",
+        "weights_sha256": "0",
+        "model": "net",
+        "weights": "net.pth",
+        "data": "images",
+        "samples": 100,
+        "metric": "top1",
+        "fp32": 70.0,
+        "fp32_original": 71.0,
+        "quantized": 69.5,
+        "intervals": {"fp32_original": [61.0, 80.0]},
+        "change_interval": [-3.0, 0.25],
+        "recipe": "+ReLU+LE",
+        "bits": {"weight": 8, "activation": 8, "bias": 32},
+        "flags": {"per_channel": False, "relu": True},
+        "command": "python main_cls.py --weights net.pth --quantize --workers 3 --results here",
+        "commit": "abc",
+    }
+    return content | changes
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Put lines into results/ of a project of its own."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+
+    def write(*lines):
+        for one in lines:
+            records.record(tmp_path / "results" / "some.jsonl", one)
+        return "results/some.jsonl"
+
+    return write
+
+
+OTHER = {"quantized": None, "bits": None, "recipe": "Original", "flags": {"per_channel": False}}
+OTHER |= {"command": "python main_cls.py --weights net.pth"}
+
+
+def test_a_row_has_its_figures_its_interval_and_its_own_flags():
+    (group,) = tables.grouped([line(), line(**OTHER)])
+    text = tables.rows_table(group)
+    assert "**net**, weights net.pth, 100 images of images; top1 in percent" in text
+    assert "FP32 as loaded 71.00 (61.00 to 80.00); `python main_cls.py --weights net.pth` and:" in text
+    assert "| row | W/A/bias | FP32 | quantized | change | 95 % CI | flags | commit |" in text
+    assert "| +ReLU+LE | 8/8/32 | 70.00 | 69.50 | -1.50 | -3.00 to +0.25 | `--quantize` | abc |" in text
+    assert "| Original | - | 70.00 | - | - | - | `` | abc |" in text
+
+
+def test_of_a_row_that_was_recorded_again_the_last_line_counts():
+    (group,) = tables.grouped([line(quantized=1.0), line(**OTHER), line(quantized=2.0)])
+    assert [row["quantized"] for row in group.rows] == [2.0, None]
+
+
+def test_networks_and_images_have_tables_of_their_own():
+    groups = tables.grouped([line(), line(model="other", flags={"relu": False}), line(data="more")])
+    assert [(group.rows[0]["model"], group.rows[0]["data"]) for group in groups] == [
+        ("net", "images"),
+        ("other", "images"),
+        ("net", "more"),
+    ]
+
+
+def test_a_published_network_shows_the_published_figures():
+    (group,) = tables.grouped([line(model="mobilenet_v2", data="ImageNet")])
+    text = tables.rows_table(group)
+    assert "| published 71.81 → | published change | FP32 |" in text
+    assert "| 70.32 | -1.49 | 70.00 | 69.50 | -1.50 |" in text
+
+
+def test_a_page_gets_the_rows_and_columns_that_it_asks_for(recorded):
+    file = recorded(line(), line(**OTHER), line(model="other", flags={"relu": False}))
+    page = f"before\n<!-- table: {file} | model: net | rows: Original, +ReLU+LE | columns: row, change -->\nold\n<!-- /table -->\nafter\n"
+    text = tables.update(page)
+    assert text.startswith("before\n<!-- table: ") and text.endswith("\n<!-- /table -->\nafter\n")
+    assert "old" not in text and "other" not in text
+    assert text.splitlines()[5:9] == [
+        "| row | change |",
+        "| --- | --- |",
+        "| Original | - |",
+        "| +ReLU+LE | -1.50 |",
+    ]
+    assert tables.update(text) == text
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"), [("| colour: red", "no option 'colour'"), ("| model: absent", "no recorded row")]
+)
+def test_a_wish_that_cannot_be_met_is_named(recorded, wish, message):
+    with pytest.raises(UserError, match=message):
+        tables.wished(f"{recorded(line())} {wish}")
+
+
+def test_engines_are_shown_beside_the_simulation():
+    found = line(engine="onnxruntime", metrics={"simulated": {"top1": 69.4}}, agreement=99.987)
+    assert tables.engines_table(tables.grouped([found])).splitlines()[-1] == (
+        "| net | net.pth | 100 | +ReLU+LE | top1 | 69.40 | 69.50 | 99.99 % |"
+    )
+
+
+def test_rows_of_older_code_are_counted_by_commit(monkeypatch):
+    monkeypatch.setattr(tables, "_is_current", lambda commit: commit == "abc")
+    assert tables.stale([line(), line(commit="old"), line(commit="old"), line(commit=None)]) == {"old": 2, "None": 1}
+
+
+def test_code_that_was_never_committed_is_not_todays():
+    assert not tables._is_current("abc+") and not tables._is_current("None")
+    assert not tables._is_current("0" * 12)
+
+
+def test_a_page_without_markers_is_refused(tmp_path):
+    (tmp_path / "page.md").write_text("nothing")
+    with pytest.raises(UserError, match="asks for no table"):
+        tables.main([str(tmp_path / "page.md")])

@@ -1,0 +1,412 @@
+"""The simulated network as an ONNX model: the same graph, node by node, with integers where they belong.
+
+Standard operators only. A quantizer becomes QuantizeLinear and DequantizeLinear (QDQ) with its scale and zero
+point, uint8; weights are int8 initialisers and biases int32 ones, on the grid of weight scale times input
+scale, each behind a DequantizeLinear. From this form engines make integer kernels by themselves.
+Tensors have the names of the graph's nodes, nodes those of the layers. Sizes are those of one image;
+only the batch is dynamic. An operator that the table lacks is written by torch.onnx.
+"""
+
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from utils.backends.torch_onnx import TORCH_OPSET, exported_by_torch
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+from utils.graph.layers import WEIGHTED, ChannelAffine, Clip, Elementwise, padding, per_channel
+from utils.graph.nodes import describe, is_tensor, module_of, shape
+from utils.graph.onnx_forms import ELEMENTWISE, padding_by_axis
+from utils.graph.ops import is_size, operator_of
+from utils.quantization.qparams import QParams
+from utils.quantization.quantizer import Quantizer
+
+OPSET = 13  # of 2020: the first whose DequantizeLinear knows scales per channel
+IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10}
+INPUT = "images"
+aten = torch.ops.aten
+
+
+def onnx_model(
+    simulated: fx.GraphModule, spec: InputSpec, metadata: Mapping[str, Any], opset: int | None = None
+) -> onnx.ModelProto:
+    """What a file holds. metadata: by key, anything that JSON can say. opset: the lowest that will do, if None.
+
+    Parameters of other than 8 bits (biases: 32), and an operator that neither the table nor torch.onnx can write, are
+    a UserError.
+    """
+    writer = _Writer(simulated, opset or OPSET)
+    try:
+        writer.write_all()
+    except _NeedsOpset:
+        if opset is not None and opset < TORCH_OPSET:
+            raise UserError(
+                f"the network has operators that ONNX has from opset {TORCH_OPSET} on; pass --opset {TORCH_OPSET} or higher"
+            ) from None
+        writer = _Writer(simulated, TORCH_OPSET)
+        writer.write_all()
+    batch = simulated.meta.get("batch") or "N"
+    image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *spec.shape()[1:]])
+    graph = helper.make_graph(writer.nodes, "dfq", [image], writer.outputs, writer.initializers)
+    opsets = [helper.make_opsetid("", writer.opset)]
+    version = IR_VERSIONS.get(writer.opset, max(IR_VERSIONS.values()))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="dfq")
+    helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
+    return model
+
+
+class _NeedsOpset(Exception):
+    """torch.onnx writes newer opsets alone."""
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A float tensor of the model. grid: the scale and zero point that its values lie on, if any."""
+
+    name: str
+    grid: tuple[float, int] | None = None
+
+
+class _Writer:
+    """What has been written so far, and the values that fx nodes have become."""
+
+    def __init__(self, model: fx.GraphModule, opset: int):
+        self.model, self.opset = model, opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.values: dict[fx.Node, _Value | list[_Value]] = {}
+
+    def write_all(self) -> None:
+        for node in self.model.graph.nodes:
+            self.write(node)
+
+    def write(self, node: fx.Node) -> None:
+        """Write what the node does to tensors; what it does to sizes is known already."""
+        if node.op == "placeholder":
+            self.values[node] = _Value(INPUT)
+        elif node.op == "output":
+            self._outputs(node)
+        elif node.op == "get_attr":
+            self.values[node] = _Value(self.constant(node.name, self.tensor(node)))
+        elif node.op == "call_module":
+            module = module_of(self.model, node)
+            rule = next(rule for kind, rule in _MODULES.items() if isinstance(module, kind))
+            result = rule(self, node, module)
+            self.values[node] = result if isinstance(result, _Value) else _Value(result)
+        elif node.target is operator.getitem:
+            self.values[node] = self.values[node.args[0]][node.args[1]]
+        elif not is_size(node) and node.users:
+            self._operator(node)
+
+    def _operator(self, node: fx.Node) -> None:
+        row = operator_of(node)
+        result = row.onnx(self, node, *node.args, **node.kwargs) if row.onnx else None
+        if result is None:
+            result = self.by_torch(node, self._wrapped(node), node.all_input_nodes)
+        if isinstance(result, list):
+            values = [_Value(name) for name in result]
+            self.values[node] = [self._on_grid(node, result[0], result[0]), *values[1:]] if row.keeps_grid else values
+        elif row.keeps_grid:
+            self.values[node] = self._on_grid(node, result, node.name)
+        else:
+            self.values[node] = _Value(result)
+
+    # ---------------------------------------------------------------- what forms (utils/graph/onnx_forms) call
+
+    def add(
+        self, kind: str, inputs: Sequence[str], name: str, outputs: Sequence[str] | None = None, **attributes: Any
+    ) -> str:
+        """Append an operator with one output of that name, or with these outputs; returns the first."""
+        if kind in ("ReduceMean", "ReduceMax") and self.opset >= 18:  # axes became an input
+            inputs = [*inputs, self.sizes(f"{name}_axes", attributes.pop("axes"))]
+        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs or [name]), name=name, **attributes))
+        return (outputs or [name])[0]
+
+    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
+        array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else value
+        self.initializers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def number(self, name: str, value: float) -> str:
+        return self.constant(name, np.float32(value))
+
+    def sizes(self, name: str, values: Sequence[int]) -> str:
+        return self.constant(name, np.array(values, np.int64))
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """The constant that a get_attr node stands for."""
+        module, _, attribute = node.target.rpartition(".")
+        return getattr(node.graph.owning_module.get_submodule(module), attribute)
+
+    def name(self, node: fx.Node) -> str:
+        return self.values[node].name
+
+    def operand(self, argument: Any, name: str) -> str:
+        """The tensor that an argument stands for; a number becomes a constant."""
+        return self.name(argument) if isinstance(argument, fx.Node) else self.number(name, argument)
+
+    def quantize(self, source: str, name: str, grid: tuple[float, int], cap: Tensor | None = None) -> _Value:
+        """Round a tensor to a uint8 grid. cap: per-channel bounds that broadcast over it, in steps of the grid."""
+        scale = self.constant(f"{name}_scale", np.float32(grid[0]))
+        zero = self.constant(f"{name}_zero_point", np.uint8(grid[1]))
+        integers = f"{name}_uint8"
+        self.add("QuantizeLinear", [source, scale, zero], integers if cap is None else f"{name}_uncapped")
+        if cap is not None:
+            bounds = self.constant(f"{name}_cap", cap.to(torch.uint8))
+            self.add("Min", [f"{name}_uncapped", bounds], integers)
+        return _Value(self.add("DequantizeLinear", [integers, scale, zero], name), grid)
+
+    def parameter(self, name: str, values: Tensor, qparams: QParams | None, kind: torch.dtype, axis: int = 0) -> str:
+        """A weight or bias: integers behind their DequantizeLinear, or floats where it is not quantized."""
+        if qparams is None:
+            return self.constant(name, values)
+        along = [1] * values.dim()
+        along[axis] = -1
+        scale, zero = (
+            part.reshape(along if qparams.per_channel else []).double() for part in (qparams.scale, qparams.zero_point)
+        )
+        shift = 128 if qparams.quant_min == 0 else 0  # unsigned integers as int8
+        steps = (values.double() / scale).round() + zero - shift
+        integers = self.constant(f"{name}_{str(kind).removeprefix('torch.')}", steps.to(kind))
+        zero_point = self.constant(f"{name}_zero_point", (qparams.zero_point - shift).to(kind))
+        scales = self.constant(f"{name}_scale", qparams.scale.float())
+        options = {"axis": axis} if qparams.per_channel else {}
+        return self.add("DequantizeLinear", [integers, scales, zero_point], name, **options)
+
+    # ------------------------------------------------------------------------------------ the rest
+
+    def _on_grid(self, node: fx.Node, result: str, name: str) -> _Value:
+        """What only moved values of one grid, back on it."""
+        read = [s for s in node.all_input_nodes if not is_size(s) and s.meta["tensor_meta"].dtype.is_floating_point]
+        inputs = [self.values[source] for source in read if isinstance(self.values.get(source), _Value)]
+        grids = {value.grid for value in inputs}
+        if len(grids) != 1 or None in grids:
+            return _Value(result)
+        return self.quantize(result, f"{name}_on_grid", grids.pop())
+
+    def _outputs(self, node: fx.Node) -> None:
+        results = node.args[0] if isinstance(node.args[0], tuple | list) else [node.args[0]]
+        names = self.model.meta.get("outputs") or [f"output_{i}" for i in range(len(results))]
+        for name, result in zip(names, results, strict=True):
+            self.add("Identity", [self.name(result)], name)
+            batch = self.model.meta.get("batch") or "N"
+            info = helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, *shape(result)[1:]])
+            self.outputs.append(info)
+
+    def by_torch(self, node: fx.Node, module: nn.Module, inputs: Sequence[fx.Node]) -> str | list[str]:
+        if self.opset < TORCH_OPSET:
+            raise _NeedsOpset
+        tensors = [source for source in inputs if source.op != "get_attr" and is_tensor(source)]
+        nodes, initializers, outputs = exported_by_torch(
+            module,
+            [(self.name(source), source.meta["tensor_meta"]) for source in tensors],
+            self.opset,
+            node.name,
+            describe(module_of(self.model, node), node),
+        )
+        self.nodes += nodes
+        self.initializers += initializers
+        return outputs[0] if is_tensor(node) else outputs
+
+    def _wrapped(self, node: fx.Node) -> fx.GraphModule:
+        """One operator as a network of its own; sizes are those of its inputs."""
+        graph, made = fx.Graph(), {}
+        for source in node.all_input_nodes:
+            made[source] = graph.get_attr(source.target) if source.op == "get_attr" else graph.placeholder(source.name)
+        graph.output(graph.node_copy(node, made.__getitem__))
+        return fx.GraphModule(self.model, graph)
+
+
+# ------------------------------------------------------------------------------------------- modules
+
+
+def _quantizer(w: _Writer, node: fx.Node, module: Quantizer) -> _Value:
+    _check_bits(module.qparams, 8, f"the activations of {node.name!r}")
+    cap = module.cap
+    if cap is not None:
+        reached = bool((cap < module.step_max).any())
+        cap = cap + module.zero_point if reached else None
+        cap = per_channel(cap, len(shape(node)))[None] if cap is not None and cap.dim() else cap
+    return w.quantize(w.name(node.args[0]), node.name, (module.scale, module.zero_point), cap)
+
+
+def _check_bits(qparams: QParams, bits: int, what: str) -> None:
+    if qparams.bits != bits:
+        raise UserError(
+            f"{what} have {qparams.bits} bits; INT8 engines take weights and activations of 8 bits and biases of 32: "
+            "leave out --bits_weight, --bits_activation and --bits_bias"
+        )
+
+
+def _parameters(w: _Writer, node: fx.Node, layer: nn.Module, axis: int = 0) -> list[str]:
+    weights, biases = layer.weight_qparams, layer.bias_qparams
+    if weights is not None:
+        _check_bits(weights, 8, f"the weights of layer {node.target!r}")
+    if biases is not None:
+        _check_bits(biases, 32, f"the bias of layer {node.target!r}")
+    return [
+        w.parameter(f"{node.name}_weight", layer.weight, weights, torch.int8, axis),
+        w.parameter(f"{node.name}_bias", layer.bias, biases, torch.int32),
+    ]
+
+
+def _layer(w: _Writer, node: fx.Node, layer: nn.Module) -> str:
+    if isinstance(layer, nn.Linear):
+        return _linear(w, node, layer)
+    transposed = isinstance(layer, _ConvTransposeNd)
+    if transposed and layer.groups > 1 and layer.weight_qparams is not None and layer.weight_qparams.per_channel:
+        raise UserError(
+            f"layer {node.target!r} is a grouped transposed convolution, whose scales per channel ONNX cannot hold; "
+            "leave out --per_channel"
+        )
+    before, after = padding(layer)
+    source = node.args[0]
+    if _pads_zeros(source) and not transposed:
+        low, high = padding_by_axis(source.args[1], len(shape(source)))
+        before, after = (
+            [a + b for a, b in zip(own, more[2:], strict=True)] for own, more in ((before, low), (after, high))
+        )
+        source = source.args[0]
+    options = {
+        "kernel_shape": layer.kernel_size,
+        "strides": layer.stride,
+        "dilations": layer.dilation,
+        "group": layer.groups,
+    }
+    options |= {"output_padding": layer.output_padding} if transposed else {}
+    inputs = [w.name(source), *_parameters(w, node, layer, axis=1 if transposed else 0)]
+    kind = "ConvTranspose" if transposed else "Conv"
+    return w.add(kind, inputs, node.name, pads=[*before, *after], **options)
+
+
+def _pads_zeros(node: fx.Node) -> bool:
+    """Whether a node pads positions with zeros, which a convolution can do by itself."""
+    if node.target is not aten.pad.default or node.args[2] != "constant" or node.args[3]:
+        return False
+    low, high = padding_by_axis(node.args[1], len(shape(node)))
+    return not any((*low[:2], *high[:2]))
+
+
+def _linear(w: _Writer, node: fx.Node, layer: nn.Linear) -> str:
+    weight, bias = _parameters(w, node, layer)
+    if len(shape(node)) == 2:
+        return w.add("Gemm", [w.name(node.args[0]), weight, bias], node.name, transB=1)
+    turned = w.add("Transpose", [weight], f"{weight}_turned", perm=[1, 0])
+    product = w.add("MatMul", [w.name(node.args[0]), turned], f"{node.name}_product")
+    return w.add("Add", [product, bias], node.name)
+
+
+def _clip(w: _Writer, node: fx.Node, clip: Clip) -> str:
+    dims, name = len(shape(node)), w.name(node.args[0])
+    low, high = (per_channel(end, dims) if end.dim() else end for end in (clip.low, clip.high))
+    if clip.rectifies and not clip.capped:
+        return w.add("Relu", [name], node.name)
+    if low.dim() == high.dim() == 0:
+        bounds = [w.number(f"{node.name}_{side}", float(end)) for side, end in (("low", low), ("high", high))]
+        return w.add("Clip", [name, *bounds], node.name)
+    name = w.add("Max", [name, w.constant(f"{node.name}_low", low)], f"{node.name}_above")
+    return w.add("Min", [name, w.constant(f"{node.name}_high", high)], node.name)
+
+
+def _affine(w: _Writer, node: fx.Node, affine: ChannelAffine) -> str:
+    dims = len(shape(node))
+    scale, shift = (per_channel(part, dims) if part.dim() else part for part in (affine.scale, affine.shift))
+    product = w.add("Mul", [w.name(node.args[0]), w.constant(f"{node.name}_scale", scale)], f"{node.name}_product")
+    return w.add("Add", [product, w.constant(f"{node.name}_shift", shift)], node.name)
+
+
+def _batchnorm(w: _Writer, node: fx.Node, norm: _BatchNorm) -> str:
+    ones = torch.ones_like(norm.running_mean)
+    parts = (
+        norm.weight if norm.affine else ones,
+        norm.bias if norm.affine else 0 * ones,
+        norm.running_mean,
+        norm.running_var,
+    )
+    names = [w.constant(f"{node.name}_{i}", part) for i, part in enumerate(parts)]
+    return w.add("BatchNormalization", [w.name(node.args[0]), *names], node.name, epsilon=norm.eps)
+
+
+def _elementwise(w: _Writer, node: fx.Node, function: Elementwise) -> str:
+    """The activation's own operators; as torch.onnx writes it where one has no form here."""
+    nodes, initializers = len(w.nodes), len(w.initializers)
+    copied = _Inner(w, node)
+    for inner in function.inner.graph.nodes:
+        if not copied.write(inner):
+            del w.nodes[nodes:], w.initializers[initializers:]
+            return w.by_torch(node, function, [node.args[0]])
+    return copied.result
+
+
+class _Inner:
+    """Writes the operators of an activation with names of their own; the last has the activation's."""
+
+    def __init__(self, w: _Writer, outer: fx.Node):
+        self.w, self.outer, self.result = w, outer, ""
+
+    def write(self, inner: fx.Node) -> bool:
+        """Whether the operator has a form."""
+        inner.meta["tensor_meta"] = self.outer.meta["tensor_meta"]
+        if inner.op == "placeholder":
+            self.w.values[inner] = self.w.values[self.outer.args[0]]
+        elif inner.op == "get_attr":
+            self.w.values[inner] = _Value(self.w.constant(f"{self.outer.name}_{inner.name}", self.w.tensor(inner)))
+        elif inner.op == "output":
+            self.result = self.w.name(inner.args[0])
+        else:
+            form = ELEMENTWISE.get(inner.target)
+            named = _Named(self.w, self.outer)
+            result = form(named, inner, *inner.args, **inner.kwargs) if form else None
+            if result is None:
+                return False
+            self.w.values[inner] = _Value(result)
+        return True
+
+
+class _Named:
+    """A writer that puts an activation's name before those of its operators."""
+
+    def __init__(self, w: _Writer, outer: fx.Node):
+        self.w, self.prefix = w, f"{outer.name}_"
+
+    def _own(self, name: str) -> str:
+        return f"{self.prefix}{name}"
+
+    def add(self, kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+        return self.w.add(kind, inputs, self._own(name), **attributes)
+
+    def constant(self, name: str, value: Tensor) -> str:
+        return self.w.constant(self._own(name), value)
+
+    def number(self, name: str, value: float) -> str:
+        return self.w.number(self._own(name), value)
+
+    def operand(self, argument: Any, name: str) -> str:
+        return self.w.operand(argument, self._own(name))
+
+    def name(self, node: fx.Node) -> str:
+        return self.w.name(node)
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        return self.w.tensor(node)
+
+
+_MODULES = {
+    Quantizer: _quantizer,
+    WEIGHTED: _layer,
+    Clip: _clip,
+    ChannelAffine: _affine,
+    _BatchNorm: _batchnorm,
+    Elementwise: _elementwise,
+}

@@ -1,0 +1,51 @@
+"""What command lines are made of: a parser that fails in one line, and numbers with bounds."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose flags are typed in full, and whose errors are one line, without the usage."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+@dataclass(frozen=True)
+class Number:
+    """The `type` of a flag: which numbers it takes. convert: from text. expected: the valid values in words."""
+
+    convert: Callable[[str], float]
+    valid: Callable[[Any], bool]
+    expected: str
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = self.convert(text)
+        except ValueError:
+            value = None
+        if value is None or not self.valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self.expected}")
+        return value
+
+
+def at_least(lowest: int) -> Number:
+    return Number(int, lambda value: value >= lowest, f"a whole number of at least {lowest}")
+
+
+POSITIVE = Number(float, lambda value: 0 < value < float("inf"), "a positive number")
+
+
+def as_text(parse: Callable[[str], Any]) -> Callable[[str], str]:
+    """The `type` of a flag that stays text, as records want it, and is refused where parse() refuses it."""
+
+    def check(text: str) -> str:
+        parse(text)
+        return text
+
+    return check

@@ -1,0 +1,64 @@
+"""What a network predicts, and how often two networks predict the same."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+
+Outputs = Tensor | Sequence[Tensor]
+Predictions = Callable[[Outputs], Tensor]  # a network's outputs on N images -> class indices, of any shape
+
+
+def first_output(outputs: Outputs) -> Tensor:
+    """A network's output, or the first one of several."""
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+
+
+def channel_predictions(outputs: Outputs) -> Tensor:
+    """Class indices [N, ...] of logits [N, C, ...]: one for an image, or one for each of its pixels."""
+    return first_output(outputs).argmax(1)
+
+
+def prior_predictions(outputs: Outputs) -> Tensor:
+    """Class indices [N, P] of a detector's logits [N, P, C], its first output."""
+    return first_output(outputs).argmax(2)
+
+
+def count_classes(model: nn.Module, spec: InputSpec, axis: int) -> int:
+    """How many classes a network distinguishes: the size of its first output's class axis.
+
+    A network that fails on an image of its input size, or has no such axis, is a UserError.
+    """
+    images = spec.probe(1)
+    try:
+        with torch.inference_mode():
+            logits = first_output(model(images))
+        return logits.shape[axis]
+    except Exception as error:  # the user's network may raise anything
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the network gives no logits with classes along axis {axis} for images of {tuple(images.shape)} "
+            f"({type(error).__name__}: {reason}); check --model and --image_size"
+        ) from error
+
+
+@dataclass
+class Agreement:
+    """How often two networks predict the same class. predictions: of a network's outputs."""
+
+    predictions: Predictions
+    same: int = 0
+    count: int = 0
+
+    def update(self, first: Outputs, second: Outputs) -> None:
+        """Count what two networks say about the same images."""
+        equal = self.predictions(first) == self.predictions(second)
+        self.same, self.count = self.same + int(equal.sum()), self.count + equal.numel()
+
+    @property
+    def share(self) -> float:
+        return self.same / max(self.count, 1)

@@ -1,0 +1,93 @@
+"""The page of one row: what the passes did to the network, and what the networks predict, in pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, fx
+
+from utils.calibration.distillation import Fit, statistics_fit
+from utils.calibration.observers import Fidelity, fidelity
+from utils.core.input_spec import InputSpec
+from utils.experiment import charts, cli, page, scores
+from utils.experiment.evaluation import Evaluator
+from utils.experiment.page import Picture, Section
+from utils.graph.nodes import module_of
+from utils.quantization.quantizer import Quantizer
+from utils.tasks.pictures import denormalise, grid
+
+if TYPE_CHECKING:
+    from utils.experiment.runner import Row, Run
+
+
+def write_row(folder: Path, run: "Run", evaluator: Evaluator, row: "Row") -> Path:
+    """Draw a row's pictures and write the page that shows them; returns its file."""
+    quantized, data = row.quantized, evaluator.data
+    near, source = quantized.fidelity, "distilled images"
+    if quantized.simulated and near is None:
+        probes, source = evaluator.probes(), "images of the evaluation"
+        near = fidelity(quantized.float.cpu(), quantized.simulated, probes)
+    sections = []
+    if quantized.log.weights:
+        sections += network_sections(folder, quantized.log.weights, quantized.simulated, near)
+    captioned = {row.labels[name]: model for name, model in row.networks.items()}
+    metrics = {row.labels[name]: metric for name, metric in row.metrics.items()}
+    files = data.draw(folder, captioned, metrics, run.device)
+    shown = [Picture(file, file.stem.replace("_", " ")) for file in files if file.suffix == ".png"]
+    sections.append(Section("Samples", "What the networks predict.", shown))
+    if row.distilled is not None:
+        fit = statistics_fit(run.network.model, run.spec, row.distilled)
+        sections.append(distilled_section(folder, row.distilled, fit, run.spec))
+    title = f"{run.network.name} {row.recipe}"
+    headline = cli.headline(run.args, run.network, len(data.samples), str(row.recipe))
+    lead = f"{headline}. Quantization noise is measured on {source}."
+    return page.write(folder / "report.html", title, lead, scores.cells(row.scores), quantized.log, sections, row.line)
+
+
+def distilled_section(folder: Path, images: Tensor, fit: Mapping[str, Fit], spec: InputSpec) -> Section:
+    """Draw some distilled images [N, 3, H, W], and how closely each layer's statistics are met."""
+    sheet = folder / "distilled.png"
+    grid([denormalise(image, spec) for image in images[:16]], columns=4).save(sheet)
+    plot = charts.statistics_fit(folder / "distilled_fit.png", fit)
+    pictures = [Picture(sheet, "Some of them."), Picture(plot, "How close each layer's statistics on them are.")]
+    return Section("Distilled images", f"{len(images)} images, made from BatchNorm statistics alone.", pictures)
+
+
+def network_sections(
+    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], simulated: fx.GraphModule | None, near: Fidelity | None
+) -> list[Section]:
+    """Draw what the passes did to the weights, the activation ranges and each layer's quantization noise.
+
+    weights: of the pass log. near: of the quantized network, None where there is none.
+    """
+    layer = charts.most_uneven(next(iter(weights.values())))
+    spread = "Largest |weight| of each layer's channels after each pass: box from quartile to quartile, whiskers to the extremes."
+    channels = f"From lowest to highest weight, the channels of {layer}, which has the widest spread as loaded."
+    pictures = [
+        Picture(charts.weight_spread(folder / "weights.png", weights), spread),
+        Picture(charts.channels(folder / "channels.png", weights, layer), channels),
+    ]
+    text = "One scale per tensor serves its widest channel: weights far below that are rounded to 0."
+    sections = [Section("Weights", text, pictures)]
+    if simulated is None:
+        return sections
+    ranges = quantizer_ranges(simulated)
+    picture = Picture(charts.activation_ranges(folder / "activations.png", ranges), "Range of every quantizer.")
+    sections.append(Section("Activations", f"{len(ranges)} tensors are quantized.", [picture]))
+    worst = sorted(near.layers, key=near.layers.get)[:5]
+    picture = Picture(
+        charts.noise(folder / "noise.png", near.layers, worst), "Signal-to-quantization-noise ratio, layer by layer."
+    )
+    noisiest = ", ".join(f"{name} {near.layers[name]:.1f} dB" for name in worst)
+    text = f"The output is {near.output:.1f} dB above its quantization noise. Noisiest layers: {noisiest}."
+    return [*sections, Section("Quantization noise", text, [picture])]
+
+
+def quantizer_ranges(simulated: fx.GraphModule) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest value that every quantizer lets through, by its name in the graph."""
+    modules = {node.name: module_of(simulated, node) for node in simulated.graph.nodes}
+    return {
+        name: (module.scale * module.lowest, module.scale * module.highest)
+        for name, module in modules.items()
+        if isinstance(module, Quantizer)
+    }

@@ -1,0 +1,210 @@
+"""Markdown tables made from recorded lines: python -m utils.experiment.tables README.md results/README.md
+
+A page says which tables it wants. The command puts them there, and names the rows that were recorded with other code:
+
+    <!-- table: results/demo.jsonl -->
+    <!-- /table -->
+
+Every recorded row of the file, a table for each network. Behind bars: `model:`, `weights:` and `data:` choose a network by
+the end of its name, `rows:` the rows by name, `columns:` the columns, `layout: engines` another table.
+"""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.core.arguments import Parser
+from utils.core.errors import UserError
+from utils.experiment import cli
+from utils.experiment.published import Published, published
+from utils.experiment.records import change, identity, name_of, read_lines
+from utils.tasks.registry import TASKS
+
+ROOT = Path(__file__).resolve().parents[2]
+_MARKER = re.compile(r"<!-- table: (?P<wish>.*?) -->\n.*?<!-- /table -->", re.DOTALL)
+_METHOD = ("dfq.py", "modeling", *(f"utils/{name}" for name in ("graph", "passes", "calibration", "quantization")))
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one network on the same images. common: words of all their commands. source: published figures."""
+
+    rows: Sequence[Line]
+    common: Sequence[str]
+    source: Published | None
+
+    @property
+    def title(self) -> str:
+        first = self.rows[0]
+        low, high = first["intervals"]["fp32_original"]
+        return (
+            f"**{first['model']}**, weights {first['weights']}, {first['samples']:,} images of {first['data']}; "
+            f"{first['metric']} in percent, FP32 as loaded {first['fp32_original']:.2f} ({low:.2f} to {high:.2f}); "
+            f"`{shlex.join(self.common)}` and:"
+        )
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _bits(line: Line, group: Group) -> str:
+    return "{weight}/{activation}/{bias}".format(**line["bits"]) if line["bits"] else "-"
+
+
+def _published(line: Line, group: Group) -> float | None:
+    return group.source and group.source.quantized.get(name_of(line))
+
+
+def _interval(line: Line, group: Group) -> str:
+    return "{:+.2f} to {:+.2f}".format(*line["change_interval"]) if line["quantized"] is not None else "-"
+
+
+def _own_flags(line: Line, group: Group) -> str:
+    return f"`{shlex.join(word for word in _words(line) if word not in group.common)}`"
+
+
+COLUMNS: dict[str, Callable[[Line, Group], str]] = {
+    "row": lambda line, group: name_of(line),
+    "W/A/bias": _bits,
+    "published": lambda line, group: _figure(_published(line, group)),
+    "published change": lambda line, group: change(_published(line, group), group.source.fp32),
+    "FP32": lambda line, group: _figure(line["fp32"]),
+    "quantized": lambda line, group: _figure(line["quantized"]),
+    "change": lambda line, group: change(line["quantized"], line["fp32_original"]),
+    "95 % CI": _interval,
+    "flags": _own_flags,
+    "commit": lambda line, group: line["commit"] or "unknown",
+}
+
+
+def grouped(lines: Sequence[Line]) -> list[Group]:
+    """The lines by network and images; of a row that was recorded more than once the last line."""
+    defaults = {name: cli.defaults(task) for name, task in TASKS.items()}
+    latest = {identity(line, defaults[line["task"]]): line for line in lines}
+    groups: dict[tuple, list[Line]] = {}
+    for line in latest.values():
+        key = tuple(line[name] for name in ("task", "model", "weights", "data", "samples", "metric"))
+        groups.setdefault(key, []).append(line)
+    made = []
+    for (task, model, _, data, *_), rows in groups.items():
+        commands = [_words(row) for row in rows]
+        common = [word for word in commands[0] if word != "--quantize" and all(word in each for each in commands)]
+        made.append(Group(rows, common, None if data == "demo" else published(task, model, data)))
+    return made
+
+
+def _words(line: Line) -> list[str]:
+    """The command line, without what changes no figure."""
+    words = shlex.split(line["command"])
+    for flag in ("--results", "--workers", "--batch_size"):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    return [word for word in words if word != "--verbose"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def rows_table(group: Group, columns: Sequence[str] | None = None) -> str:
+    """A group's table under its title, with the columns by name (default: all that it has)."""
+    if columns is None:
+        columns = [name for name in COLUMNS if group.source or not name.startswith("published")]
+    heads = {"published": f"published {group.source.fp32:.2f} →" if group.source else "published"}
+    rows = [[COLUMNS[name](line, group) for name in columns] for line in group.rows]
+    return f"{group.title}\n\n{table([heads.get(name, name) for name in columns], rows)}"
+
+
+def engines_table(groups: Sequence[Group]) -> str:
+    """Whole networks in simulation and in an engine."""
+    header = ["network", "weights", "images", "row", "metric", "simulated", "ONNX Runtime", "same predictions"]
+    rows = []
+    for line in (line for group in groups for line in group.rows):
+        simulated = line["metrics"]["simulated"][line["metric"]]
+        figures = f"{simulated:.2f}", f"{line['quantized']:.2f}", f"{line['agreement']:.2f} %"
+        rows.append([line["model"], line["weights"], f"{line['samples']:,}", line["recipe"], line["metric"], *figures])
+    return table(header, rows)
+
+
+def wished(wish: str) -> str:
+    """The tables that a page's marker asks for."""
+    files, *choices = (part.strip() for part in wish.split("|"))
+    options = dict(tuple(word.strip() for word in choice.split(":", 1)) for choice in choices)
+    unknown = options.keys() - {"model", "weights", "data", "rows", "columns", "layout"}
+    if unknown:
+        raise UserError(
+            f"table {wish!r} has no option {min(unknown)!r}; use model, weights, data, rows, columns, layout"
+        )
+    lines = [line for file in files.split(",") for line in read_lines(ROOT / file.strip())]
+    for name in ("model", "weights", "data"):
+        lines = [line for line in lines if line[name].endswith(options.get(name, ""))]
+    groups = grouped(lines)
+    if "rows" in options:
+        names = [name.strip() for name in options["rows"].split(",")]
+        there = [{name_of(line): line for line in group.rows} for group in groups]
+        lines = [rows[name] for rows in there for name in names if name in rows]
+        groups = grouped(lines)
+    if not groups:
+        raise UserError(f"table {wish!r}: no recorded row is of that kind")
+    if options.get("layout") == "engines":
+        return engines_table(groups)
+    columns = [name.strip() for name in options["columns"].split(",")] if "columns" in options else None
+    return "\n\n".join(rows_table(group, columns) for group in groups)
+
+
+def update(text: str) -> str:
+    """A page's text with the tables between its markers made anew."""
+    return _MARKER.sub(
+        lambda found: f"<!-- table: {found['wish']} -->\n\n{wished(found['wish'])}\n\n<!-- /table -->", text
+    )
+
+
+def stale(lines: Sequence[Line]) -> Counter:
+    """How many lines were recorded with other code of the method than today's, by commit."""
+    commits = Counter(str(line["commit"]) for line in lines)
+    return Counter({commit: count for commit, count in commits.items() if not _is_current(commit)})
+
+
+def _is_current(commit: str) -> bool:
+    """Whether the method's code is what it was at a commit; '+' at its end: it was no commit's."""
+    if commit.endswith("+") or commit == "None":
+        return False
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *_METHOD]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def main(argv: Sequence[str] | None) -> None:
+    parser = Parser(prog="python -m utils.experiment.tables", description="Markdown tables from recorded lines.")
+    parser.add_argument("pages", type=Path, nargs="+", help="Markdown files whose tables to make anew")
+    args: argparse.Namespace = parser.parse_args(argv)
+    files = set()
+    for page in args.pages:
+        text = page.read_text()
+        wishes = [found["wish"] for found in _MARKER.finditer(text)]
+        if not wishes:
+            raise UserError(f"{str(page)!r} asks for no table; put <!-- table: FILE --> and <!-- /table --> into it")
+        files |= {file.strip() for wish in wishes for file in wish.split("|")[0].split(",")}
+        page.write_text(update(text))
+    for file in sorted(files):
+        lines = read_lines(ROOT / file)
+        old = stale(lines)
+        by_commit = ", ".join(f"{count} at {commit}" for commit, count in old.items())
+        print(f"{file}: {old.total()} of {len(lines)} lines are of older code" + (f" ({by_commit})" if old else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main(None)
+    except UserError as error:
+        print(f"python -m utils.experiment.tables: error: {error}", file=sys.stderr)
+        sys.exit(2)

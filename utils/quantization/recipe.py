@@ -1,0 +1,351 @@
+"""What a run is to do: the recipe, and everything that is said of each of its settings.
+
+A setting is one field of `Recipe`. Its metadata is its flag on the command line, its help, its part of the row's
+name, what it requires and whether it needs images. Parsers, row names, the pages of docs/ and the checks of the
+Python API are all made from it, so that a new setting is one field here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from argparse import ArgumentParser, Namespace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from utils.calibration.observers import METHODS
+from utils.core.arguments import POSITIVE, Number
+from utils.core.errors import UserError
+
+Value = bool | int | float | str | None
+
+PASSES = "passes, in the order in which they run"
+DISTILLED = "distilled data: images made from BatchNorm statistics, see docs/method.md"
+QUANTIZERS = "quantizers"
+GROUPS = (PASSES, DISTILLED, QUANTIZERS)
+
+
+@dataclass(frozen=True)
+class Abbreviation:
+    """A setting's part of a row's name.
+
+    text: may hold {} for the value. place: parts are put together by rising place. unless: the setting whose own
+    part takes the place of this one.
+    """
+
+    text: str
+    place: int
+    unless: str | None = None
+
+
+BITS = Number(int, lambda value: type(value) is int and 2 <= value <= 16, "a number of bits from 2 to 16")
+
+
+def setting(
+    help: str,
+    group: str,
+    default: Value = False,
+    requires: tuple[str, ...] = (),
+    abbreviation: Abbreviation | None = None,
+    images: bool = False,
+    exact: bool = False,
+    chosen_per_row: bool = True,
+    **argument: Any,
+) -> Any:
+    """A field of Recipe.
+
+    help: the flag's. requires: settings without which it means nothing. images: whether it needs images. exact: whether
+    it acts on the row's float network. chosen_per_row: whether a row of TABLE chooses it, in place of the command
+    line. argument: what else argparse is told of it.
+    """
+    about = {"help": help, "group": group, "requires": requires, "abbreviation": abbreviation}
+    about |= {"images": images, "exact": exact, "chosen_per_row": chosen_per_row, "argument": argument}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which passes run, and with what quantizers. The names are those of the flags.
+
+    A combination that means nothing is a UserError, here as on the command line.
+    """
+
+    relu: bool = setting(
+        "replace every ReLU6 by ReLU (the published method; may cost accuracy)",
+        PASSES,
+        abbreviation=Abbreviation("+ReLU", 1),
+        exact=True,
+    )
+    clear_dead: bool = setting(
+        "zero the weights that read dead channels (part of --equalize)",
+        PASSES,
+        abbreviation=Abbreviation("+DC", 2, unless="equalize"),
+        exact=True,
+    )
+    equalize: bool = setting(
+        "cross-layer equalization; keeps ReLU6 exact without --relu",
+        PASSES,
+        abbreviation=Abbreviation("+LE", 3, unless="distill_equalize"),
+        exact=True,
+    )
+    absorption: bool = setting(
+        "absorb high biases into the next layer",
+        PASSES,
+        requires=("equalize",),
+        abbreviation=Abbreviation("+HBA", 4),
+        exact=True,
+    )
+    clip_weight: float | None = setting(
+        "clip weights to [-W, W] (15 if no value is given)",
+        PASSES,
+        default=None,
+        requires=("quantize",),
+        abbreviation=Abbreviation(" +clip_{:g}", 7),
+        type=POSITIVE,
+        nargs="?",
+        const=15.0,
+        metavar="W",
+    )
+    quantize: bool = setting("quantize weights, biases and activations", PASSES)
+    correction: bool = setting(
+        "correct the biases for the shift that quantized weights cause",
+        PASSES,
+        requires=("quantize",),
+        abbreviation=Abbreviation("+BC", 6, unless="distill_correction"),
+    )
+    bits_weight: int = setting(
+        "bits of weights, 2 to 16 (default: 8)",
+        QUANTIZERS,
+        default=8,
+        requires=("quantize",),
+        chosen_per_row=False,
+        type=BITS,
+        metavar="B",
+    )
+    bits_activation: int = setting(
+        "bits of activations, 2 to 16 (default: 8)",
+        QUANTIZERS,
+        default=8,
+        requires=("quantize",),
+        chosen_per_row=False,
+        type=BITS,
+        metavar="B",
+    )
+    bits_bias: int = setting(
+        "bits of biases; 32: on the scale of the accumulator (default: 32)",
+        QUANTIZERS,
+        default=32,
+        requires=("quantize",),
+        chosen_per_row=False,
+        type=int,
+        choices=(8, 16, 32),
+    )
+    per_channel: bool = setting(
+        "one weight scale per output channel instead of per tensor", QUANTIZERS, requires=("quantize",)
+    )
+    asymmetric: bool = setting(
+        "weights with a zero point instead of a symmetric range", QUANTIZERS, requires=("quantize",)
+    )
+    distill_equalize: bool = setting(
+        "noise-optimal scales: equalize to minimise quantization noise at the output on distilled images, where that is "
+        "closer to float",
+        DISTILLED,
+        requires=("equalize", "quantize"),
+        abbreviation=Abbreviation("+DLE", 3),
+        images=True,
+        exact=True,
+    )
+    distill_correction: bool = setting(
+        "empirical bias correction, on distilled images instead of from statistics",
+        DISTILLED,
+        requires=("correction",),
+        abbreviation=Abbreviation("+DBC", 6),
+        images=True,
+    )
+    distill_rounding: bool = setting(
+        "error-compensated rounding of weights (GPTQ) on distilled images",
+        DISTILLED,
+        requires=("distill_correction",),
+        abbreviation=Abbreviation("+GPTQ", 5),
+        images=True,
+    )
+    distill_range: bool = setting(
+        "activation ranges from distilled images",
+        DISTILLED,
+        requires=("quantize",),
+        abbreviation=Abbreviation(" +DR", 8, unless="range_method"),
+        images=True,
+    )
+    range_method: str = setting(
+        "range of an activation: the observed extremes, all but 1e-5 at either end, or the least squared error "
+        "(default: minmax)",
+        DISTILLED,
+        default="minmax",
+        requires=("distill_range",),
+        abbreviation=Abbreviation(" +DR_{}", 8),
+        choices=METHODS,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(asdict(self))
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> Recipe:
+        """The recipe that flags of the same names ask for."""
+        return cls(**{name: getattr(args, name) for name in SETTINGS})
+
+    @property
+    def settings(self) -> dict[str, Value]:
+        return asdict(self)
+
+    @property
+    def words(self) -> list[str]:
+        """The flags of a table's row, as one would type them."""
+        words = []
+        for name, value in self._given().items():
+            about = SETTINGS[name].metadata
+            if about["chosen_per_row"]:
+                bare = value is True or value == about["argument"].get("const")
+                words += [f"--{name}"] if bare else [f"--{name}", f"{value:g}" if name == "clip_weight" else str(value)]
+        return words
+
+    @property
+    def needs_images(self) -> bool:
+        return bool(self._needing_images())
+
+    @property
+    def changes_float(self) -> bool:
+        """Whether the row's float network computes another function than the one that was loaded."""
+        return self.relu or self.absorption
+
+    @property
+    def float_settings(self) -> dict[str, Value]:
+        """What decides which float network the row has: the passes on it, and all that they look at."""
+        if self.distill_equalize:  # whose scales depend on the quantizers
+            return self.settings
+        return {name: value for name, value in self.settings.items() if SETTINGS[name].metadata["exact"]}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What a table calls the networks that the row evaluates."""
+        exact = {name: value for name, value in self._given().items() if SETTINGS[name].metadata["exact"]}
+        bits = self.bits_weight, self.bits_activation
+        widths = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
+        return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {_name(exact)}", "quantized": f"{widths} {self}"}
+
+    def check_images(self, images: Tensor | None) -> None:
+        """Refuse to run without images what looks at them."""
+        if images is None and (needy := self._needing_images()):
+            raise UserError(f"--{needy[0]} needs images; pass images=..., as utils.calibration.distillation makes them")
+
+    def _needing_images(self) -> list[str]:
+        return [name for name in self._given() if SETTINGS[name].metadata["images"]]
+
+    def _given(self) -> dict[str, Value]:
+        return given(self.settings)
+
+    def __str__(self) -> str:
+        """The row's name as in the published tables, such as +ReLU+LE+BC +clip_15."""
+        return _name(self._given())
+
+
+SETTINGS: dict[str, Field] = {one.name: one for one in fields(Recipe)}
+# What a row of TABLE, or a file that --save wrote, decides itself.
+OF_A_ROW = tuple(name for name, one in SETTINGS.items() if one.metadata["chosen_per_row"])
+
+
+def given(settings: dict[str, Value]) -> dict[str, Value]:
+    """Those settings that are not at their defaults."""
+    return {name: value for name, value in settings.items() if value != SETTINGS[name].default}
+
+
+def _name(given: dict[str, Value]) -> str:
+    """The row's name: the parts of the settings that were given."""
+    parts = []
+    for name, value in given.items():
+        part: Abbreviation | None = SETTINGS[name].metadata["abbreviation"]
+        if part and part.unless not in given:
+            parts.append((part.place, part.text.format(value)))
+    return "".join(text for _, text in sorted(parts)).strip() or "Original"
+
+
+def check_settings(settings: dict[str, Value], there: tuple[str, ...] = ()) -> None:
+    """Refuse values that are not valid, and settings without what they require; a UserError in the flags' words.
+
+    there: settings that count as given, whatever their value.
+    """
+    chosen = given(settings)
+    for name, value in chosen.items():
+        about = SETTINGS[name].metadata
+        kind, choices = about["argument"].get("type"), about["argument"].get("choices")
+        if isinstance(kind, Number) and not kind.valid(value):
+            raise UserError(f"argument --{name}: {str(value)!r} is not {kind.expected}")
+        if choices and value not in choices:
+            raise UserError(
+                f"argument --{name}: invalid choice: {value!r} (choose from {', '.join(map(str, choices))})"
+            )
+    for name in chosen:
+        for other in SETTINGS[name].metadata["requires"]:
+            if other not in chosen and other not in there:
+                raise UserError(f"--{name} needs --{other}")
+
+
+def add_recipe_flags(parser: ArgumentParser) -> dict[str, argparse._ArgumentGroup]:
+    """Give the parser a flag for every setting; returns the groups by title, for what else belongs there."""
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for name, one in SETTINGS.items():
+        about = one.metadata
+        needs = f"; needs {' '.join(f'--{other}' for other in about['requires'])}" if about["requires"] else ""
+        options = {"default": one.default, "help": about["help"] + needs} | about["argument"]
+        if isinstance(one.default, bool):
+            options["action"] = "store_true"
+        groups[about["group"]].add_argument(f"--{name}", **options)
+    return groups
+
+
+# ------------------------------------------------------------------------------------- the table
+
+
+def _row(*names: str) -> Recipe:
+    return Recipe(quantize=True, **{name: SETTINGS[name].metadata["argument"].get("const", True) for name in names})
+
+
+TABLE = {
+    f"{recipe}{' per channel' if recipe.per_channel else ''}": recipe
+    for recipe in (
+        _row(),  # the published ones
+        _row("relu"),
+        _row("relu", "equalize"),
+        _row("relu", "equalize", "distill_range"),
+        _row("correction"),
+        _row("correction", "clip_weight"),
+        _row("relu", "equalize", "correction"),
+        _row("relu", "equalize", "correction", "distill_range"),
+        _row("clear_dead"),  # and ours
+        _row("clear_dead", "correction"),
+        _row("equalize"),
+        _row("equalize", "correction"),
+        _row("equalize", "correction", "distill_range"),
+        _row("equalize", "correction", "distill_correction"),
+        _row("equalize", "correction", "distill_correction", "distill_range"),
+        _row("equalize", "correction", "distill_equalize", "distill_range"),
+        _row("equalize", "correction", "distill_equalize", "distill_correction", "distill_range"),
+        _row("equalize", "correction", "distill_rounding", "distill_correction", "distill_range"),
+        _row("equalize", "correction", "distill_equalize", "distill_rounding", "distill_correction", "distill_range"),
+        _row("equalize", "absorption", "correction"),
+        _row("per_channel"),
+        _row("per_channel", "equalize", "correction"),
+    )
+}
+
+
+def recipes_of(args: Namespace) -> list[Recipe]:
+    """The recipe that the flags ask for; with --table those of its rows, or of --rows, at the bits that the flags say."""
+    if not args.table:
+        return [Recipe.from_args(args)]
+    unknown = [name for name in args.rows or () if name not in TABLE]
+    if unknown:
+        raise UserError(f"--rows: there is no row {unknown[0]!r}; choose from {', '.join(map(repr, TABLE))}")
+    shared = {name: getattr(args, name) for name in SETTINGS if name not in OF_A_ROW}
+    return [replace(TABLE[name], **shared) for name in args.rows or TABLE]
