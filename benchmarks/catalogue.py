@@ -12,6 +12,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
@@ -75,6 +76,21 @@ def settled(model: nn.Module, spec: InputSpec, images: int = 8) -> nn.Module:
     for norm in norms:
         norm.running_var.clamp_min_(1e-3)  # a layer that random weights silence
     return model.eval()
+
+
+class Tensors(nn.Module):
+    """A network that returns something else than a tensor, so that it returns its tensors as a tuple."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value for value in tree_leaves(self.network(images)) if isinstance(value, Tensor))
+
+
+def as_tensors(model: nn.Module, spec: InputSpec) -> nn.Module:
+    return model if isinstance(model(spec.probe(2)), Tensor) else Tensors(model)
 
 
 def fitting_spec(model: nn.Module, entry: Entry) -> InputSpec:

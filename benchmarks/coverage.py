@@ -73,7 +73,7 @@ def _examine(entry: Entry, record: Record) -> None:
     with torch.no_grad():
         model = catalogue.build(entry)
         spec = catalogue.fitting_spec(model, entry)
-        model = catalogue.settled(model, spec)
+        model = catalogue.as_tensors(catalogue.settled(model, spec), spec)
     record |= {
         "side": spec.size[0],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
