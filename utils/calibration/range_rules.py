@@ -8,6 +8,7 @@ without its noise mattering at the network's output.
 
 import copy
 import math
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ from utils.calibration.ranges import RangeOf
 from utils.core.input_spec import InputSpec
 from utils.graph.layers import WEIGHTED, Clip
 from utils.graph.layers import per_channel as per_channel_view
-from utils.graph.nodes import module_of, outputs_of
+from utils.graph.nodes import is_tensor, module_of, outputs_of
+from utils.graph.ops import operator_of
 from utils.quantization.qparams import affine_qparams, choose_weight_qparams, round_weight
 from utils.quantization.quantizer import Quantizer
 
@@ -98,8 +100,11 @@ def guessed_tensors(model: fx.GraphModule, statistics: Iterable[str]) -> dict[st
     known, depth = set(statistics), {}
     for node in model.graph.nodes:
         behind = max((depth.get(source.name, 0) for source in node.all_input_nodes), default=0)
+        row = operator_of(node)
         if isinstance(module_of(model, node), WEIGHTED):
             behind = 0 if node.target in known else behind + 1
+        elif is_tensor(node) and row is not None and row.moments is None and node.target is not operator.getitem:
+            behind += 1  # nothing is known behind it
         if behind:
             depth[node.name] = behind
     return depth
@@ -116,8 +121,8 @@ def describe_guesses(depths: Mapping[str, int]) -> str:
     deepest = max(depths.values())
     named = ", ".join(list(depths)[:5]) + (f" and {len(depths) - 5} more" if len(depths) > 5 else "")
     return (
-        f"{len(depths)} tensors are behind layers without BatchNorm, up to {deepest} in a row ({named}): their ranges are "
-        "from images"
+        f"{len(depths)} tensors are behind layers or operators that no BatchNorm tells of, up to {deepest} in a row "
+        f"({named}): their ranges are from images"
     )
 
 

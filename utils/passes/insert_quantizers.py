@@ -7,7 +7,7 @@ from utils.calibration.moments import Unknown
 from utils.calibration.ranges import RangeOf
 from utils.graph.layers import WEIGHTED, Clip
 from utils.graph.nodes import insert_module, is_tensor, module_of, shape, tidy
-from utils.graph.ops import keeps_grid
+from utils.graph.ops import keeps_grid, operator_of
 from utils.passes.log import PassLog
 from utils.quantization.placement import is_concat, value_sources
 from utils.quantization.qparams import affine_qparams
@@ -65,17 +65,47 @@ def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> di
 
 
 def written_tensors(model: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose output an integer engine writes with parameters of its own; concats aside."""
-    return [node for node in model.graph.nodes if _is_written(model, node)]
+    """The nodes whose output an integer engine writes with parameters of its own; concats aside.
+
+    Those that an integer kernel writes, or reads. Between functions that engines compute in float anyway, an
+    activation and a normalisation, or the parts of an attention, a quantizer would only add noise.
+    """
+    written: list[fx.Node] = []
+    for node in model.graph.nodes:
+        if _can_be_written(model, node) and (_by_integers(model, node, written) or _for_integers(model, node)):
+            written.append(node)
+    return written
+
+
+def _by_integers(model: fx.GraphModule, node: fx.Node, written: list[fx.Node]) -> bool:
+    """Whether an integer kernel computes a node: a layer with its clip, and what engines do to integers."""
+    module, row = module_of(model, node), operator_of(node)
+    if module is not None:
+        return isinstance(module, WEIGHTED) or (isinstance(module, Clip) and _by_integers(model, node.args[0], written))
+    if row is None or row.kind not in ("sum", "product", "average", "resize"):
+        return False
+    operands = [source for source in node.all_input_nodes if source.op != "get_attr"]
+    return all(source in written for operand in operands for source in value_sources(operand))
+
+
+def _for_integers(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an integer kernel reads a node, past whatever only moves values: a layer, a sum, a product."""
+    row = operator_of(node)
+    if row is not None and row.moments == "share":
+        return False  # engines have a softmax of integers, and each rounds it in its own way
+    for user in node.users:
+        row = operator_of(user)
+        if isinstance(module_of(model, user), WEIGHTED) or (row is not None and row.kind in ("sum", "product")):
+            return True
+        if (is_concat(user) or keeps_grid(user)) and _for_integers(model, user):
+            return True
+    return False
 
 
 def quantized_tensors(model: fx.GraphModule) -> list[fx.Node]:
     """The nodes that get a quantizer if their ranges are known, in the graph's order; of concats the output stands for its inputs too."""
-    return [
-        node
-        for node in model.graph.nodes
-        if _is_written(model, node) or (is_concat(node) and node.users and not handed_out(node))
-    ]
+    written = set(written_tensors(model))
+    return [n for n in model.graph.nodes if n in written or (is_concat(n) and n.users and not handed_out(n))]
 
 
 def averaged_into_output(model: fx.GraphModule, node: fx.Node) -> bool:
@@ -87,7 +117,7 @@ def averaged_into_output(model: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-def _is_written(model: fx.GraphModule, node: fx.Node) -> bool:
+def _can_be_written(model: fx.GraphModule, node: fx.Node) -> bool:
     if node.op in ("output", "get_attr") or not node.users or not is_tensor(node) or not shape(node):
         return False
     if keeps_grid(node) or is_concat(node) or not node.meta["tensor_meta"].dtype.is_floating_point:
