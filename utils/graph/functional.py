@@ -64,7 +64,9 @@ def functional_form(overload: torch._ops.OpOverload) -> torch._ops.OpOverload | 
 
 
 def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    """Whether an operator changes values; detach_, which torch.tensor(...) leaves in a graph, changes none."""
+    overload = isinstance(node.target, torch._ops.OpOverload)
+    return overload and node.target._schema.is_mutable and node.target._schema.name != "aten::detach_"
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
