@@ -7,7 +7,7 @@ from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.core.errors import UserError
-from utils.graph.layers import CappedReLU
+from utils.graph.layers import Clip
 from utils.tasks.metrics import sqnr
 
 NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Residual, "branches": Branches}

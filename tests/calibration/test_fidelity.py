@@ -5,7 +5,7 @@ import torch
 from networks import SPEC
 from torch import nn
 
-from utils.calibration.fidelity import classes, fidelity
+from utils.calibration.fidelity import fidelity
 from utils.graph.capture import capture
 
 

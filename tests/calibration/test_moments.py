@@ -10,7 +10,7 @@ from torch import nn
 
 from utils.calibration.moments import Moments, Unknown, batchnorm_output, clipped_gaussian, mapped_gaussian, propagate
 from utils.graph.capture import capture
-from utils.graph.layers import CappedReLU
+from utils.graph.layers import Clip
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
 

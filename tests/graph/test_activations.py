@@ -44,7 +44,7 @@ LINES = {
 NOTHING = {
     "plus 0": lambda x: x + 0,
     "times 1": lambda x: x * 1,
-    "two signs": lambda x: -(-x),
+    "two signs": lambda x: torch.neg(-x),
     "there and back": lambda x: x / 2 * 2,
     "nn.Identity": nn.Identity(),
 }

@@ -8,8 +8,8 @@ from torch import nn
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.graph.nodes import module_of, shape
 from utils.graph.capture import capture
+from utils.graph.nodes import module_of, shape
 from utils.graph.regions import ChannelSlice, find_regions
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog

@@ -6,11 +6,11 @@ from torch import nn
 
 from utils.calibration.ranges import batchnorm_ranges
 from utils.graph.capture import capture
-from utils.graph.layers import CappedReLU
+from utils.graph.layers import Clip
 from utils.graph.regions import ChannelSlice, find_regions
 from utils.passes.equalization import cle_scales, equalize
 from utils.passes.log import PassLog
-from utils.passes.relu6 import channel_caps, lower_caps, replace_relu6, scale_caps
+from utils.passes.relu6 import channel_caps, lower_caps, replace_relu6, scale_bounds
 
 
 def test_replacing_leaves_no_relu6():

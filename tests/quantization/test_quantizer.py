@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.graph.layers import CappedReLU
+from utils.graph.layers import Clip
 from utils.quantization.qparams import affine_qparams, fake_quantize
 from utils.quantization.quantizer import Quantizer
 
