@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from networks import NETWORKS, SMALL, SPEC, Twice, chain, conv_bn, made, modules_in, randomise
 from torch import nn
 
+from utils.core import torchvision_compat  # noqa: F401, before timm imports torchvision
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.graph.capture import capture
@@ -256,8 +257,6 @@ def test_batchnorm_folds_into_a_transposed_convolution(groups):
 
 def test_timm_layers_become_plain_ones():
     from timm.layers import BatchNormAct2d, Conv2dSame
-
-    from utils.core.torchvision_compat import torchvision  # noqa: F401, timm imports it
 
     first = [Conv2dSame(3, 8, 3, stride=2, bias=False), BatchNormAct2d(8, act_layer=nn.ReLU6)]
     model = randomise(
