@@ -26,8 +26,8 @@ from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment import deployment as experiment
 from utils.experiment.records import read_lines
-from utils.graph.nodes import weighted_nodes
 from utils.graph.layers import WEIGHTED, IntegerSum
+from utils.graph.nodes import weighted_nodes
 from utils.passes.exactness import outputs_of
 
 FULL = Recipe(quantize=True, equalize=True, correction=True)

@@ -11,8 +11,8 @@ from modeling.ssd_lite import SSDLite
 from utils.backends.lowering import lower_to_integers
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
-from utils.graph.nodes import classes_of
 from utils.graph.capture import capture
+from utils.graph.nodes import classes_of
 from utils.graph.regions import find_regions
 from utils.passes.exactness import deviation, outputs_of
 from utils.passes.fold_batchnorm import fold_batchnorm
