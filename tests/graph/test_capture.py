@@ -156,6 +156,25 @@ def test_subclasses_computed_and_shared_weights_are_plain_layers():
     torch.testing.assert_close(graph(SMALL.probe(2)), model(SMALL.probe(2)))
 
 
+class Projections(nn.Module):
+    """Weights of its own beside layers: what they make must not stand in the layers' way."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_proj_weight, self.out = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = F.conv2d(x, self.in_proj_weight)
+        return F.conv2d(self.out(x), 2 * self.out.weight)
+
+
+def test_no_layer_stands_inside_another():
+    graph = capture(nn.Sequential(Projections()), SMALL)
+    *names, last = layer_names(graph)
+    assert names == ["0.in_proj", "0.out"] and last.startswith("0.conv2d")
+    assert all(not list(module_of(graph, node).children()) for node in weighted_nodes(graph))
+
+
 def test_what_does_not_depend_on_the_image_is_a_constant():
     class Anchored(nn.Module):
         def __init__(self):

@@ -179,8 +179,15 @@ class Translator:
             origin = origin.args[0]
         fqn = self.fqns.get(id(self.values[origin])) if origin is not None else None
         if fqn is None:
-            return self.path() or self.current.name
-        return fqn.rpartition(".")[0] or fqn
+            return self._place(self.path(), self.current.name)
+        owner, _, own = fqn.rpartition(".")
+        return self._place(owner, own.removesuffix("weight").removesuffix("_") or self.current.name) if owner else fqn
+
+    def _place(self, owner: str, own: str) -> str:
+        """A user's module for the layer in it; of one that holds layers besides, such as attention, a name in it."""
+        inside = [fqn.removeprefix(f"{owner}.") for fqn in self.fqns.values() if fqn.startswith(f"{owner}.")]
+        alone = not any("." in name and not name.startswith("parametrizations.") for name in inside)
+        return owner if owner and alone else f"{owner}.{own}".removeprefix(".")
 
     def _note(self, node: fx.Node, size: Sequence | None) -> fx.Node:
         value = self.current.meta.get("val")
