@@ -55,6 +55,14 @@ def a_branch_that_is_not_read(a, b):
     return a.relu()
 
 
+def dropout_of_a_view(a, b):
+    return F.dropout(torch.flatten(a + b, 1), training=False, inplace=True)
+
+
+def constants_of_python(a, b):
+    return torch.maximum(a, torch.tensor(-1.0)) + torch.minimum(b, torch.tensor(1.0)) + torch.tensor([[0.5]])
+
+
 def masked(a, b):
     a[a < 0] = 0
     return a + b
@@ -67,6 +75,8 @@ UNSHARED = [
     several_in_a_row,
     what_is_returned_is_the_same,
     a_branch_that_is_not_read,
+    dropout_of_a_view,
+    constants_of_python,
     masked,
 ]
 

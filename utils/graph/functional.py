@@ -64,9 +64,11 @@ def functional_form(overload: torch._ops.OpOverload) -> torch._ops.OpOverload | 
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether an operator changes values; detach_, which torch.tensor(...) leaves in a graph, changes none."""
-    overload = isinstance(node.target, torch._ops.OpOverload)
-    return overload and node.target._schema.is_mutable and node.target._schema.name != "aten::detach_"
+    """Whether an operator changes values. detach_, which torch.tensor(...) leaves, and dropout in evaluation change none."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return False
+    name = node.target._schema.name.partition("::")[2]
+    return name != "detach_" and not (name.endswith("dropout_") and node.args[2] is False)
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

@@ -461,6 +461,7 @@ RULES: dict[str, Rule] = {
     ),
     "type_as": _same,
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
+    **dict.fromkeys(("dropout_", "feature_dropout_", "alpha_dropout_", "feature_alpha_dropout_"), _dropout),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("view_as", "reshape_as", "ravel", "_reshape_alias"), _reshape),
     **dict.fromkeys(
