@@ -63,6 +63,11 @@ def constants_of_python(a, b):
     return torch.maximum(a, torch.tensor(-1.0)) + torch.minimum(b, torch.tensor(1.0)) + torch.tensor([[0.5]])
 
 
+def viewed_after_it_is_written(a, b):
+    a.relu_().add_(b)
+    return a.flatten(1) + a[:, :2].repeat(1, 2, 1, 1).flatten(1)
+
+
 def masked(a, b):
     a[a < 0] = 0
     return a + b
@@ -77,6 +82,7 @@ UNSHARED = [
     a_branch_that_is_not_read,
     dropout_of_a_view,
     constants_of_python,
+    viewed_after_it_is_written,
     masked,
 ]
 
@@ -97,6 +103,12 @@ def written_after_a_view(a, b):
     return half * 2
 
 
+def view_of_what_was_written_is_written(a, b):
+    rectified = a.relu_()
+    rectified.flatten(1).add_(1.0)
+    return rectified * b
+
+
 def part_is_written(a, b):
     first, second = a.chunk(2, 1)
     first.add_(second)
@@ -110,7 +122,14 @@ def filled(a, b):
     return result
 
 
-SHARED_MEMORY = [slice_is_written, view_is_written, written_after_a_view, part_is_written, filled]
+SHARED_MEMORY = [
+    slice_is_written,
+    view_is_written,
+    written_after_a_view,
+    view_of_what_was_written_is_written,
+    part_is_written,
+    filled,
+]
 
 
 def writers(graph):

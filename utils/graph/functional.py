@@ -82,7 +82,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def _unshared(node: fx.Node) -> bool:
-    """Whether no view shares memory with what an operator writes to."""
+    """Whether no view shares memory with what an operator writes to, up to the last time that it is written to."""
     written = _written(node)
     if len(written) != 1:
         return False
@@ -91,7 +91,9 @@ def _unshared(node: fx.Node) -> bool:
         others = [user for user in value.users if _writes(user) and value in _written(user)]
         others += _written(value) if _writes(value) else []
         same += [other for other in others if other not in same]
-    readers = {user for value in same for user in value.users}
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    last = max(order[value] for value in same if _writes(value))
+    readers = {user for value in same for user in value.users if order[user] < last}
     return not any(_may_alias(value) for value in (*same, *readers) if not _writes(value))
 
 
