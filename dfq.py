@@ -16,13 +16,27 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, fx, nn
 
 from utils.backends.lowering import lower_to_integers
-from utils.calibration.distillation import describe_fit, statistics_fit
+from utils.calibration.distillation import Distillation, describe_fit, distill, statistics_fit
 from utils.calibration.fidelity import fidelity
 from utils.calibration.moments import Moments, Statistics, Unknown, propagate
 from utils.calibration.observers import layer_means
+from utils.calibration.range_rules import (
+    describe_fitted,
+    describe_guesses,
+    extreme_ranges,
+    fit_ranges,
+    fitted_ranges,
+    guessed_tensors,
+    guesses_replaced,
+    image_extremes,
+    measuring_images,
+    starting_ranges,
+    weight_noise,
+)
 from utils.calibration.ranges import (
     RangeOf,
     analytic_ranges,
@@ -43,7 +57,7 @@ from utils.passes.dead_channels import clear_dead_channels
 from utils.passes.equalization import ScalesOf, cle_scales, equalize
 from utils.passes.exactness import Reference, check_capture, check_unchanged, deviation, outputs_of
 from utils.passes.fold_batchnorm import fold_batchnorm
-from utils.passes.insert_quantizers import insert_quantizers, written_tensors
+from utils.passes.insert_quantizers import averaged_into_output, insert_quantizers, quantized_tensors
 from utils.passes.log import PassLog
 from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_optimal_scales, observe_on_images
 from utils.passes.quantize_bias import quantize_biases
@@ -57,17 +71,22 @@ if TYPE_CHECKING:
     from modeling import Network
 
 
+FEW = Distillation(images=16, steps=20)  # for ranges that nothing else tells of: seconds, for a small network
+
+
 def quantize_data_free(
     model: nn.Module,
     spec: InputSpec,
     recipe: Recipe,
     images: Tensor | None = None,
     captured: fx.GraphModule | None = None,
+    judging: Tensor | None = None,
 ) -> Quantized:
     """Run the recipe's passes on a copy of the network; no data is used.
 
-    images: [N, C, H, W] as utils.calibration.distillation makes them, which recipe.needs_images asks for. captured:
-    capture(model, spec), where it is at hand.
+    images: [N, C, H, W] as utils.calibration.distillation makes them, or the user's own, which recipe.needs_images asks
+    for. captured: capture(model, spec), where it is at hand. judging: other images, on which results are compared with
+    the float network; None: the same.
     A network that cannot be captured, or lacks what a pass needs, is a UserError; so is a pass that
     should be exact and changes the output of a probe batch.
     """
@@ -88,6 +107,13 @@ def quantize_data_free(
     if not statistics:
         _refuse_without_statistics(recipe)
 
+    # Layers in a row that no BatchNorm tells of: their ranges come from images, a few if the recipe asks for none.
+    guesses = guessed_tensors(network, statistics)
+    names = {node.name: guesses[node.name] for node in quantized_tensors(network) if node.name in guesses}
+    if recipe.quantize and names:
+        log.note(describe_guesses(names))
+    few = distill(model, spec, FEW, torch.device("cpu")) if recipe.quantize and names and images is None else None
+
     # ReLU6 -> ReLU, section 5.1.1: changes the function. Without it equalization keeps ReLU6 exact.
     if recipe.relu:
         replace_relu6(network, log)
@@ -100,7 +126,7 @@ def quantize_data_free(
         log.weights["dead channels cleared"] = weight_ranges(network)
 
     # Cross-layer equalization, section 4.1; by distilled images whichever scales come nearest, ours.
-    start = _Start(network, spec, statistics, recipe, images, log, reference)
+    start = _Start(network, spec, statistics, recipe, images, few, judging, log, reference)
     if recipe.distill_equalize:
         return _quantize_nearest(start)
     return _quantize_equalized(start, _cle(statistics) if recipe.equalize else None)
@@ -113,8 +139,14 @@ def quantize(
     recipe: Recipe,
     images: Tensor | None,
     log: PassLog,
+    few: Tensor | None = None,
+    judging: Tensor | None = None,
 ) -> Quantized:
-    """The passes behind equalization: they change what the network computes."""
+    """The passes behind equalization: they change what the network computes.
+
+    few: images for the ranges of tensors that no BatchNorm tells of, where there are no others. judging: images on which
+    the result is compared with the float network; None: those that it was made with.
+    """
     # High-bias absorption, section 4.1.3.
     if recipe.absorption:
         expected = outputs_of(network, spec.probe())
@@ -126,7 +158,7 @@ def quantize(
 
     # Activation ranges from BatchNorm statistics, section 5, or from distilled images.
     moments = propagate(network, spec, statistics)
-    range_of = _activation_ranges(network, spec, moments, recipe, images, log)
+    range_of = _activation_ranges(network, spec, statistics, moments, recipe, few if images is None else images, log)
     simulated = copy.deepcopy(network)
     layers = quantizable_layers(simulated, range_of, log)
     insert_quantizers(simulated, range_of, recipe.bits_activation, log)
@@ -148,7 +180,8 @@ def quantize(
 
     # Biases: to the steps of the int32 accumulator.
     quantize_biases(simulated, recipe.bits_bias, log)
-    near = None if images is None else fidelity(network, simulated, images)
+    judging = images if judging is None else judging
+    near = None if judging is None else fidelity(network, simulated, judging)
     return Quantized(run_in_place(network), run_in_place(simulated), log, near)
 
 
@@ -164,6 +197,8 @@ class _Start:
     statistics: Statistics
     recipe: Recipe
     images: Tensor | None
+    few: Tensor | None
+    judging: Tensor | None
     log: PassLog
     reference: Reference
 
@@ -182,7 +217,7 @@ def _quantize_equalized(
         statistics = equalize(network, statistics, scales_of, log, through_sums, without)
         check_unchanged("equalization", network, start.reference, log)
         log.weights["equalized"] = weight_ranges(network)
-    return quantize(network, start.spec, statistics, start.recipe, start.images, log)
+    return quantize(network, start.spec, statistics, start.recipe, start.images, log, start.few, start.judging)
 
 
 def _quantize_nearest(start: _Start) -> Quantized:
@@ -209,19 +244,39 @@ def _quantize_nearest(start: _Start) -> Quantized:
 def _activation_ranges(
     network: fx.GraphModule,
     spec: InputSpec,
+    statistics: Statistics,
     moments: dict[str, Moments | Unknown],
     recipe: Recipe,
     images: Tensor | None,
     log: PassLog,
 ) -> RangeOf:
-    """What every node's output is taken to lie in; where that is observed, contradictions of BatchNorm are noted."""
+    """What every node's output is taken to lie in: from BatchNorm, and from images where these may be used.
+
+    Without --distill_range images only tell of tensors that no BatchNorm tells of.
+    """
     analytic = analytic_ranges(moments)
-    if not recipe.distill_range:
+    guessed = guessed_tensors(network, statistics)
+    written = quantized_tensors(network)
+    if images is None or not (recipe.distill_range or any(node.name in guessed for node in written)):
         return analytic
-    observed = observed_ranges(network, spec, images, recipe.range_method, recipe.bits_activation)
-    if contradictions := describe_contradictions(written_tensors(network), observed, analytic):
+    if recipe.distill_range and recipe.range_method != "minmax":
+        observed = observed_ranges(network, spec, images, recipe.range_method, recipe.bits_activation)
+    else:
+        extremes = image_extremes(network, images)
+        observed = extreme_ranges(spec, extremes)
+    if contradictions := describe_contradictions(written, observed, analytic):
         log.note(contradictions)
-    return observed
+    if not recipe.distill_range:
+        return guesses_replaced(analytic, observed, guessed)
+    if recipe.range_method != "minmax":
+        return observed
+    grid = recipe.bits_weight, recipe.per_channel, not recipe.asymmetric
+    ranges = starting_ranges(written, analytic, observed, guessed, recipe.relu)
+    some = measuring_images(images, extremes, ranges)
+    last = {node.name for node in written if averaged_into_output(network, node)}
+    fitted = fit_ranges(network, ranges, some, recipe.bits_activation, weight_noise(network, some, *grid), last)
+    log.note(describe_fitted(fitted))
+    return fitted_ranges(fitted, observed)
 
 
 def _refuse_without_statistics(recipe: Recipe) -> None:

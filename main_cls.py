@@ -2,11 +2,13 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import demo
 import dfq
 from modeling import build_model
+from utils.core.networks import scored
 from utils.core.predictions import count_classes
 from utils.experiment import cli
 from utils.experiment.runner import Run, run_rows
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     build = partial(build_model, args.model, args.weights, TASK.name, args.checkpoint_key)
     network, recipes, quantize = dfq.prepared(args, TASK.name, build)
     spec = cli.input_spec(args, network.spec)
+    network = replace(network, model=scored(network.model, spec, TASK.output_dims))
     data = None
     if args.data:
         data = TASK.open_data(args, spec, count_classes(network.model, spec, TASK.class_axis), {})

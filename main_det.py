@@ -2,11 +2,13 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import demo
 import dfq
 from modeling import box_coder, build_model
+from utils.core.networks import scored
 from utils.core.predictions import count_classes
 from utils.experiment import cli
 from utils.experiment.runner import Run, run_rows
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     build = partial(build_model, args.model, args.weights, TASK.name, args.checkpoint_key)
     network, recipes, quantize = dfq.prepared(args, TASK.name, build)
     spec = cli.input_spec(args, network.spec)
+    network = replace(network, model=scored(network.model, spec, TASK.output_dims))
     extras = {"coder": network.extras["coder"] if args.load else vars(box_coder(network.model, spec))}
     data = None
     if args.data:

@@ -61,7 +61,7 @@ def find_state_dicts(content: Any) -> dict[str, Mapping[str, Any]]:
             return
         inner = [key for key in entry if isinstance(entry[key], Mapping)]
         for key in inner if depth < _DEEPEST else ():
-            if re.search("optim|sched|scaler|amp|callback|loops", str(key), re.IGNORECASE) is None:
+            if re.search("optim|sched|scaler|^amp$|callback|^loops$", str(key), re.IGNORECASE) is None:
                 look(entry[key], f"{place}.{key}" if place else str(key), depth + 1)
         if any(isinstance(value, Tensor) and "." in str(key) for key, value in entry.items()) or (
             not inner and any(isinstance(value, Tensor) for value in entry.values())

@@ -10,6 +10,7 @@ from torch import nn
 
 from modeling.checkpoint import fit, read_checkpoint
 from utils.core.errors import UserError
+from utils.core.networks import other_type, plain
 
 
 def build_from_factory(place: str, weights: str | None, key: str | None = None) -> nn.Module:
@@ -17,7 +18,10 @@ def build_from_factory(place: str, weights: str | None, key: str | None = None) 
 
     key: of the state dict in the checkpoint. The working folder is searched too.
     """
-    model = _call(place)
+    made = _call(place)
+    model = plain(made)
+    if kind := other_type(made):
+        print(f"{place}: the network's weights are {kind}; they are taken as float32")
     return fit(model, read_checkpoint(weights, key), weights) if weights else model
 
 

@@ -1,11 +1,8 @@
 """Segmentation networks by name, with their weights and what they take as input."""
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor, nn
 
-from modeling.checkpoint import fit, input_channels, outputs_of, read_checkpoint
+from modeling.checkpoint import fit, outputs_of, read_checkpoint
 from modeling.deeplab import deeplab_for, to_deeplab_layout
 from modeling.factory import build_from_factory, near_matches
 from modeling.torchvision_models import download, official_weights
@@ -48,7 +45,7 @@ def build_segmenter(name: str, weights: str | None, key: str | None = None) -> t
     if kind == "torchvision":
         return _from_torchvision(rest, weights, key)
     if rest:
-        return _as_logits(build_from_factory(name, weights, key).eval(), name), SPEC, weights or name
+        return build_from_factory(name, weights, key), SPEC, weights or name
     raise UserError(
         f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, torchvision:NAME, package.module:factory"
     )
@@ -68,28 +65,3 @@ def _from_torchvision(name: str, weights: str | None, key: str | None) -> tuple[
     classes = outputs_of(tensors, models.get_model(name, **options), 21)
     model = fit(models.get_model(name, num_classes=classes, **options), tensors, weights or official.url)
     return Logits(model).eval(), spec, weights or f"torchvision {official}"
-
-
-def _as_logits(model: nn.Module, place: str) -> nn.Module:
-    """The user's network, checked to return logits of its input's size, alone or in a dict under 'out'."""
-    images = torch.zeros(1, input_channels(model), 128, 192)
-    try:
-        with torch.inference_mode():
-            outputs = model(images)
-    except Exception as error:  # the user's code may raise anything
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{place} fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}"
-        ) from error
-    if isinstance(outputs, Mapping) and "out" in outputs:
-        model, outputs = Logits(model), outputs["out"]
-    if not isinstance(outputs, Tensor):
-        raise UserError(
-            f"{place} returns {type(outputs).__name__}; a segmentation network must return a tensor [N, classes, H, W], or a dict with it under 'out'"
-        )
-    if outputs.dim() != 4 or outputs.shape[2:] != images.shape[2:]:
-        raise UserError(
-            f"{place} returns shape {tuple(outputs.shape)} for images of shape {tuple(images.shape)}; "
-            "a segmentation network must return [N, classes, H, W], as large as the images"
-        )
-    return model

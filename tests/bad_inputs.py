@@ -121,12 +121,12 @@ ROWS: dict[str, list[Row]] = {
         ),
         Row(
             ".ipynb_checkpoints and train/ beside classes",
-            "labels: folder names in alphabetical order (left out, as no class: .ipynb_checkpoints, train): a = 0, b = 1",
+            "labels: folder names in alphabetical order (skipped, as no class: .ipynb_checkpoints, train): a = 0, b = 1",
             classes("a", "b", ".ipynb_checkpoints", "train"),
         ),
         Row(
             "hidden copies in a class folder",
-            "labels: folder names in alphabetical order; 1 file(s) of the class folders are no images or hidden, and left out: a = 0, b = 1",
+            "labels: folder names in alphabetical order; 1 file(s) of the class folders are no images or hidden, and skipped: a = 0, b = 1",
             classes("a", "b", "a/.ipynb_checkpoints"),
         ),
         Row(
@@ -393,7 +393,7 @@ def page() -> str:
     parts = [
         "# Bad and odd inputs, and what happens\n\nMade by `python tests/bad_inputs.py` from the rows that "
         "`tests/test_bad_inputs.py` runs; do not edit. A refusal is one line on standard error and exit code 2. A bad image "
-        'is refused by its name, or counted and skipped with `--skip_bad_images`. "…" stands for text that is left out.\n\n'
+        'is refused by its name, or counted and skipped with `--skip_bad_images`. "…" stands for text that is dropped here.\n\n'
         "What is fixed: transparent pixels are laid over black where the network takes no alpha; an EXIF rotation is ignored, "
         "as torchvision does; 16-bit and float pixels are scaled to 8 bits; images are scaled to cover the input and cropped. "
         "Boxes are matched without the +1 of VOC's development kit; `--pixel_inclusive` matches as the kit does."

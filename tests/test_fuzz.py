@@ -202,8 +202,7 @@ def check(kind: Kind, seeds: range, folder: Path) -> None:
 
 
 # Until serialization.load() reads with read_plain(), which compares checksums, damage passes for a network.
-_LATER = pytest.mark.xfail(reason="serialization.load() does not read with read_plain() yet", strict=True)
-PARAMETERS = [pytest.param(name, marks=_LATER if name == "saved network" else ()) for name in KINDS]
+PARAMETERS = list(KINDS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -1,5 +1,8 @@
 """Distilled images: their statistics, their cache, and what the passes make of them."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import SPEC, Branches, Residual, chain, randomise, settle
@@ -10,7 +13,9 @@ from utils.calibration import distillation as distill
 from utils.calibration.distillation import (
     ChannelMoments,
     Distillation,
+    class_targets,
     distilled,
+    evidence_loss,
     natural_noise,
     squared_errors,
     statistics_fit,
@@ -131,3 +136,41 @@ def test_a_recipe_says_what_it_distills():
     assert str(recipe) == "+LE+DBC +DR" and recipe.needs_images
     other = Recipe(quantize=True, equalize=True, distill_equalize=True, distill_range=True, range_method="mse")
     assert str(other) == "+DLE +DR_mse"
+
+
+# ---- classes
+
+
+def test_evidence_is_the_nats_that_are_missing():
+    logits = torch.tensor([[2.0, 0, 0], [0, 0, 0]])
+    wanted, margin = torch.tensor([0, 1]), torch.tensor([5.0, 0])
+    shown = 2 - math.log(2)  # over the logsumexp of two zeros
+    missing = math.log1p(5 - shown), math.log1p(math.log(2))
+    assert float(evidence_loss(logits, wanted, margin)) == pytest.approx(sum(missing) / 2)
+    assert float(evidence_loss(logits, torch.tensor([0, -1]), margin)) == pytest.approx(missing[0])
+    assert float(
+        evidence_loss(logits[:, :, None, None], wanted[:, None, None], margin[:, None, None])
+    ) == pytest.approx(sum(missing) / 2)
+
+
+@pytest.mark.parametrize("shape", [(200, 5), (2, 5, 9, 8), (2, 400, 5)])
+def test_targets_are_classes_and_margins_of_every_answer(shape):
+    logits = torch.randn(shape)
+    wanted, margin = class_targets(logits, 10.0, torch.Generator().manual_seed(0))
+    answers = logits.argmax(-1 if len(shape) == 3 else 1).shape
+    assert wanted.shape == margin.shape == answers
+    assert 0 <= float(margin.min()) < 3 and 7 < float(margin.max()) <= 10
+    assert int(wanted.max()) <= 4
+    if len(shape) == 4:  # regions of one class, of which an image has 16
+        assert len(torch.unique(margin[0])) == 16
+    if len(shape) == 3:  # most priors show nothing in particular
+        assert 0.85 < float((wanted < 0).float().mean()) < 0.99
+
+
+def test_images_with_evidence_reach_further_at_the_output():
+    model, reached = settle(randomise(chain())), []
+    model[3].linear.weight.mul_(20)  # sure of what it sees, as trained ones are
+    for evidence in (0.0, 0.5):
+        images = distill.distill(model, SPEC, replace(FEW, evidence=evidence), CPU)
+        reached.append(float(model(images).softmax(1).amax(1).mean()))
+    assert reached[1] > reached[0] + 0.05

@@ -12,9 +12,10 @@ from utils.graph.nodes import module_of
 from utils.quantization.quantizer import Quantizer
 
 
-def test_quantizers_take_the_observed_ranges():
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+def test_quantizers_take_the_observed_ranges(method):
     (settled, graph), images = made(chain, randomise, settle), SPEC.probe(8, seed=1)
-    recipe = Recipe(quantize=True, distill_range=True)
+    recipe = Recipe(quantize=True, distill_range=True, range_method=method)
     quantized = quantize_data_free(settled, SPEC, recipe, images, graph)
     observed = histograms(quantized.float, images)
     ranges = {}
@@ -28,8 +29,8 @@ def test_quantizers_take_the_observed_ranges():
     assert ranges.pop("images") == pytest.approx(SPEC.range(), rel=0.02)
     assert len(ranges) == 4
     for name, (low, high) in ranges.items():
-        source = observed[name]
-        assert (low, high) == pytest.approx((min(source.low, 0), source.high), rel=0.02, abs=1e-6)
+        least, most = observed[name].range(method, 8)
+        assert (low, high) == pytest.approx((min(least, 0), most), rel=0.02, abs=1e-6)
 
 
 def test_ranges_from_batchnorm_are_so_many_deviations():

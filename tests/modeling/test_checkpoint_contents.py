@@ -235,7 +235,7 @@ PLAIN = ["state_dict", "model", "model_state", "model_state_dict", "net", "netwo
 AVERAGED = ["ema", "model_ema", "state_dict_ema", "ema_state_dict", "teacher"]
 
 
-@pytest.mark.parametrize("key", [*PLAIN, *AVERAGED, "student", "my_own_name"])
+@pytest.mark.parametrize("key", [*PLAIN, *AVERAGED, "student", "my_own_name", "sample_net"])
 def test_state_dicts_are_found_under_the_usual_keys(key, tmp_path, capsys):
     optimizer = {"state": {0: {"exp_avg": torch.ones(6)}}, "param_groups": []}
     assert same(read_checkpoint(saved(tmp_path, {"epoch": 3, key: TENSORS, "optimizer": optimizer})))

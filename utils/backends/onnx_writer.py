@@ -1,8 +1,9 @@
 """The simulated network as an ONNX model: the same graph, node by node, with integers where they belong.
 
 Standard operators only. A quantizer becomes QuantizeLinear and DequantizeLinear (QDQ) with its scale and zero
-point, uint8; weights are int8 initialisers and biases int32 ones, on the grid of weight scale times input
-scale, each behind a DequantizeLinear. From this form engines make integer kernels by themselves.
+point, uint8; weights are uint8 initialisers and biases int32 ones, on the grid of weight scale times input
+scale, each behind a DequantizeLinear. From this form engines make integer kernels by themselves. Weights are unsigned
+because x86 processors without VNNI add products of uint8 and int8 in 16 bits, which saturate.
 Tensors have the names of the graph's nodes, nodes those of the layers. Sizes are those of one image;
 only the batch is dynamic. An operator that the table lacks is written by torch.onnx.
 """
@@ -57,7 +58,9 @@ def onnx_model(
         writer.write_all()
     batch = simulated.meta.get("batch") or "N"
     image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *spec.shape()[1:]])
-    graph = helper.make_graph(writer.nodes, "dfq", [image], writer.outputs, writer.initializers)
+    read = {name for node in writer.nodes for name in node.input}
+    constants = [tensor for tensor in writer.initializers if tensor.name in read]
+    graph = helper.make_graph(writer.nodes, "dfq", [image], writer.outputs, constants)
     opsets = [helper.make_opsetid("", writer.opset)]
     version = IR_VERSIONS.get(writer.opset, max(IR_VERSIONS.values()))
     model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="dfq")
@@ -176,7 +179,7 @@ class _Writer:
         scale, zero = (
             part.reshape(along if qparams.per_channel else []).double() for part in (qparams.scale, qparams.zero_point)
         )
-        shift = 128 if qparams.quant_min == 0 else 0  # unsigned integers as int8
+        shift = -128 if kind == torch.uint8 and qparams.quant_min < 0 else 0  # signed integers as uint8
         steps = (values.double() / scale).round() + zero - shift
         integers = self.constant(f"{name}_{str(kind).removeprefix('torch.')}", steps.to(kind))
         zero_point = self.constant(f"{name}_zero_point", (qparams.zero_point - shift).to(kind))
@@ -256,7 +259,7 @@ def _parameters(w: _Writer, node: fx.Node, layer: nn.Module, axis: int = 0) -> l
     if biases is not None:
         _check_bits(biases, 32, f"the bias of layer {node.target!r}")
     return [
-        w.parameter(f"{node.name}_weight", layer.weight, weights, torch.int8, axis),
+        w.parameter(f"{node.name}_weight", layer.weight, weights, torch.uint8, axis),
         w.parameter(f"{node.name}_bias", layer.bias, biases, torch.int32),
     ]
 

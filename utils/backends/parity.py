@@ -168,8 +168,8 @@ class _Alone(fx.Interpreter):
     def _compare(self, node: fx.Node, quantizer: Quantizer) -> Tensor:
         """The engine's output of a quantizer, held against what the simulation makes of the engine's input."""
         source = node.args[0]
-        top = quantizer.highest if quantizer.cap is None else per_channel(quantizer.cap, self.env[source].dim())
-        exact = (self.env[source].double() / quantizer.scale).clamp(min=quantizer.lowest)  # a copy, to be kept:
+        top = quantizer.step_max if quantizer.cap is None else per_channel(quantizer.cap, self.env[source].dim())
+        exact = (self.env[source].double() / quantizer.scale).clamp(min=quantizer.step_min)  # a copy, to be kept:
         expected = (super().run_node(node) / quantizer.scale).round()  # this may overwrite its input
         found = self.tensors[integers_of(node)].float() - quantizer.zero_point
         slack = max(TIE, self.reach.get(source, 0) * torch.finfo(torch.float32).eps / quantizer.scale)

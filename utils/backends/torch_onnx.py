@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def exported_by_torch(
             )
         graph = _inlined(program.model_proto)
     except Exception as error:  # whatever the exporter raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = re.sub(r"\x1b\[\d*m", "", (str(error).strip().splitlines() or [type(error).__name__])[0])
         raise UserError(
             f"{what} cannot be exported: neither this project nor torch.onnx has a form for it ({reason[:160]}); "
             "run without --export and --engine onnxruntime, or write that part of the network with other operators"

@@ -2,7 +2,9 @@
 
 ZeroQ (Cai et al., CVPR 2020, arXiv 2001.00281): optimise pixels until what every BatchNorm reads has the
 mean and deviation that it remembers of the training data. Here they start as noise with the spectrum and
-the colours of photographs, stay within what a pixel can be, and come out as whole pixel values.
+the colours of photographs, stay within what a pixel can be, and come out as whole pixel values. Statistics alone show
+no object, and leave late layers far from what they reach on photographs: so every image also shows classes,
+as DeepInversion's do (Yin et al., CVPR 2020, arXiv 1912.08795), each more or less clearly.
 """
 
 import hashlib
@@ -25,6 +27,8 @@ from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
 from utils.graph.capture import capture
 
+REGIONS = 4  # along a side of a map of logits, each of one class
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -33,6 +37,8 @@ class Distillation:
     rate: Adam's first step in normalised pixels, which falls to zero along a cosine.
     The others are what benchmarks/distillation.py compares. start: "natural" or "white" noise.
     robust: count a layer's error by its logarithm. jitter: shift and mirror the images anew at every step.
+    evidence: weight of the classes that images are to show, beside the statistics. margin: how sure of its class the
+    network should be of the image that shows it most clearly, in nats; of the others evenly less.
     """
 
     images: int = 64
@@ -43,6 +49,8 @@ class Distillation:
     start: str = "natural"
     robust: bool = True
     jitter: bool = False
+    evidence: float = 0.05
+    margin: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -164,9 +172,14 @@ def _batch(
     optimizer = torch.optim.Adam([images], lr=settings.rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     best, lowest = images.detach().clone(), math.inf
+    target = None
     for _ in range(settings.steps):
         seen = _jittered(images, generator) if settings.jitter else images
-        loss = statistics_loss(network, spec, seen, settings.robust)
+        errors, logits = _run(network, spec, seen)
+        loss = statistics_loss(errors, settings.robust)
+        if settings.evidence and _tells_classes(logits):
+            target = target or class_targets(logits, settings.margin, generator)
+            loss = loss + settings.evidence * evidence_loss(logits, *target)
         value = float(loss.detach())
         if not math.isfinite(value):
             tqdm.write(
@@ -186,22 +199,63 @@ def _batch(
     return best.cpu()
 
 
-def statistics_loss(network: fx.GraphModule, spec: InputSpec, images: Tensor, robust: bool = True) -> Tensor:
+def statistics_loss(errors: dict[str, tuple[Tensor, Tensor]], robust: bool = True) -> Tensor:
     """Mean error over layers, each layer's in units of its variance, so that all count the same.
 
-    robust: as log(1 + error), which leaves small errors as they are, and keeps a layer whose statistics no image
-    can meet, as after fine-tuning with frozen BatchNorm, from deciding what the images become.
+    errors: by layer, the squared errors of its channels' means and deviations. robust: as log(1 + error), which leaves
+    small errors as they are, and keeps a layer whose statistics no image can meet, as after fine-tuning with frozen
+    BatchNorm, from deciding what the images become.
     """
-    errors = torch.stack(
-        [mean.mean() + deviation.mean() for mean, deviation in _all_errors(network, spec, images).values()]
-    )
-    return (errors.log1p() if robust else errors).mean()
+    layers = torch.stack([mean.mean() + deviation.mean() for mean, deviation in errors.values()])
+    return (layers.log1p() if robust else layers).mean()
+
+
+def class_targets(logits: Tensor, margin: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """For every answer of the network a random class, and how sure of it the network should be, in nats.
+
+    logits: as evidence_loss takes them; an image's answer, or those of a detector's 16th of priors, have one class
+    each, and a map's have one in each of 4 x 4 regions. Returns both without the axis of classes. Margins are uniform
+    from 0, as photographs are of every clearness. A class of -1 asks for nothing.
+    """
+    axis = _class_axis(logits)
+    shape = [size for i, size in enumerate(logits.shape) if i != axis]
+    regions = [shape[0], *(min(REGIONS, side) for side in shape[1:])] if logits.dim() > 3 else shape
+    wanted = torch.randint(logits.shape[axis], regions, generator=generator)
+    wanted_margin = margin * torch.rand(regions, generator=generator)
+    if logits.dim() == 3:
+        wanted[torch.rand(regions, generator=generator) > 1 / REGIONS**2] = -1
+    for i, side in enumerate(shape[1:], start=1):
+        place = torch.arange(side) * regions[i] // side
+        wanted, wanted_margin = (t.index_select(i, place) for t in (wanted, wanted_margin))
+    return wanted.to(logits.device), wanted_margin.to(logits.device)
+
+
+def evidence_loss(logits: Tensor, wanted: Tensor, margin: Tensor) -> Tensor:
+    """How far the logits are from showing the wanted classes: mean log(1 + nats that are missing).
+
+    logits: [N, C] of images, [N, C, H, W] of pixels or [N, P, C] of a detector's priors. wanted, margin: the same without
+    C, as class_targets gives them. An answer's margin is its logit over the logsumexp of the others.
+    """
+    axis = _class_axis(logits)
+    place = wanted.clamp_min(0).unsqueeze(axis)
+    others = logits.scatter(axis, place, -torch.inf).logsumexp(axis)
+    missing = (margin - (logits.gather(axis, place).squeeze(axis) - others)).clamp_min(0).log1p()
+    return (missing * (wanted >= 0)).sum() / (wanted >= 0).sum().clamp_min(1)
+
+
+def _tells_classes(output: Tensor) -> bool:
+    """Whether an output can be logits of several classes."""
+    return output.dim() in (2, 3, 4) and output.shape[_class_axis(output)] > 1
+
+
+def _class_axis(logits: Tensor) -> int:
+    return 2 if logits.dim() == 3 else 1
 
 
 @torch.no_grad()
 def statistics_fit(model: nn.Module, spec: InputSpec, images: Tensor) -> dict[str, Fit]:
     """How well every BatchNorm's statistics are met on the images, the network's input first."""
-    errors = _all_errors(capture(model, spec), spec, images)
+    errors, _ = _run(capture(model, spec), spec, images)
     return {name: Fit(*(float(error.mean().sqrt()) for error in pair)) for name, pair in errors.items()}
 
 
@@ -212,12 +266,13 @@ def describe_fit(fit: dict[str, Fit], images: int) -> str:
     return f"{images} distilled images meet the statistics within {overall:.2g} deviations (worst: {fit[worst].total:.2g} at {worst})"
 
 
-def _all_errors(network: fx.GraphModule, spec: InputSpec, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _run(network: fx.GraphModule, spec: InputSpec, images: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """Squared errors of every BatchNorm's statistics on the images, the network's input first; and the first output."""
     mean, variance = (moment.to(images.device) for moment in spec.prior())
     errors = {"input": squared_errors(images, mean, variance, 0.0)}
     with _listening(network, errors):
-        network(images)
-    return errors
+        outputs = network(images)
+    return errors, outputs[0] if isinstance(outputs, tuple | list) else outputs
 
 
 @contextmanager

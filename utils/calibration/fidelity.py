@@ -1,6 +1,6 @@
 """How near a quantized network is to its float one, on images without labels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -8,6 +8,9 @@ from torch import Tensor, fx
 from utils.calibration.observers import BATCH, Observer
 from utils.graph.layers import WEIGHTED
 from utils.graph.nodes import module_of
+from utils.quantization.quantizer import Quantizer
+
+LEAST_SATURATION = 0.01  # percent of a tensor's values, below which a report does not name it
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,13 @@ class Fidelity:
     """How near a quantized network is to its float one, on images without labels.
 
     output: signal-to-quantization-noise ratio of the network's outputs, in dB. layers: that ratio of each layer's output.
+    saturation: percent of each quantized tensor's float values that lie beyond its range, and are cut to it: decibels
+    hide how many they are.
     """
 
     output: float
     layers: dict[str, float]
+    saturation: dict[str, float] = field(default_factory=dict)
 
     def report(self, images: int, verbose: bool, count: int = 3) -> str:
         """A few lines: of how many images, the layers that lose most; or all layers."""
@@ -27,9 +33,19 @@ class Fidelity:
             f"  on {images} distilled images: output {self.output:.1f} dB over its quantization noise",
             "  noisiest layers: " + ", ".join(f"{name} {value:.1f} dB" for name, value in worst[:count]),
         ]
+        if cut := sorted(
+            (name for name in self.saturation if self.saturation[name] >= LEAST_SATURATION), key=self._clipped
+        ):
+            most = ", ".join(f"{name} {self.saturation[name]:.2g} %" for name in cut[:count])
+            lines.append(
+                f"  values beyond their range, and cut, at {len(cut)} of {len(self.saturation)} tensors: {most}"
+            )
         if verbose:
             lines += [f"  {value:6.1f} dB  {name}" for name, value in self.layers.items()]
         return "\n".join(lines)
+
+    def _clipped(self, name: str) -> float:
+        return -self.saturation[name]
 
 
 class _Ratio:
@@ -51,8 +67,14 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
     layers: dict[str, _Ratio] = {}
     output = _Ratio()
     kept: dict[str, Tensor] = {}
+    ranges = _quantized_ranges(reference, quantized)
+    beyond: dict[str, list[int]] = {name: [0, 0] for name in ranges}  # values that are cut, of how many
 
     def keep(node: fx.Node, value: Tensor) -> None:
+        if node.name in ranges:
+            low, high = ranges[node.name]
+            beyond[node.name][0] += int(((value < low) | (value > high)).sum())
+            beyond[node.name][1] += value.numel()
         if isinstance(module_of(reference, node), WEIGHTED):
             kept[node.target] = value.clone()
 
@@ -67,7 +89,21 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
             )
             for before, after in zip(expected, found, strict=True):
                 output.add(before, after)
-    return Fidelity(output.decibels(), {name: ratio.decibels() for name, ratio in layers.items()})
+    saturation = {name: 100 * cut / count for name, (cut, count) in beyond.items() if count}
+    return Fidelity(output.decibels(), {name: ratio.decibels() for name, ratio in layers.items()}, saturation)
+
+
+def _quantized_ranges(reference: fx.GraphModule, quantized: fx.GraphModule) -> dict[str, tuple[float, float]]:
+    """Between which values every quantizer rounds without cutting, by the float network's node that it stands for."""
+    there, ranges = {node.name for node in reference.graph.nodes}, {}
+    for node in quantized.graph.nodes:
+        quantizer = module_of(quantized, node)
+        if isinstance(quantizer, Quantizer):
+            name = node.name if node.name in there else node.args[0].name  # in the place of its activation, or behind
+            ranges[name] = tuple(
+                quantizer.scale * step for step in (quantizer.step_min - 0.5, quantizer.step_max + 0.5)
+            )
+    return ranges
 
 
 def _outputs(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

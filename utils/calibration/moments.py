@@ -199,11 +199,19 @@ def _clipped(clip: Clip, x: Moments) -> Moments:
     return Moments(mean, variance, bounds.low, bounds.high)
 
 
-def _mapped(function: nn.Module, x: Moments) -> Moments:
-    mean, variance = _moments_of(x, lambda m, v: mapped_gaussian(m, v, function))
+def _mapped(function: nn.Module, x: Moments) -> Moments | None:
+    """A Gaussian's tails reach further than values do: points stay within the bounds, where roots and logarithms end."""
+
+    def moments(mean: Tensor, variance: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return mapped_gaussian(mean, variance, lambda t: function(torch.minimum(torch.maximum(t, low), high)))
+
+    parts = torch.broadcast_tensors(*(_compact(t) for t in (x.mean, x.variance, x.low, x.high)))
+    mean, variance = (t.expand_as(x.mean) for t in moments(*parts))
     low, high = torch.broadcast_tensors(_compact(x.low), _compact(x.high))
     grid = torch.stack([function(low + share * (high - low)) for share in torch.linspace(0, 1, 65)])
     low, high = (extreme(grid, dim=0).expand_as(x.mean) for extreme in (torch.amin, torch.amax))
+    if not all(bool(t.isfinite().all()) for t in (_compact(mean), _compact(variance), _compact(low), _compact(high))):
+        return None
     return Moments(mean, variance, low, high)
 
 

@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.core.networks import Scored, plain
 from utils.graph.activations import find_activations, is_elementwise
 from utils.graph.functional import functionalize, inline_contexts
 from utils.graph.nodes import first_line, propagate_shapes, tidy
@@ -32,20 +33,21 @@ def capture(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
     """A copy of the network as a graph in canonical form; the network itself is left as it is. Of a captured one, a copy.
 
     The shapes of one image's activations are at every node, as nodes.shape() gives them. meta["batch"] is the batch size
-    that the network fixes, None where any will do. A network that fails on its input, or whose control flow depends on its
+    that the network fixes, None where any will do; meta["outputs"] are the outputs' names, None where they have none. A network that fails on its input, or whose control flow depends on its
     values, is a UserError that says where.
     """
     if isinstance(model, fx.GraphModule) and "batch" in getattr(model, "meta", {}):
         return copy.deepcopy(model)  # it is one already
     model = _OfImages(plain(model))
+    depth = 1 + isinstance(model.network, Scored)
     with _quiet(), torch.no_grad():
         program, batch = _exported(model, spec)
         inline_contexts(program)
         if any(_needs_decomposition(node) for node in program.graph.nodes):
             program = program.run_decompositions({})
-        captured = translate(functionalize(program), RULES)
+        captured = translate(functionalize(program), RULES, "network." * depth)
     find_activations(captured)
-    captured.meta = {"batch": batch}
+    captured.meta = {"batch": batch, "outputs": model.network.names if depth > 1 else None}
     for node in captured.graph.nodes:
         for key in ("exported", "origin", "val"):
             node.meta.pop(key, None)
@@ -75,32 +77,6 @@ class _OfImages(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.network(images)
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """A copy of the network in float32 and evaluation mode, without what wraps it for training or speed.
-
-    A scripted network, or one that cannot be copied, is a UserError.
-    """
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError(
-            "the network is a scripted or traced TorchScript module; pass the nn.Module that it was made from"
-        )
-    try:
-        copied = copy.deepcopy(model, _computed(model))
-    except Exception as error:  # whatever the network's own parts raise
-        raise UserError(f"the network cannot be copied: {first_line(error)}") from error
-    for module in copied.modules():
-        module.training = False
-    return copied.float().requires_grad_(False)
-
-
-def _computed(model: nn.Module) -> dict[int, Tensor]:
-    """Copies of the tensors that a network has computed and keeps, as pruning and weight_norm do; by identity, for deepcopy."""
-    kept = (value for module in model.modules() for value in vars(module).values())
-    return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
 
 
 def _exported(model: nn.Module, spec: InputSpec) -> tuple[ExportedProgram, int | None]:

@@ -116,6 +116,10 @@ def average_pool(
     if divisor is not None or len(kernel) != len(shape(x)) - 2:
         return None
     padding = padding or [0] * len(kernel)
+    if ceil_mode and len(kernel) == 2 and _overhangs(shape(x)[2:], shape(node)[2:], kernel, stride or kernel, padding):
+        sides = zip(shape(x)[2:], kernel, stride or kernel, padding, strict=True)
+        matrices = [F.avg_pool1d(torch.eye(n), k, s, p, True, include).T for n, k, s, p in sides]
+        return _by_matrices(w, node, x, *matrices)
     options = {"kernel_shape": kernel, "strides": stride or kernel, "pads": [*padding, *padding]}
     return w.add(
         "AveragePool", [w.name(x)], node.name, ceil_mode=int(ceil_mode), count_include_pad=int(include), **options
@@ -137,7 +141,18 @@ def reduce_max(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: 
 def adaptive_average(w: Any, node: fx.Node, x: fx.Node, output: Any) -> str:
     """Windows of several sizes, which may overlap, as products with two matrices."""
     before, after = shape(x)[2:], shape(node)[2:]
-    rows, columns = (F.adaptive_avg_pool1d(torch.eye(size), parts).T for size, parts in zip(before, after, strict=True))
+    matrices = (F.adaptive_avg_pool1d(torch.eye(size), parts).T for size, parts in zip(before, after, strict=True))
+    return _by_matrices(w, node, x, *matrices)
+
+
+def _overhangs(before: Sequence[int], after: Sequence[int], kernel, stride, padding) -> bool:
+    """Whether a last window reaches beyond the padded border, where engines divide by another count than torch."""
+    sides = zip(before, after, kernel, stride, padding, strict=True)
+    return any((out - 1) * s + k > n + 2 * p for n, out, k, s, p in sides)
+
+
+def _by_matrices(w: Any, node: fx.Node, x: fx.Node, rows: Tensor, columns: Tensor) -> str:
+    """Averages along both spatial axes. rows, columns: [outputs, inputs]."""
     wide = w.add("MatMul", [w.name(x), w.constant(f"{node.name}_columns", columns.T)], f"{node.name}_wide")
     return w.add("MatMul", [w.constant(f"{node.name}_rows", rows), wide], node.name)
 

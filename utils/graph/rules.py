@@ -155,6 +155,26 @@ def _slice(t: Translator, node: fx.Node, x, dim=0, start=None, end=None, step=1)
     return t.slice(x, axis, *slice(start, end, step).indices(size[axis]))
 
 
+def _slice_scatter(t: Translator, node: fx.Node, x, source, dim=0, start=None, end=None, step=1) -> Any:
+    """A slice written in place: what is before it, the new values, what is behind it."""
+    axis, size = dim % len(size_of(x)), size_of(x)
+    if not is_constant((start, end)) or step != 1 or not isinstance(x, fx.Node):
+        return None
+    if size_of(source)[axis] == size[axis]:
+        return source
+    if isinstance(size[axis], torch.SymInt):
+        return None
+    start, end, _ = slice(start, end).indices(size[axis])
+    parts = [t.slice(x, axis, 0, start)] if start else []
+    parts += [source] + ([t.slice(x, axis, end, size[axis])] if end < size[axis] else [])
+    return _joined(t, parts, axis)
+
+
+def _copy(t: Translator, node: fx.Node, x, source, *_) -> Any:
+    """What is copied over a tensor takes its place."""
+    return source if isinstance(source, fx.Node) and size_of(source) == t.size() else None
+
+
 def _narrow(t: Translator, node: fx.Node, x, dim, start, length) -> Any:
     return _slice(t, node, x, dim, start, start + length) if is_constant((start, length)) else None
 
@@ -377,12 +397,22 @@ def _maximum(dims: int) -> Rule:
 def _adaptive_maximum(dims: int) -> Rule:
     def rule(t: Translator, node: fx.Node, x, output) -> Any:
         size = tuple(node.meta["val"][0].shape)
-        if set(size[-dims:]) == {1} and not _reads_second(node):
-            axes = list(range(len(size) - dims, len(size)))
-            return t.emit(aten.amax.default, (x, axes, True), size=size), None
-        return _items(t, node, (x, output))
+        if _reads_second(node):
+            return _items(t, node, (x, output))
+        for axis in range(len(size) - dims, len(size)):
+            x = _windowed_maximum(t, x, axis, size[axis])
+        return x, None
 
     return rule
+
+
+def _windowed_maximum(t: Translator, x: fx.Node, axis: int, count: int) -> fx.Node:
+    """The maxima of so many windows along an axis, as adaptive pooling lays them."""
+    side = size_of(x)[axis]
+    thin = tuple(1 if i == axis else own for i, own in enumerate(size_of(x)))
+    windows = [t.slice(x, axis, i * side // count, -(-(i + 1) * side // count)) for i in range(count)]
+    maxima = [t.emit(aten.amax.default, (window, [axis], True), size=thin) for window in windows]
+    return maxima[0] if count == 1 else _joined(t, maxima, axis)
 
 
 def _max_dim(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
@@ -469,6 +499,8 @@ RULES: dict[str, Rule] = {
     ),
     "slice": _slice,
     "narrow": _narrow,
+    "slice_scatter": _slice_scatter,
+    "copy": _copy,
     "select": _select,
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "unbind", "tensor_split"), _parts),
     **dict.fromkeys(("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"), _parts),

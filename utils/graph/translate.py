@@ -16,7 +16,6 @@ from torch.export.graph_signature import InputKind
 from utils.core.errors import UserError
 from utils.graph.nodes import free_name
 
-_WRAPPER = "network."  # where capture() has put the user's network
 _TRANSPOSES = {
     torch.ops.aten.t.default,
     torch.ops.aten.numpy_T.default,
@@ -26,9 +25,12 @@ _TRANSPOSES = {
 Size = tuple[int | torch.SymInt, ...]  # of a value; symbolic where it depends on the batch
 
 
-def translate(program: ExportedProgram, rules: dict[str, Any]) -> fx.GraphModule:
-    """The program's graph in canonical form, with layers as modules; rules: by the operator's name."""
-    translator = Translator(program, rules)
+def translate(program: ExportedProgram, rules: dict[str, Any], wrapper: str = "") -> fx.GraphModule:
+    """The program's graph in canonical form, with layers as modules.
+
+    rules: by the operator's name. wrapper: what stands before the names of the user's own modules.
+    """
+    translator = Translator(program, rules, wrapper)
     for node in program.graph.nodes:
         translator.visit(node)
     model = fx.GraphModule(translator.root, translator.graph)
@@ -54,8 +56,8 @@ class Translator:
     values: by exported node, what it became: a node, a constant, or a tuple of these.
     """
 
-    def __init__(self, program: ExportedProgram, rules: dict[str, Any]):
-        self.graph, self.root, self.rules = fx.Graph(), nn.Module(), rules
+    def __init__(self, program: ExportedProgram, rules: dict[str, Any], wrapper: str):
+        self.graph, self.root, self.rules, self.wrapper = fx.Graph(), nn.Module(), rules, wrapper
         self.values: dict[fx.Node, Any] = {}
         self.origins: dict[int, fx.Node] = {}  # of constant tensors, by identity
         self.fqns: dict[int, str] = {}  # of parameters and buffers, by identity
@@ -80,7 +82,7 @@ class Translator:
         if node.name in self.tensors:
             fqn, tensor = self.tensors[node.name]
             self.origins[id(tensor)] = node
-            self.fqns[id(tensor)] = fqn.removeprefix(_WRAPPER)
+            self.fqns[id(tensor)] = fqn.removeprefix(self.wrapper)
             return tensor
         if not isinstance(node.meta.get("val"), Tensor):
             return node.meta.get("val")  # a keyword's default
@@ -159,8 +161,27 @@ class Translator:
         size = list(size_of(source))
         if (start, stop, step) == (0, size[axis], 1):
             return source
+        if step == 1 and _is_call(source, torch.ops.aten.cat.default) and source.args[1] == axis:
+            parts = self._parts_between(source, axis, start, stop)
+            if parts:
+                size[axis] = stop - start
+                return parts[0] if len(parts) == 1 else self.emit(torch.ops.aten.cat.default, (parts, axis), size=size)
         size[axis] = len(range(start, stop, step))
         return self.emit(torch.ops.aten.slice.Tensor, (source, axis, start, stop, step), size=size)
+
+    def _parts_between(self, concat: fx.Node, axis: int, start: int, stop: int) -> list[fx.Node]:
+        """The whole parts of a concat that a slice of it consists of; none where it cuts one."""
+        parts, place = [], 0
+        for part in concat.args[0]:
+            side = size_of(part)[axis]
+            if isinstance(side, torch.SymInt):
+                return []
+            if start < place + side and place < stop:
+                if place < start or place + side > stop:
+                    return []
+                parts.append(part)
+            place += side
+        return parts
 
     def size(self) -> Size:
         """Of the value that is being written."""
@@ -170,7 +191,7 @@ class Translator:
         """The user's module in which the current node stands, '' for the network's own forward."""
         stack = self.current.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
-        return f"{path}.".removeprefix(_WRAPPER).removesuffix(".")
+        return f"{path}.".removeprefix(self.wrapper).removesuffix(".")
 
     def layer_name(self, weight: Tensor) -> str:
         """What users call a layer: where its weight is, transposed or not, or the module that runs it."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -26,10 +27,9 @@ class Reference:
 
 
 def outputs_of(model: nn.Module, probe: Tensor) -> list[Tensor]:
-    """The network's outputs on the probe, one or several."""
+    """The tensors that the network returns on the probe, in whatever structure."""
     with torch.no_grad():
-        result = model(probe)
-    return list(result) if isinstance(result, tuple | list) else [result]
+        return [leaf for leaf in tree_leaves(model(probe)) if isinstance(leaf, Tensor)]
 
 
 def deviation(expected: list[Tensor], model: nn.Module, probe: Tensor) -> float:

@@ -1,11 +1,11 @@
 """Activation quantizers: one wherever an integer engine writes a tensor."""
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from utils.calibration.moments import Unknown
 from utils.calibration.ranges import RangeOf
-from utils.graph.layers import Clip
+from utils.graph.layers import WEIGHTED, Clip
 from utils.graph.nodes import insert_module, is_tensor, module_of, shape, tidy
 from utils.graph.ops import keeps_grid, operator_of
 from utils.passes.log import PassLog
@@ -21,8 +21,8 @@ def insert_quantizers(model: fx.GraphModule, range_of: RangeOf, bits: int, log: 
 
     That is: the network's input, a layer's output behind its ReLU or ReLU6, sums, products and other
     functions, average pooling and interpolation. What only moves values keeps its input's parameters. The
-    inputs of a concat share theirs if nothing else reads them; otherwise its output is quantized. The
-    network's output is left as it is where that costs an engine nothing: linear layers, interpolation.
+    inputs of a concat share theirs if nothing else reads them; otherwise its output is quantized. What the network
+    hands out is left as it is, whatever made it: a range would cut it, and 256 steps would make classes tie.
     """
     for node, (low, high) in _tensor_ranges(model, range_of, log).items():
         qparams = affine_qparams(torch.tensor(low), torch.tensor(high), bits)
@@ -52,7 +52,10 @@ def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> di
         else:
             ranges[node] = known
     for node in model.graph.nodes:
-        if is_concat(node) and node.users and not isinstance(together := range_of(node), Unknown):
+        if is_concat(node) and node.users and not handed_out(node):
+            together = range_of(node)
+            if isinstance(together, Unknown):
+                continue
             sources = {source for part in node.args[0] for source in value_sources(part)}
             if all(source in ranges and _feeds_only(source, node) for source in sources):
                 ranges.update(dict.fromkeys(sources, together))
@@ -62,11 +65,59 @@ def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> di
 
 
 def written_tensors(model: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose output an integer engine writes with parameters of its own; concats aside."""
-    return [node for node in model.graph.nodes if _is_written(model, node)]
+    """The nodes whose output an integer engine writes with parameters of its own; concats aside.
+
+    Those that an integer kernel writes, or reads. Between functions that engines compute in float anyway, an
+    activation and a normalisation, or the parts of an attention, a quantizer would only add noise.
+    """
+    written: list[fx.Node] = []
+    for node in model.graph.nodes:
+        if _can_be_written(model, node) and (_by_integers(model, node, written) or _for_integers(model, node)):
+            written.append(node)
+    return written
 
 
-def _is_written(model: fx.GraphModule, node: fx.Node) -> bool:
+def _by_integers(model: fx.GraphModule, node: fx.Node, written: list[fx.Node]) -> bool:
+    """Whether an integer kernel computes a node: a layer with its clip, and what engines do to integers."""
+    module, row = module_of(model, node), operator_of(node)
+    if module is not None:
+        return isinstance(module, WEIGHTED) or (isinstance(module, Clip) and _by_integers(model, node.args[0], written))
+    if row is None or row.kind not in ("sum", "product", "average", "resize"):
+        return False
+    operands = [source for source in node.all_input_nodes if source.op != "get_attr"]
+    return all(source in written for operand in operands for source in value_sources(operand))
+
+
+def _for_integers(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an integer kernel reads a node, past whatever only moves values: a layer, a sum, a product."""
+    row = operator_of(node)
+    if row is not None and row.moments == "share":
+        return False  # engines have a softmax of integers, and each rounds it in its own way
+    for user in node.users:
+        row = operator_of(user)
+        if isinstance(module_of(model, user), WEIGHTED) or (row is not None and row.kind in ("sum", "product")):
+            return True
+        if (is_concat(user) or keeps_grid(user)) and _for_integers(model, user):
+            return True
+    return False
+
+
+def quantized_tensors(model: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that get a quantizer if their ranges are known, in the graph's order; of concats the output stands for its inputs too."""
+    written = set(written_tensors(model))
+    return [n for n in model.graph.nodes if n in written or (is_concat(n) and n.users and not handed_out(n))]
+
+
+def averaged_into_output(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the network hands out what is made of this value without any layer."""
+    readers = list(node.users)
+    return bool(readers) and all(
+        user.op != "output" and not isinstance(module_of(model, user), WEIGHTED) and handed_out(user)
+        for user in readers
+    )
+
+
+def _can_be_written(model: fx.GraphModule, node: fx.Node) -> bool:
     if node.op in ("output", "get_attr") or not node.users or not is_tensor(node) or not shape(node):
         return False
     if keeps_grid(node) or is_concat(node) or not node.meta["tensor_meta"].dtype.is_floating_point:
@@ -74,11 +125,14 @@ def _is_written(model: fx.GraphModule, node: fx.Node) -> bool:
     sinks = [module_of(model, user) for user in node.users]
     if len(sinks) == 1 and isinstance(sinks[0], Clip):
         return False  # one kernel with its activation
-    only_output = all(user.op == "output" for user in node.users)
-    if only_output and isinstance(module_of(model, node), nn.Linear):
-        return False  # an integer engine hands out its accumulator, scaled
-    row = operator_of(node)
-    return not (only_output and row is not None and row.kind == "resize")  # nothing computes with it any more
+    return node.op == "placeholder" or not handed_out(node)
+
+
+def handed_out(node: fx.Node) -> bool:
+    """Whether all that reads a value is the network's output, past whatever only moves values."""
+    return bool(node.users) and all(
+        user.op == "output" or ((is_concat(user) or keeps_grid(user)) and handed_out(user)) for user in node.users
+    )
 
 
 def _feeds_only(node: fx.Node, concat: fx.Node) -> bool:

@@ -198,7 +198,7 @@ def choose_nearest(
 
     ways: by description, what quantizes after one, given the layers to leave out as `without`; the first is without any
     equalization. The best of them is tried again without the layer that it harms most, as long as that helps: one
-    sink of unlike branches can lose what all other layers win. sinks: the layers that can be left out.
+    reader of unlike branches can lose what all other layers win. sinks: the layers that can be skipped.
     """
     tried = {name: way() for name, way in ways.items()}
     none, *others = ways

@@ -18,6 +18,7 @@ from torch import fx, nn
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.core.input_spec import InputSpec
+from utils.core.unpickling import read_plain
 from utils.graph.layers import ChannelAffine, Clip, Elementwise
 from utils.graph.nodes import module_of, propagate_shapes, tidy
 from utils.quantization.qparams import QParams
@@ -69,11 +70,7 @@ def load(file: Path, task: str) -> Saved:
     remedy = "pass --load with a file that --save wrote"
     if not file.is_file():
         raise UserError(f"there is no file {str(file)!r}; {remedy}")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling raises on damaged or foreign bytes
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"cannot read {str(file)!r} ({reason}); {remedy}") from None
+    content = read_plain(file, remedy)
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise UserError(f"{str(file)!r} is no saved network (its format is {found!r}, not {FORMAT!r}); {remedy}")

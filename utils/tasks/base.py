@@ -48,7 +48,8 @@ class Task:
     """A task.
 
     name: as results record it. program: its script. summary: for the script's help. add_flags: gives the script's
-    parser the task's own flags and defaults. class_axis: of the network's first output. predictions: the class indices
+    parser the task's own flags and defaults. class_axis: of the network's first output; output_dims: how many axes
+    that has, None where it is not looked for. predictions: the class indices
     that two networks are compared by.
     """
 
@@ -58,4 +59,5 @@ class Task:
     add_flags: Callable[[ArgumentParser], None]
     open_data: OpenData
     class_axis: int
+    output_dims: int | None
     predictions: Predictions

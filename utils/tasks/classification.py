@@ -86,5 +86,6 @@ TASK = Task(
     add_flags=add_flags,
     open_data=open_data,
     class_axis=1,
+    output_dims=2,
     predictions=channel_predictions,
 )

@@ -100,12 +100,12 @@ def image_folder(
     samples.target_transform = labels.__getitem__
     notes = [f"labels: {kind}{_left_out(beside)}"]
     if samples.left_out:
-        notes.append(f"{samples.left_out} file(s) of the class folders are no images or hidden, and left out")
+        notes.append(f"{samples.left_out} file(s) of the class folders are no images or hidden, and skipped")
     return Guarded(samples, [path for path, _ in samples.samples], notes), dict(zip(labels, names, strict=True))
 
 
 def _left_out(beside: Sequence[str]) -> str:
-    return f" (left out, as no class: {', '.join(beside)})" if beside else ""
+    return f" (skipped, as no class: {', '.join(beside)})" if beside else ""
 
 
 def tell(samples: Guarded) -> Guarded:

@@ -233,5 +233,6 @@ TASK = Task(
     add_flags=add_flags,
     open_data=open_data,
     class_axis=2,
+    output_dims=None,
     predictions=prior_predictions,
 )

@@ -18,7 +18,7 @@ def is_hidden(name: str) -> bool:
 
 
 def open_split(root: str, split: str) -> tuple[Path, list[str], list[str]]:
-    """The folder that holds the class folders, their names, and what was left out beside them.
+    """The folder that holds the class folders, their names, and what was skipped beside them.
 
     root: that folder itself, or one with a sub-folder named by split. Names of splits are never classes.
     """

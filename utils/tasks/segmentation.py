@@ -175,5 +175,6 @@ TASK = Task(
     add_flags=add_flags,
     open_data=open_data,
     class_axis=1,
+    output_dims=4,
     predictions=channel_predictions,
 )

@@ -140,7 +140,7 @@ def _find_folder(root: Path, task: str, split: str | None) -> Path:
 
 
 def _splits(lists: Path) -> list[str]:
-    """Names of the splits; VOC's lists of single classes (cat_val) are left out unless nothing else is there."""
+    """Names of the splits; VOC's lists of single classes (cat_val) are skipped unless nothing else is there."""
     names = sorted(file.stem for file in lists.glob("*.txt"))
     return [name for name in names if name.rpartition("_")[2] not in names or "_" not in name]
 

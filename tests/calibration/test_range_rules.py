@@ -1,0 +1,173 @@
+"""How wide ranges are: statistics and images together, measured at the network's output."""
+
+import copy
+
+import pytest
+import torch
+from networks import SPEC, Head, chain, conv_bn, folded, randomise, settle
+from torch import nn
+
+from dfq import Recipe, quantize_data_free
+from utils.calibration import range_rules as rules
+from utils.calibration.moments import Unknown
+from utils.calibration.range_rules import FACTORS, MARGIN, NEAR, SHARES, choose_factor, covering, fit_ranges
+from utils.graph.capture import capture
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.quantization.quantizer import Quantizer
+
+
+def quantizers(result):
+    return {
+        node.name.removesuffix("_quantizer"): module
+        for node in result.simulated.graph.nodes
+        if isinstance(module := module_of(result.simulated, node), Quantizer)
+    }
+
+
+# ---- arithmetic
+
+
+def test_two_ranges_are_held_by_one_and_the_unknown_gives_way():
+    assert rules.combine((-1.0, 2.0), (-0.5, 3.0)) == (-1.0, 3.0)
+    assert rules.combine(Unknown("here"), (-0.5, 3.0)) == rules.combine((-0.5, 3.0), Unknown("here")) == (-0.5, 3.0)
+    assert isinstance(rules.combine(Unknown("here"), Unknown("there")), Unknown)
+
+
+def test_the_factor_is_the_widest_that_does_not_matter():
+    assert choose_factor({MARGIN: 0.9}, share=1) == MARGIN
+    assert choose_factor({MARGIN: 1.1}, share=1) is None
+    assert choose_factor({MARGIN: 1.1, 1.0: 0.9 * SHARES}, share=1) == 1.0
+    # everywhere too loud: of narrower ones the widest that is near the least noise
+    loud = dict(zip(FACTORS, (80, 40, 20, 10, 9.9, 9.8), strict=True))
+    assert choose_factor(loud, share=1) == 0.5
+    # clipping soon costs more than it saves: 1 stays, though MARGIN would be near too
+    assert choose_factor(dict(zip(FACTORS[:4], (11, 10, 40, 90), strict=True)), share=1) == 1.0
+    assert 10 < 9.8 * NEAR < 20
+
+
+def test_the_images_that_reach_furthest_are_chosen():
+    reach = torch.tensor([[1.0, 0, 0, 5], [0, 3, 0, 0], [2, 2, 2.1, 2]])  # [ends, images]
+    assert sorted(covering(reach, 2)) == [1, 3]  # each holds an end that the other does not
+    assert sorted(covering(reach, 9)) == [0, 1, 2, 3]
+
+
+def test_ranges_start_from_whoever_tells():
+    graph = torch.fx.Graph()
+    first = graph.placeholder("x")
+    nodes = [
+        first,
+        *(graph.call_function(torch.relu, (first,), name=name) for name in ("both", "guess", "strange", "new")),
+    ]
+    analytic = {"x": (0.0, 9.0), "both": (-1.0, 2.0), "guess": (0.0, 7.0), "new": (0.0, 1.0)}
+    observed = {"x": (0.0, 9.0), "both": (-0.5, 3.0), "guess": (0.0, 5.0), "strange": (0.0, 4.0)}
+
+    def of(ranges):
+        return lambda node: ranges.get(node.name, Unknown("here"))
+
+    found = rules.starting_ranges(nodes, of(analytic), of(observed), {"guess"}, False)
+    assert found == {"both": (-1.0, 3.0), "guess": (0.0, 5.0), "strange": (0.0, 4.0)}
+    found = rules.starting_ranges(nodes, of(analytic), of(observed), {"guess"}, uncapped=True)
+    assert found == {"both": (-1.0, 2.0), "guess": (0.0, 5.0), "strange": (0.0, 4.0)}
+
+
+# ---- networks
+
+
+class Tower(nn.Module):
+    """Two layers with BatchNorm, three without, and an average of maps of logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = nn.Sequential(conv_bn(3, 8), conv_bn(8, 8))
+        self.lateral, self.smooth, self.out = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.smooth(self.lateral(self.known(x))))).mean((2, 3))
+
+
+def test_layers_in_a_row_without_batchnorm_are_counted():
+    network, statistics = folded(settle(Tower()))
+    depth = rules.guessed_tensors(network, statistics)
+    layers = {node.target: depth.get(node.name, 0) for node in weighted_nodes(network)}
+    assert layers == {"known.0.0": 0, "known.1.0": 0, "lateral": 1, "smooth": 2, "out": 3}
+    assert "5 tensors" not in rules.describe_guesses({"a": 1, "b": 3})
+    assert "up to 3 in a row (a, b)" in rules.describe_guesses({"a": 1, "b": 3})
+
+
+def test_guesses_come_from_images_without_being_asked_and_are_named():
+    model = settle(Tower())
+    for layer in (model.lateral, model.smooth, model.out):  # channels that agree reach further than independent ones
+        layer.weight.copy_(layer.weight.abs() * 3)
+    result = quantize_data_free(model, SPEC, Recipe(quantize=True))
+    assert any("that no BatchNorm tells of" in note for note in result.log.notes)
+    images = SPEC.probe(16, seed=4)
+    extremes = rules.image_extremes(result.float, images)
+    found = quantizers(result)
+    guessed = [name for name in rules.guessed_tensors(result.float, {"known.0.0", "known.1.0"}) if name in found]
+    assert len(guessed) >= 3
+    for name in guessed:
+        high = found[name].scale * found[name].step_max
+        assert high > 0.7 * float(extremes[name][1].max())
+
+
+def test_replacing_a_value_by_itself_is_silent_and_noise_adds_up():
+    network, _ = folded(settle(randomise(chain())))
+    rerun = rules.Rerun(network, SPEC.probe(4))
+    name = weighted_nodes(network)[1].name
+    value = rerun.values[name]
+    assert rerun.noise(name, value.clone()) == 0
+    noisy = value + 0.01 * torch.randn(value.shape)
+    expected = copy.deepcopy(network)
+    layer = expected.get_submodule(weighted_nodes(network)[1].target)
+    with torch.no_grad():
+        handle = layer.register_forward_hook(lambda *_: noisy)
+        after = expected(SPEC.probe(4))
+        handle.remove()
+    assert rerun.noise(name, noisy) == pytest.approx(
+        float((after - rerun.outputs[0]).square().sum() / rerun.outputs[0].square().sum()), rel=1e-4
+    )
+
+
+class Outlier(nn.Module):
+    """A channel reaches 50 times further than the others, and what reads it stops at 6."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.reader, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=8), Head(8)
+        self.stem.weight[0] *= 50
+        nn.init.ones_(self.reader.weight)
+        nn.init.zeros_(self.reader.bias)
+
+    def forward(self, x):
+        return self.head(nn.functional.relu6(self.reader(self.stem(x))))
+
+
+def test_a_range_is_narrowed_where_the_output_does_not_depend_on_how_far_it_goes():
+    network = capture(Outlier().eval(), SPEC)
+    images, name = SPEC.probe(4), weighted_nodes(network)[0].name
+    low, high = (float(end) for end in rules.Rerun(network, images).values[name].aminmax())
+    loud = fit_ranges(network, {name: (low, high)}, images, 8, allowed=1e-9)[name]
+    assert loud.factor < 1 and (loud.low, loud.high) == pytest.approx((low * loud.factor, high * loud.factor))
+    assert fit_ranges(network, {name: (low, high)}, images, 8, allowed=10.0)[name].factor == MARGIN
+    assert fit_ranges(network, {name: (low, high)}, images, 8, 10.0, {name})[name].factor == rules.OPEN
+    line = rules.describe_fitted({name: loud})
+    assert (
+        "0 of 1 wider" in line and f"1 narrowed, since rounding at full width costs more than clipping ({name}" in line
+    )
+
+
+def test_a_clip_is_never_given_more_room_than_it_uses():
+    result = quantize_data_free(
+        settle(randomise(chain())), SPEC, Recipe(quantize=True, distill_range=True), SPEC.probe(8, seed=1)
+    )
+    tops = [module.scale * module.step_max for name, module in quantizers(result).items() if name != "x"]
+    assert len(tops) >= 4 and sum(top < 6.01 for top in tops) >= 3
+
+
+def test_rounded_weights_cost_more_with_fewer_bits():
+    network, _ = folded(settle(randomise(chain())))
+    images = SPEC.probe(4)
+    before = network(images)
+    costs = [rules.weight_noise(network, images, bits, False, True) for bits in (8, 4, 2)]
+    assert 0 < costs[0] < costs[1] / 20 < costs[2]
+    torch.testing.assert_close(network(images), before, rtol=0, atol=0)  # rounded in a copy

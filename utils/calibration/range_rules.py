@@ -1,0 +1,316 @@
+"""Which range a tensor gets, where BatchNorm statistics and images both say something, or neither says enough.
+
+A range from statistics knows nothing of heavy tails; one from a few images is narrower than that from all data; and in
+some networks a few positions reach many times further than all others, while the output does not depend on how far. No
+width serves all of these, so that the width is measured: a tensor's range is as wide as it can be
+without its noise mattering at the network's output.
+"""
+
+import copy
+import math
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from utils.calibration.moments import Unknown
+from utils.calibration.observers import Observer, channel_mean, layer_means, observe, run_layers
+from utils.calibration.ranges import RangeOf
+from utils.core.input_spec import InputSpec
+from utils.graph.layers import WEIGHTED, Clip
+from utils.graph.layers import per_channel as per_channel_view
+from utils.graph.nodes import is_tensor, module_of, outputs_of
+from utils.graph.ops import operator_of
+from utils.quantization.qparams import affine_qparams, choose_weight_qparams, round_weight
+from utils.quantization.quantizer import Quantizer
+
+Range = tuple[float, float]
+
+MARGIN = math.sqrt(2)  # how much further than a few images all data may reach
+FACTORS = (MARGIN, 1.0, 0.5**0.5, 0.5, 0.5**1.5, 0.25)  # of a range's width, widest first
+SHARES = 4  # even shares of the noise that a tensor may have before its range is narrowed
+NEAR = 10**0.2  # of the least noise, 2 dB: a wider range is kept for so much
+MEASURED = 4  # images on which widths are measured: there are two runs of half the network for every tensor
+PIXELS = MEASURED * 224 * 224  # of them, where images are large
+OPEN = 2.0  # the factor of a tensor that only an average stands between and the network's output
+
+
+# --------------------------------------------------------------------------------------- arithmetic
+
+
+def combine(first: Range | Unknown, second: Range | Unknown) -> Range | Unknown:
+    """The range that holds both, or the one that is known."""
+    if isinstance(first, Unknown) or isinstance(second, Unknown):
+        return second if isinstance(first, Unknown) else first
+    return min(first[0], second[0]), max(first[1], second[1])
+
+
+def widen(known: Range, factor: float) -> Range:
+    """Both ends multiplied, so that 0 stays where it is between them."""
+    return known[0] * factor, known[1] * factor
+
+
+def within(known: Range, bounds: Range | None) -> Range:
+    """A range cut to what its values cannot exceed."""
+    return known if bounds is None else (max(known[0], bounds[0]), min(known[1], bounds[1]))
+
+
+def choose_factor(noise: Mapping[float, float], share: float) -> float | None:
+    """The factor to take, or None where narrower ones should be tried first.
+
+    noise: by factor, widest first, what rounding and clipping add to the output's power. share: what a tensor may
+    add. Beyond 1 a factor is a precaution, and must cost no more than the share; 1 may cost SHARES of it.
+    Below, the widest that comes within NEAR of the least noise.
+    """
+    for factor, added in noise.items():
+        if added <= (share if factor > 1 else SHARES * share):
+            return factor
+    values = list(noise.values())
+    if len(values) < len(FACTORS) and not (len(values) > 2 and values[-1] > values[-2] > values[-3]):
+        return None
+    least = min(values)
+    return next((factor for factor, added in noise.items() if factor <= 1 and added <= NEAR * least), 1.0)
+
+
+def covering(reach: Tensor, count: int) -> list[int]:
+    """Indices of the images that together reach furthest, chosen greedily.
+
+    reach: [ends, images] how far each image reaches at every end of every range, at least 0.
+    """
+    reach = reach / reach.amax(1, keepdim=True).clamp_min(1e-30)
+    held, chosen = torch.zeros(len(reach), 1), []
+    for _ in range(min(count, reach.shape[1])):
+        gain = (reach - held).clamp_min(0).sum(0)
+        gain[chosen] = -1.0
+        chosen.append(int(gain.argmax()))
+        held = torch.maximum(held, reach[:, chosen[-1], None])
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------- networks
+
+
+def guessed_tensors(model: fx.GraphModule, statistics: Iterable[str]) -> dict[str, int]:
+    """Names of the nodes whose range would follow from layers without BatchNorm, and how many of those are in a row.
+
+    statistics: names of the layers of which a BatchNorm tells.
+    """
+    known, depth = set(statistics), {}
+    for node in model.graph.nodes:
+        behind = max((depth.get(source.name, 0) for source in node.all_input_nodes), default=0)
+        row = operator_of(node)
+        if isinstance(module_of(model, node), WEIGHTED):
+            behind = 0 if node.target in known else behind + 1
+        elif is_tensor(node) and row is not None and row.moments is None and node.target is not operator.getitem:
+            behind += 1  # nothing is known behind it
+        if behind:
+            depth[node.name] = behind
+    return depth
+
+
+def clip_bounds(model: fx.GraphModule) -> dict[str, Range]:
+    """Between which values every clip's output lies, whatever its input; by the node's name."""
+    clips = {node.name: module_of(model, node) for node in model.graph.nodes}
+    return {name: (float(c.low.min()), float(c.high.max())) for name, c in clips.items() if isinstance(c, Clip)}
+
+
+def describe_guesses(depths: Mapping[str, int]) -> str:
+    """A line on the tensors that no BatchNorm tells of. depths: of each, how many such layers in a row are behind it."""
+    deepest = max(depths.values())
+    named = ", ".join(list(depths)[:5]) + (f" and {len(depths) - 5} more" if len(depths) > 5 else "")
+    return (
+        f"{len(depths)} tensors are behind layers or operators that no BatchNorm tells of, up to {deepest} in a row "
+        f"({named}): their ranges are from images"
+    )
+
+
+def extreme_ranges(spec: InputSpec, extremes: Mapping[str, tuple[Tensor, Tensor]]) -> RangeOf:
+    """From the smallest to the largest value on images, as image_extremes gives them; the input's are its pixels'."""
+
+    def range_of(node: fx.Node) -> Range | Unknown:
+        if node.op == "placeholder":
+            return spec.range()
+        if node.name not in extremes:
+            return Unknown("here")
+        low, high = extremes[node.name]
+        return float(low.min()), float(high.max())
+
+    return range_of
+
+
+def guesses_replaced(analytic: RangeOf, observed: RangeOf, guessed: Collection[str]) -> RangeOf:
+    """Ranges from statistics, but for the guessed nodes those of a few images, MARGIN times."""
+
+    def range_of(node: fx.Node) -> Range | Unknown:
+        if node.name not in guessed or isinstance(found := observed(node), Unknown):
+            return analytic(node)
+        return widen(found, MARGIN)
+
+    return range_of
+
+
+def starting_ranges(
+    nodes: Iterable[fx.Node], analytic: RangeOf, observed: RangeOf, guessed: Collection[str], uncapped: bool
+) -> dict[str, Range]:
+    """The ranges of the nodes, by name, before their width is measured; of those that images tell of.
+
+    Those from BatchNorm and those on images, held by one; where no BatchNorm tells, those on images. uncapped: the
+    network lost its ReLU6, with which it was trained. What BatchNorm tells is of the network that had them, and keeps
+    values near what they let through, so that it goes before what images show of the other.
+    """
+    ranges = {}
+    for node in nodes:
+        seen, known = observed(node), Unknown("here") if node.name in guessed else analytic(node)
+        if node.op == "placeholder" or isinstance(seen, Unknown):
+            continue
+        ranges[node.name] = combine(known, seen) if isinstance(known, Unknown) or not uncapped else known
+    return ranges
+
+
+def fitted_ranges(fitted: Mapping[str, "Fitted"], observed: RangeOf) -> RangeOf:
+    """The fitted ranges, and those on images of nodes that have none."""
+
+    def range_of(node: fx.Node) -> Range | Unknown:
+        one = fitted.get(node.name)
+        return observed(node) if one is None else (one.low, one.high)
+
+    return range_of
+
+
+def image_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Smallest and largest value [N] that every node's output has on each of the images, by the node's name."""
+    found: dict[str, list[Tensor]] = {}
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        if value.dim() > 1 and len(value):
+            found.setdefault(node.name, []).append(torch.stack(value.flatten(1).aminmax(dim=1)).cpu())
+
+    observe(model, images, see)
+    return {name: tuple(torch.cat(parts, 1).clone()) for name, parts in found.items()}
+
+
+class Rerun:
+    """A network's values on a few images, and what becomes of its outputs when one value is replaced.
+
+    images: [N, C, H, W]; all values of all nodes on them are kept.
+    """
+
+    def __init__(self, model: fx.GraphModule, images: Tensor):
+        self.model = _without_overwriting(model)
+        observer = Observer(self.model, lambda node, value: None)
+        observer.garbage_collect_values = False
+        with torch.inference_mode():
+            self.outputs = outputs_of(observer.run(images))
+        self.values = {node.name: value for node, value in observer.env.items()}
+        self.power = [float(output.double().square().sum().clamp_min(1e-30)) for output in self.outputs]
+
+    def noise(self, name: str, value: Tensor) -> float:
+        """The change of the outputs, as a share of each output's power, when a node's value is replaced."""
+        changed: dict[str, object] = {name: value}
+        interpreter = fx.Interpreter(self.model, garbage_collect_values=False)
+        with torch.inference_mode():
+            for node in self.model.graph.nodes:
+                sources = node.all_input_nodes
+                if node.name in changed or not any(source.name in changed for source in sources):
+                    continue
+                interpreter.env = {source: changed.get(source.name, self.values.get(source.name)) for source in sources}
+                changed[node.name] = interpreter.run_node(node)
+        outputs = outputs_of(changed.get("output", tuple(self.outputs)))
+        return sum(
+            float((after - before).double().square().sum()) / power
+            for before, after, power in zip(self.outputs, outputs, self.power, strict=True)
+        )
+
+
+def weight_noise(model: fx.GraphModule, images: Tensor, bits: int, per_channel: bool, symmetric: bool) -> float:
+    """What rounded weights add to the outputs on images [N, C, H, W], as a share of their power.
+
+    With every layer's mean left as it is, as bias correction will.
+    """
+    rounded, means = _without_overwriting(model), layer_means(model, images)
+
+    def run(name: str, layer: nn.Module, value: Tensor) -> Tensor:
+        round_weight(layer, choose_weight_qparams(layer, bits, per_channel, symmetric))
+        result = layer(value)
+        shift = channel_mean(layer, result) - means[name]
+        return result - (shift if isinstance(layer, nn.Linear) else per_channel_view(shift, result.dim()))
+
+    with torch.no_grad():
+        expected = outputs_of(_without_overwriting(model)(images))
+    pairs = zip(expected, outputs_of(run_layers(rounded, images, run)), strict=True)
+    return sum(float((a - b).double().square().sum() / a.double().square().sum().clamp_min(1e-30)) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The range of a tensor, and by what factor it is wider than the one that was given."""
+
+    low: float
+    high: float
+    factor: float
+
+
+def fit_ranges(
+    model: fx.GraphModule,
+    ranges: Mapping[str, Range],
+    images: Tensor,
+    bits: int,
+    allowed: float,
+    open_ended: Collection[str] = (),
+) -> dict[str, Fitted]:
+    """The ranges, each as wide as its noise at the network's output allows; by the node's name.
+
+    ranges: by node, what its values are taken to lie in. images: [N, C, H, W] on which noise is measured; choose those
+    with the extremes, as measuring_images does. bits: of the activations. allowed: noise of all tensors together, as a share
+    of the outputs' power, as weight_noise tells of the weights; a tensor's is that of one in so many. open_ended: tensors
+    that get OPEN times their range, since what the network hands out must not be cut.
+    """
+    rerun, fitted, bounds = Rerun(model, images), {}, clip_bounds(model)
+    share = allowed / max(1, len(ranges))
+    for name, known in ranges.items():
+        if name in open_ended:
+            fitted[name] = Fitted(*widen(known, OPEN), OPEN)
+            continue
+        noise: dict[float, float] = {}
+        for factor in FACTORS:
+            low, high = within(widen(known, factor), bounds.get(name))
+            quantizer = Quantizer(affine_qparams(torch.tensor(low), torch.tensor(high), bits))
+            noise[factor] = rerun.noise(name, quantizer(rerun.values[name]))
+            if (chosen := choose_factor(noise, share)) is not None:
+                break
+        fitted[name] = Fitted(*within(widen(known, chosen), bounds.get(name)), chosen)
+    return fitted
+
+
+def measuring_images(images: Tensor, extremes: Mapping[str, tuple[Tensor, Tensor]], names: Iterable[str]) -> Tensor:
+    """The MEASURED images that hold most of the extremes of the nodes named; fewer where images are large, but two.
+
+    extremes: as image_extremes gives them.
+    """
+    count = min(MEASURED, max(2, PIXELS // (images.shape[-1] * images.shape[-2])))
+    ends = [end.clamp_min(0) for name in names for end in (-extremes[name][0], extremes[name][1])]
+    return images[covering(torch.stack(ends), count)]
+
+
+def describe_fitted(fitted: Mapping[str, Fitted]) -> str:
+    """A line on how many ranges were widened and narrowed, and which of them most."""
+    wider = sum(one.factor > 1 for one in fitted.values())
+    narrowed = sorted((name for name in fitted if fitted[name].factor < 1), key=lambda name: fitted[name].factor)
+    text = (
+        f"ranges: {wider} of {len(fitted)} wider than statistics and images say, where the output does not depend on it"
+    )
+    if narrowed:
+        worst = ", ".join(f"{name} to {fitted[name].factor:.2g}" for name in narrowed[:3])
+        text += f"; {len(narrowed)} narrowed, since rounding at full width costs more than clipping ({worst})"
+    return text
+
+
+def _without_overwriting(model: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which no module writes over its input."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return model

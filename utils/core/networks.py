@@ -1,0 +1,121 @@
+"""Networks as people have them: without what wraps them, in float32, with the output that is scored first."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+
+# What authors call the output that is meant, where a network has several of its shape.
+_NAMES = ("logits", "out", "output", "outputs", "pred", "preds", "prediction", "predictions", "scores", "cls", "y")
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy of the network in float32 and evaluation mode, without what wraps it for training or speed.
+
+    A scripted network, or one that cannot be copied, is a UserError.
+    """
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(
+            "the network is a scripted or traced TorchScript module; pass the nn.Module that it was made from"
+        )
+    try:
+        copied = copy.deepcopy(model, _computed(model))
+    except Exception as error:  # whatever the network's own parts raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the network cannot be copied: {reason}") from error
+    for module in copied.modules():
+        module.training = False
+    return copied.float().requires_grad_(False)
+
+
+def _computed(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of the tensors that a network has computed and keeps, as pruning and weight_norm do; by identity, for deepcopy."""
+    kept = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
+
+
+def other_type(model: nn.Module) -> str | None:
+    """The data type of the network's parameters where it is not float32."""
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return next((str(kind).removeprefix("torch.") for kind in kinds if kind != torch.float32), None)
+
+
+class Scored(nn.Module):
+    """A network that hands out its tensors as one, or as a tuple, the scored one first. names: of the outputs, in that order.
+
+    flatten: hand [N, C, 1, 1] out as [N, C], and what lost its batch of one image too.
+    """
+
+    def __init__(self, network: nn.Module, names: tuple[str, ...], flatten: bool):
+        super().__init__()
+        self.network, self.names, self.flatten = network, names, flatten
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs = dict(_leaves(self.network(images)))
+        first, *others = (outputs[name] for name in self.names)
+        if self.flatten:
+            first = first.reshape(len(images), -1)
+        return (first, *others) if others else first
+
+
+def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
+    """The network as it is where it returns one tensor of that many dimensions; else wrapped so that it comes first.
+
+    dims: 2 for logits [N, C], for which [N, C, 1, 1] will do, or 4 for maps [N, C, H, W]; None: as it is. A network that fails on an
+    image of its input, or returns nothing of that kind, is a UserError; which of several outputs is scored is said.
+    """
+    if dims is None:
+        return model
+    images = spec.probe(2)
+    try:
+        with torch.inference_mode():
+            result, alone = model(images), model(images[:1])
+    except Exception as error:  # the user's network may raise anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}"
+        ) from error
+    if isinstance(result, Tensor) and result.dim() == alone.dim() == dims:
+        return model
+    outputs = dict(_leaves(result))
+    fitting = [name for name, value in outputs.items() if _fits(value, dims)]
+    if not fitting:
+        found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in outputs.items()) or type(result).__name__
+        wanted = "logits [N, classes]" if dims == 2 else "maps of logits [N, classes, H, W]"
+        raise UserError(
+            f"the network returns {found}, and nothing to score; it must return {wanted}, alone or among others"
+        )
+    known = [name for name in fitting if name.rpartition(".")[2].lower() in _NAMES]
+    first = (known or fitting)[0]
+    names = (first, *(name for name in outputs if name != first))
+    if len(names) > 1:
+        print(f"outputs {', '.join(outputs)}: {first} is scored, all are exported")
+    return Scored(model, names, flatten=dims == 2)
+
+
+def _fits(value: Tensor, dims: int) -> bool:
+    if not value.is_floating_point():
+        return False
+    return value.dim() == dims or (dims == 2 and value.dim() == 4 and value.shape[2:] == (1, 1))
+
+
+def _leaves(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of whatever a network returns, with their names: keys, fields or numbers, joined by points."""
+    if isinstance(result, Tensor):
+        yield name or "output", result
+    elif isinstance(result, Mapping):
+        for key, value in result.items():
+            yield from _leaves(value, f"{name}.{key}".strip("."))
+    elif isinstance(result, tuple | list):
+        keys = getattr(result, "_fields", [f"output_{i}" for i in range(len(result))])
+        for key, value in zip(keys, result, strict=True):
+            yield from _leaves(value, f"{name}.{key}".strip("."))
+    elif hasattr(result, "__dataclass_fields__"):
+        yield from _leaves(vars(result), name)
