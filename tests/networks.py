@@ -1,16 +1,22 @@
 """Networks for tests: random weights, and BatchNorm statistics that training could have left."""
 
+import copy
+from collections.abc import Callable
+from functools import cache
+
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.calibration.moments import Statistics
 from utils.core.input_spec import InputSpec
 from utils.graph.capture import capture
+from utils.graph.nodes import module_of, output_node
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
 
 SPEC = InputSpec(size=(24, 24), resize=24)
+SMALL = InputSpec(size=(16, 16), resize=16)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -38,19 +44,48 @@ def settle(model: nn.Module, spec: InputSpec = SPEC, images: int = 64) -> nn.Mod
     return model.eval()
 
 
+@cache
+def _made(network: Callable[[], nn.Module], prepare: tuple[Callable, ...]) -> tuple[nn.Module, fx.GraphModule]:
+    torch.manual_seed(0)
+    model = network().eval()
+    for step in prepare:
+        step(model)
+    return model, capture(model, SPEC)
+
+
+def made(network: Callable[[], nn.Module], *prepare: Callable) -> tuple[nn.Module, fx.GraphModule]:
+    """A network as prepared (randomise, settle), and its graph: copies of what is captured once for all tests."""
+    return copy.deepcopy(_made(network, prepare))
+
+
 def folded(model: nn.Module) -> tuple[fx.GraphModule, Statistics]:
     """The captured network with its BatchNorm folded, and what that knew."""
-    traced = capture(model, SPEC)
-    return traced, fold_batchnorm(traced, PassLog())
+    graph = capture(model, SPEC)
+    return graph, fold_batchnorm(graph, PassLog())
+
+
+def modules_in(graph: fx.GraphModule, kind: type[nn.Module]) -> list[nn.Module]:
+    """Its modules of that class, in the order in which they run."""
+    found = (module_of(graph, node) for node in graph.graph.nodes)
+    return [module for module in found if isinstance(module, kind)]
 
 
 def unlike(network, seed: int = 0) -> tuple[fx.GraphModule, Statistics]:
     """A folded network whose channels have unlike ranges, and its statistics."""
+    return copy.deepcopy(_unlike(network, seed))
+
+
+@cache
+def _unlike(network: Callable[[], nn.Module], seed: int) -> tuple[fx.GraphModule, Statistics]:
     torch.manual_seed(seed)
-    model = settle(randomise(network(), seed))
+    return folded(settle(spread_gains(settle(randomise(network(), seed)))))
+
+
+def spread_gains(model: nn.Module) -> nn.Module:
+    """Channels with unlike ranges, as trained ones have."""
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.weight.mul_(torch.logspace(-1, 1, len(norm.weight)))
-    return folded(settle(model))
+    return model
 
 
 def conv_bn(
@@ -79,6 +114,10 @@ def chain(activation: type[nn.Module] = nn.ReLU6) -> nn.Module:
         conv_bn(8, 12, 1, activation=activation),
         Head(12),
     )
+
+
+def relu_chain() -> nn.Module:
+    return chain(nn.ReLU)
 
 
 class Residual(nn.Module):
@@ -115,3 +154,36 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.shared(self.shared(x))
+
+
+NETWORKS = {"chain": chain, "relu chain": relu_chain, "residual": Residual, "branches": Branches}
+
+
+class Fan(nn.Module):
+    """Many functions, each of a convolution of its own: one capture for all of them, an output for each."""
+
+    def __init__(self, functions: dict[str, Callable[[Tensor], Tensor]], channels: int = 4):
+        super().__init__()
+        self.functions = functions
+        self.held = nn.ModuleDict({name: made for name, made in functions.items() if isinstance(made, nn.Module)})
+        self.layers = nn.ModuleDict({name: nn.Conv2d(3, channels, 1) for name in functions})
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(function(self.layers[name](x)) for name, function in self.functions.items())
+
+
+def ways(graph: fx.GraphModule, fan: Fan) -> dict[str, list[fx.Node]]:
+    """By a Fan's function the nodes behind its convolution, in order, up to its output."""
+    outputs = output_node(graph).args[0]
+    outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+    found = {}
+    for name, output in zip(fan.functions, outputs, strict=True):
+        way = [output]
+        for node in way:  # grows
+            way += [source for source in node.all_input_nodes if not _is_start(node, name) and source not in way]
+        found[name] = [node for node in graph.graph.nodes if node in way and not _is_start(node, name)]
+    return found
+
+
+def _is_start(node: fx.Node, name: str) -> bool:
+    return node.target == f"layers.{name}"

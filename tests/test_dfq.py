@@ -2,33 +2,34 @@
 
 import pytest
 import torch
-from networks import SPEC, Branches, Residual, chain, randomise, settle
+from networks import NETWORKS, SPEC, chain, made, modules_in, randomise, settle
 from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.core.errors import UserError
-from utils.graph.layers import CappedReLU
+from utils.graph.layers import Clip
 from utils.tasks.metrics import sqnr
-
-NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Residual, "branches": Branches}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_the_whole_recipe_comes_close_to_float(name, per_channel):
-    model, images = settle(NETWORKS[name]()), SPEC.probe(64, seed=7)
+    (model, graph), images = made(NETWORKS[name], settle), SPEC.probe(64, seed=7)
     recipe = Recipe(equalize=True, absorption=True, quantize=True, correction=True, per_channel=per_channel)
-    result = quantize_data_free(model, SPEC, recipe)
+    result = quantize_data_free(model, SPEC, recipe, captured=graph)
     assert sqnr(model(images), result.simulated(images)) > 25
 
 
 def test_more_bits_come_closer():
-    model, images = settle(chain()), SPEC.probe(64, seed=7)
+    (model, graph), images = made(chain, settle), SPEC.probe(64, seed=7)
     noise = [
         sqnr(
             model(images),
             quantize_data_free(
-                model, SPEC, Recipe(equalize=True, quantize=True, correction=True, bits_weight=b, bits_activation=b)
+                model,
+                SPEC,
+                Recipe(equalize=True, quantize=True, correction=True, bits_weight=b, bits_activation=b),
+                captured=graph,
             ).simulated(images),
         )
         for b in (4, 6, 8, 10, 12)
@@ -37,8 +38,10 @@ def test_more_bits_come_closer():
 
 
 def test_a_recipe_with_relu_leaves_no_relu6():
-    result = quantize_data_free(randomise(chain()), SPEC, Recipe(relu=True, equalize=True))
-    assert not any(isinstance(module, nn.ReLU6 | CappedReLU) for module in result.float.modules())
+    model, graph = made(chain, randomise)
+    result = quantize_data_free(model, SPEC, Recipe(relu=True, equalize=True), captured=graph)
+    clips = modules_in(result.float, Clip)
+    assert len(clips) == 3 and not any(clip.capped for clip in clips)
     assert result.simulated is None
 
 

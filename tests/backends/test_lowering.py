@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from networks import SPEC, Branches, Residual, chain, settle
-from torch import nn
+from networks import NETWORKS, SPEC, chain, made, settle
 
 from dfq import Recipe, quantize_data_free
 from utils.backends.lowering import QuantizeToSteps, lower_to_integers
@@ -11,13 +10,16 @@ from utils.graph.layers import WEIGHTED
 from utils.quantization.qparams import affine_qparams
 from utils.quantization.quantizer import Quantizer
 
-NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Residual, "branches": Branches}
+
+def quantized(network, recipe):
+    model, graph = made(network, settle)
+    return quantize_data_free(model, SPEC, recipe, captured=graph)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_lowering_changes_no_layer_by_more_than_a_rounding_tie(name):
     """Fed the same input, every layer and its quantizer give the same steps but for ties."""
-    result = quantize_data_free(settle(NETWORKS[name]()), SPEC, Recipe(equalize=True, quantize=True, correction=True))
+    result = quantized(NETWORKS[name], Recipe(equalize=True, quantize=True, correction=True))
     lowered, images = lower_to_integers(result.simulated), SPEC.probe(32, seed=5)
     simulated_out, lowered_out = result.simulated(images), lowered(images)
     step = max(module.scale for module in result.simulated.modules() if isinstance(module, Quantizer))
@@ -27,7 +29,7 @@ def test_lowering_changes_no_layer_by_more_than_a_rounding_tie(name):
 
 
 def test_layers_between_steps_hold_integers_and_the_simulation_stays():
-    simulated = quantize_data_free(settle(chain()), SPEC, Recipe(quantize=True)).simulated
+    simulated = quantized(chain, Recipe(quantize=True)).simulated
     kept = {name: tensor.clone() for name, tensor in simulated.state_dict().items()}
     lowered = lower_to_integers(simulated)
     layers = {name: module for name, module in lowered.named_modules() if isinstance(module, WEIGHTED)}

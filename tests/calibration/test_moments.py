@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SPEC, Branches, Residual, chain, settle
+from networks import SPEC, Branches, Residual, chain, made, settle
 from torch import nn
 
 from utils.calibration.moments import Moments, Unknown, batchnorm_output, clipped_gaussian, mapped_gaussian, propagate
 from utils.graph.capture import capture
-from utils.graph.layers import CappedReLU
+from utils.graph.layers import Clip
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
 
@@ -58,8 +58,7 @@ def test_batchnorm_of_a_constant_channel_has_no_variance():
 @pytest.mark.parametrize("build", [chain, Residual, Branches])
 def test_moments_are_those_of_many_images(build):
     """Means and ranges from statistics alone against what the network does on images like those it was settled on."""
-    model = settle(build())
-    traced = capture(model, SPEC)
+    _, traced = made(build, settle)
     moments = propagate(traced, SPEC, fold_batchnorm(traced, PassLog()))
     values = {}
 
@@ -107,8 +106,8 @@ def test_what_is_not_known_says_where_that_began():
     assert "cumsum" in moments["last"].reason
 
 
-def test_capped_relu_moments_are_per_channel():
-    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), CappedReLU(torch.tensor([0.1, math.inf]))).eval()
+def test_moments_of_a_clip_with_bounds_for_every_channel():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), Clip(0.0, torch.tensor([0.1, math.inf]))).eval()
     model[1].bias.fill_(1.0)
     traced = capture(model, SPEC)
     last = list(propagate(traced, SPEC, fold_batchnorm(traced, PassLog())).values())[-1]

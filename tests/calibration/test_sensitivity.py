@@ -1,12 +1,11 @@
 """Output sensitivity, against errors that are put in."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
-from networks import SPEC, Residual, chain, unlike
-from torch import Tensor, fx, nn
+from networks import SPEC, Residual, relu_chain, unlike
+from torch import Tensor, fx
 
 from utils.calibration.distillation import as_pixels, natural_noise
 from utils.calibration.observers import channel_mean, input_means, observe
@@ -29,7 +28,7 @@ class Disturbed(fx.Interpreter):
 
 @pytest.mark.parametrize("name", ["0.0", "1.0", "2.0", "3.linear"])
 def test_errors_of_weights_reach_the_output_as_predicted(name):
-    model, _ = unlike(partial(chain, nn.ReLU))
+    model, _ = unlike(relu_chain)
     sensitivity = output_sensitivity(model, IMAGES.repeat(8, 1, 1, 1), input_means(model, IMAGES)).weights[name]
     layer, generator = model.get_submodule(name), torch.Generator().manual_seed(1)
     size, measured, exact = 1e-4, [], layer.weight.clone()
@@ -44,7 +43,7 @@ def test_errors_of_weights_reach_the_output_as_predicted(name):
             layer.bias.add_(shift)
             measured.append(float((found - model(IMAGES)).square().sum()) / len(IMAGES))
     predicted = float(sensitivity.sum()) * size**2
-    # A depthwise convolution pads with zeros: its grouped_weight see a mean of their own, which a bias takes back in part alone.
+    # A depthwise convolution pads with zeros: its border sees a mean of its own, which a bias takes back in part alone.
     assert sum(measured) / 60 == pytest.approx(predicted, rel=0.35)
 
 
@@ -62,7 +61,7 @@ def test_errors_of_activations_reach_the_output_as_predicted():
     def disturb(value: Tensor) -> Tensor:
         return value + size * torch.randn(value.shape, generator=generator) * (value != 0)
 
-    for name in ("stem_2", "inner_2", "add"):
+    for name in ("stem_2", "inner_2", "add_tensor"):
         with torch.no_grad():
             changes = [Disturbed(model, name, disturb).run(IMAGES) - model(IMAGES) for _ in range(60)]
         measured = sum(float(change.square().sum()) for change in changes) / 60 / len(IMAGES)

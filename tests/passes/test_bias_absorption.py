@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import SPEC, chain, conv_bn, folded, randomise, settle
+from networks import SPEC, conv_bn, folded, made, randomise, relu_chain, settle
 from torch import nn
 
 from utils.passes.bias_absorption import absorb_high_biases
@@ -24,10 +24,10 @@ def test_absorption_moves_high_biases_and_keeps_the_output(activation):
 
 
 def test_absorption_leaves_what_zero_padding_would_spoil():
-    model = randomise(chain(nn.ReLU))
-    model[0][1].bias.fill_(9.0)
-    traced, statistics = folded(model)
+    _, graph = made(relu_chain, randomise)
+    graph.get_submodule("0.1").bias.fill_(9.0)
+    traced, statistics = folded(graph)
     kept = traced.get_submodule("0.0").bias.clone()
     absorb_high_biases(traced, statistics, log := PassLog())
     torch.testing.assert_close(traced.get_submodule("0.0").bias, kept, rtol=0, atol=0)
-    assert "0.0" in [entry.where for entry in log.entries if entry.detail == "a reader sees zero padding"]
+    assert "0.0" in [entry.where for entry in log.entries if entry.detail == "a sink sees zero padding"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import SPEC, Branches, Residual, chain, folded, randomise, settle
+from networks import NETWORKS, SPEC, Branches, Residual, chain, folded, made, randomise, settle
 from torch import nn
 
 from dfq import Recipe, quantize_data_free
@@ -13,19 +13,19 @@ from utils.passes.bias_correction import empirical_bias_correction, round_and_co
 from utils.passes.log import PassLog
 from utils.passes.quantize_weights import quantize_weights
 
-NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Residual, "branches": Branches}
-
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_correction_takes_the_mean_shift_out(name, clip):
     """Over many images, each output's mean is nearer to the float network's with corrected biases."""
-    model, images = settle(NETWORKS[name]()), SPEC.probe(256, seed=7)
+    (model, graph), images = made(NETWORKS[name], settle), SPEC.probe(256, seed=7)
     expected = model(images).mean(0)
     errors = []
     for correction in (False, True):
         recipe = Recipe(quantize=True, bits_weight=4, bits_activation=16, correction=correction, clip_weight=clip)
-        errors.append((quantize_data_free(model, SPEC, recipe).simulated(images).mean(0) - expected).abs().mean())
+        errors.append(
+            (quantize_data_free(model, SPEC, recipe, captured=graph).simulated(images).mean(0) - expected).abs().mean()
+        )
     assert errors[1] < 0.4 * errors[0]
 
 
@@ -51,7 +51,7 @@ def rounded(exact, bits: int = 3):
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("network", [chain, Residual, Branches])
 def test_correction_on_images_centres_every_layer(network, together):
-    exact, _ = folded(settle(randomise(network())))
+    exact, _ = folded(made(network, randomise, settle)[1])
     images, model = SPEC.probe(32, seed=3), rounded(exact)
     expected, before = (layer_means(net, images) for net in (exact, model))
     if together:
@@ -65,7 +65,7 @@ def test_correction_on_images_centres_every_layer(network, together):
 
 
 def test_every_layer_is_rounded_before_it_is_corrected():
-    exact, _ = folded(settle(randomise(chain())))
+    exact, _ = folded(made(chain, randomise, settle)[1])
     images, model, log = SPEC.probe(8, seed=3), rounded(exact), PassLog()
     round_and_correct(model, exact, layer_means(exact, images), images, log)
     done = [(entry.action, entry.where) for entry in log.entries]

@@ -1,16 +1,15 @@
 """Weight clipping."""
 
 import torch
-from networks import SPEC, chain, settle
+from networks import chain, made, settle
 
-from utils.graph.capture import capture
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.clip_weights import clip_weights
 from utils.passes.log import PassLog
 
 
 def test_clipping_bounds_the_weights_and_says_how_many():
-    model, log = capture(settle(chain()), SPEC), PassLog()
+    model, log = made(chain, settle)[1], PassLog()
     before = {node.target: module_of(model, node).weight.clone() for node in weighted_nodes(model)}
     clip_weights(model, 0.2, log)
     for name, weight in before.items():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import SPEC, chain, conv_bn, folded, randomise, settle
+from networks import SPEC, chain, conv_bn, folded, made, randomise, settle
 from torch import nn
 
 from utils.passes.dead_channels import clear_dead_channels
@@ -10,7 +10,7 @@ from utils.passes.log import PassLog
 
 
 def dead_chain(bias: float, padding: int) -> nn.Module:
-    """The first channel's weights have decayed to nothing, and its reader's BatchNorm saw no variance."""
+    """The first channel's weights have decayed to nothing, and its sink's BatchNorm saw no variance."""
     model = nn.Sequential(
         conv_bn(3, 4, 1, activation=nn.ReLU6),
         conv_bn(4, 4, 3, groups=4, padding=padding),
@@ -39,7 +39,7 @@ def test_dead_channels_that_are_zero_are_cleared(padding):
     torch.testing.assert_close(traced(SPEC.probe()), before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_dead_constant_moves_to_the_readers_bias_where_nothing_pads():
+def test_a_dead_constant_moves_to_the_sinks_bias_where_nothing_pads():
     model = dead_chain(0.5, padding=0)
     traced, statistics = folded(model)
     before, bias = traced(SPEC.probe()), traced.get_submodule("1.0").bias.clone()
@@ -60,7 +60,7 @@ def test_a_dead_constant_before_padding_is_left_and_said():
 
 
 def test_live_channels_are_not_cleared():
-    traced, statistics = folded(settle(chain()))
+    traced, statistics = folded(made(chain, settle)[1])
     weights = {key: value.clone() for key, value in traced.state_dict().items()}
     clear_dead_channels(traced, SPEC, statistics, PassLog())
     for key, value in traced.state_dict().items():

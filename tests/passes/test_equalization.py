@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from networks import SPEC, Branches, Residual, chain, folded, randomise, settle
-from torch import fx, nn
+from networks import NETWORKS, SPEC, chain, folded, made, randomise, relu_chain, settle, spread_gains
+from torch import fx
 
 from utils.calibration.moments import Statistics
 from utils.calibration.ranges import batchnorm_ranges
@@ -13,8 +13,6 @@ from utils.graph.layers import grouped_weight
 from utils.graph.regions import find_regions
 from utils.passes.equalization import cle_scales, equalization_scale, equalize
 from utils.passes.log import PassLog
-
-NETWORKS = {"chain": chain, "relu chain": lambda: chain(nn.ReLU), "residual": Residual, "branches": Branches}
 
 
 def cle(model: fx.GraphModule, statistics: Statistics) -> Statistics:
@@ -34,11 +32,7 @@ def spread(model: fx.GraphModule) -> float:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equalization_keeps_the_output_and_evens_the_ranges(name):
-    model = randomise(NETWORKS[name]())
-    for layer in model.modules():  # ranges that differ over channels, as trained ones do
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.mul_(torch.logspace(-1, 1, len(layer.weight)))
-    traced, statistics = folded(model)
+    traced, statistics = folded(made(NETWORKS[name], randomise, spread_gains)[1])
     before, unequal = traced(SPEC.probe()), spread(traced)
     cle(traced, statistics)
     torch.testing.assert_close(traced(SPEC.probe()), before, rtol=1e-4, atol=1e-5)
@@ -46,7 +40,7 @@ def test_equalization_keeps_the_output_and_evens_the_ranges(name):
 
 
 def test_equalized_pairs_have_equal_ranges():
-    traced, _ = folded(randomise(chain(nn.ReLU)))
+    traced, _ = folded(made(relu_chain, randomise)[1])
     cle(traced, {})  # without statistics nothing limits a factor
     for region in find_regions(traced)[0]:
         first, second = traced.get_submodule(region.source), traced.get_submodule(region.sinks[0].name)
@@ -61,7 +55,7 @@ def test_equalization_scale_by_hand():
 
 
 def test_returned_statistics_are_those_of_the_scaled_layers():
-    traced, statistics = folded(settle(chain(nn.ReLU)))
+    traced, statistics = folded(made(relu_chain, settle)[1])
     kept = statistics["1.0"].mean.clone()
     scaled = cle(traced, statistics)
     outputs = {}
@@ -75,18 +69,18 @@ def test_returned_statistics_are_those_of_the_scaled_layers():
 
 
 def test_equalization_never_stretches_an_activation():
-    model = randomise(chain(nn.ReLU))
-    model[0][0].weight[0] = 1e-6  # a channel of tiny weights and a common bias
-    traced, statistics = folded(model)
+    _, graph = made(relu_chain, randomise)
+    graph.get_submodule("0.0").weight[0] = 1e-6  # a channel of tiny weights and a common bias
+    traced, statistics = folded(graph)
     after = batchnorm_ranges(cle(traced, statistics))["0.0"][1]
     assert after.max() <= batchnorm_ranges(statistics)["0.0"][1].max() * 1.001
 
 
 def test_a_layer_that_equalization_harms_can_be_left_out():
-    model, statistics = folded(randomise(chain()))
+    model, statistics = folded(made(chain, randomise)[1])
     before = {name: model.get_submodule(name).weight.clone() for name in ("0.0", "1.0", "2.0")}
     scales_of = partial(cle_scales, ranges=batchnorm_ranges(statistics))
     equalize(model, statistics, scales_of, log := PassLog(), without=frozenset({"1.0"}))
     changed = [name for name, weight in before.items() if (model.get_submodule(name).weight != weight).any()]
-    assert changed == ["1.0", "2.0"]  # "1.0" as a producer alone
+    assert changed == ["1.0", "2.0"]  # "1.0" as a source alone
     assert log.counts()["equalized"]["skipped"] == 2  # "0.0", and the layer that the output reads

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SPEC, Branches, Residual, chain, randomise, settle
+from networks import SPEC, Branches, Residual, chain, made, randomise, settle
 from torch import nn
 
 from dfq import Recipe, quantize_data_free
@@ -93,13 +93,11 @@ def test_an_input_that_never_varies_is_no_obstacle():
 
 @pytest.mark.parametrize("network", [chain, Residual, Branches])
 def test_a_network_comes_nearer_to_its_float_one(network):
-    model, images = (
-        settle(randomise(network())),
-        as_pixels(natural_noise(SPEC, 32, torch.Generator().manual_seed(3)), SPEC),
-    )
+    model, graph = made(network, randomise, settle)
+    images = as_pixels(natural_noise(SPEC, 32, torch.Generator().manual_seed(3)), SPEC)
     flags = {"quantize": True, "equalize": True, "correction": True, "distill_correction": True, "bits_weight": 4}
     nearest, rounded = (
-        quantize_data_free(model, SPEC, Recipe(**flags, distill_rounding=rounding), images)
+        quantize_data_free(model, SPEC, Recipe(**flags, distill_rounding=rounding), images, graph)
         for rounding in (False, True)
     )
     assert rounded.fidelity.output > nearest.fidelity.output + 1

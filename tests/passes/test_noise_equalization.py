@@ -4,7 +4,19 @@ from functools import partial
 
 import pytest
 import torch
-from networks import SPEC, Branches, Head, Residual, chain, conv_bn, randomise, unlike
+from networks import (
+    SPEC,
+    Branches,
+    Head,
+    Residual,
+    chain,
+    conv_bn,
+    made,
+    randomise,
+    relu_chain,
+    spread_gains,
+    unlike,
+)
 from torch import fx, nn
 
 from dfq import Recipe, quantize, quantize_data_free
@@ -103,7 +115,7 @@ def test_the_step_of_asymmetric_weights_is_that_of_their_range():
 
 
 def test_a_channel_that_no_image_activates_is_not_stretched():
-    model, statistics = unlike(partial(chain, nn.ReLU))
+    model, statistics = unlike(relu_chain)
     (region, *others), _ = find_regions(model)
     reach = activation_reach(model, region, batchnorm_ranges(statistics))[0]
     asleep = int(reach.argsort()[-2])  # its range from BatchNorm is nearly as wide as any
@@ -116,7 +128,7 @@ def test_a_channel_that_no_image_activates_is_not_stretched():
 
 
 def test_ranges_from_batchnorm_that_images_contradict_do_not_count():
-    model, statistics = unlike(partial(chain, nn.ReLU))
+    model, statistics = unlike(relu_chain)
     regions, _ = find_regions(model)
     known = statistics["0.0"]
     wrong = statistics | {"0.0": Gaussian(100 * known.mean.abs(), 1e4 * known.variance)}
@@ -132,9 +144,9 @@ def test_without_a_region_there_is_no_scale():
 
 def test_tensors_that_an_engine_stores():
     model, _ = unlike(Residual)
-    stored = {link.producer: stored_nodes(model, link) for link in find_regions(model, through_sums=True)[0]}
+    stored = {region.source: stored_nodes(model, region) for region in find_regions(model, through_sums=True)[0]}
     assert stored["inner.0"] == {"inner_2": "inner.0"}
-    assert stored["stem.0"] == {"stem_2": "stem.0", "outer_0": "outer.0", "relu_1": None}
+    assert stored["stem.0"] == {"stem_2": "stem.0", "outer_0": "outer.0", "relu_default_3": None}
 
 
 def test_the_nearest_is_chosen_and_layers_that_it_harms_are_left_out():
@@ -143,7 +155,7 @@ def test_the_nearest_is_chosen_and_layers_that_it_harms_are_left_out():
 
     def way(name: str, without: frozenset[str] = frozenset()) -> tuple[str, Fidelity]:
         gain = {frozenset(): 0.0, frozenset({"a"}): 1.0}.get(without, -5.0)
-        return f"{name}{sorted(without)}", Fidelity(outputs[name] + gain, 100.0, layers[name])
+        return f"{name}{sorted(without)}", Fidelity(outputs[name] + gain, layers[name])
 
     ways = {name: partial(way, name) for name in outputs}
     (chosen, _), why = choose_nearest(ways, lambda result: result[1], {"a", "b"})
@@ -154,12 +166,8 @@ def test_the_nearest_is_chosen_and_layers_that_it_harms_are_left_out():
 
 @pytest.mark.parametrize("network", [chain, Branches])
 def test_distilled_equalization_is_never_further_than_the_plain_one(network):
-    model = randomise(network())
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.mul_(torch.logspace(-1, 1, len(layer.weight)))
-    images = SPEC.probe(8, seed=5)
-    plain = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True), images)
-    chosen = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True, distill_equalize=True), images)
+    (model, graph), images = made(network, randomise, spread_gains), SPEC.probe(8, seed=5)
+    plain = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True), images, graph)
+    chosen = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True, distill_equalize=True), images, graph)
     assert chosen.fidelity.output >= plain.fidelity.output
     assert any("the nearest" in note for note in chosen.log.notes)

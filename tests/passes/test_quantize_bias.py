@@ -1,7 +1,7 @@
 """Biases on the steps of the accumulator."""
 
 import torch
-from networks import SPEC, chain, settle
+from networks import SPEC, chain, made, settle
 
 from dfq import Recipe, quantize_data_free
 from utils.graph.nodes import module_of, weighted_nodes
@@ -10,8 +10,13 @@ from utils.passes.quantize_bias import quantize_biases
 from utils.quantization.placement import quantizer_before
 
 
+def simulate():
+    model, graph = made(chain, settle)
+    return quantize_data_free(model, SPEC, Recipe(quantize=True), captured=graph).simulated
+
+
 def test_biases_lie_on_the_steps_of_the_accumulator():
-    simulated = quantize_data_free(settle(chain()), SPEC, Recipe(quantize=True)).simulated
+    simulated = simulate()
     nodes = weighted_nodes(simulated)
     assert [node.target for node in nodes] == ["0.0", "1.0", "2.0", "3.linear"]
     for node in nodes:
@@ -22,7 +27,7 @@ def test_biases_lie_on_the_steps_of_the_accumulator():
 
 
 def test_a_bias_that_overflows_after_all_stays_in_float_and_is_said():
-    simulated = quantize_data_free(settle(chain()), SPEC, Recipe(quantize=True)).simulated
+    simulated = simulate()
     layer, log = simulated.get_submodule("2.0"), PassLog()
     layer.bias_qparams, layer.bias[0] = None, 1e9
     quantize_biases(simulated, 32, log)
@@ -31,7 +36,7 @@ def test_a_bias_that_overflows_after_all_stays_in_float_and_is_said():
 
 
 def test_a_layer_with_float_weights_keeps_its_bias():
-    simulated = quantize_data_free(settle(chain()), SPEC, Recipe(quantize=True)).simulated
+    simulated = simulate()
     layer, log = simulated.get_submodule("2.0"), PassLog()
     layer.weight_qparams = layer.bias_qparams = None
     quantize_biases(simulated, 32, log)

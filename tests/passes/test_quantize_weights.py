@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import SPEC, Branches, chain, folded, settle
+from networks import SPEC, Branches, chain, folded, made, relu_chain, settle
 from torch import nn
 
 from dfq import Recipe, quantize_data_free
@@ -21,7 +21,9 @@ from utils.quantization.quantizer import Quantizer
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8, 12, 16])
 def test_every_tensor_of_the_simulation_has_at_most_two_to_the_bits_values(bits):
-    result = quantize_data_free(settle(Branches()), SPEC, Recipe(quantize=True, bits_weight=bits, bits_activation=bits))
+    model, graph = made(Branches, settle)
+    recipe = Recipe(quantize=True, bits_weight=bits, bits_activation=bits)
+    result = quantize_data_free(model, SPEC, recipe, captured=graph)
     for node in weighted_nodes(result.simulated):
         assert len(module_of(result.simulated, node).weight.unique()) <= 2**bits
     seen = {}
@@ -34,8 +36,7 @@ def test_every_tensor_of_the_simulation_has_at_most_two_to_the_bits_values(bits)
 
 def with_huge_bias():
     """A network with quantizers whose second layer has a bias of 1e9 times its weights in one channel."""
-    model = settle(chain(nn.ReLU))
-    traced, statistics = folded(model)
+    traced, statistics = folded(made(relu_chain, settle)[1])
     layer = traced.get_submodule("2.0")
     grouped_weight(layer)[0, 0] *= 1e-9 / grouped_weight(layer)[0, 0].abs().max()
     layer.bias[0] = 5.0
@@ -86,6 +87,6 @@ def test_a_layer_behind_something_unknown_is_skipped_and_said():
 
 
 def test_weight_ranges_are_those_of_every_channel():
-    traced = capture(settle(chain()), SPEC)
+    traced = made(chain, settle)[1]
     weight = traced.get_submodule("1.0").weight.flatten(1)
     torch.testing.assert_close(weight_ranges(traced)["1.0"], torch.stack([weight.amin(1), weight.amax(1)], 1))

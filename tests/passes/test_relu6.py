@@ -1,43 +1,81 @@
-"""ReLU6: replaced, or exact with a cap for every channel."""
+"""ReLU6: replaced, or exact with bounds of its own for every channel."""
 
+import math
+
+import pytest
 import torch
-from networks import SPEC, chain, folded, randomise
+from networks import SMALL, chain, folded, made, modules_in, randomise
 from torch import nn
 
 from utils.calibration.ranges import batchnorm_ranges
 from utils.graph.capture import capture
-from utils.graph.layers import CappedReLU
-from utils.graph.regions import ChannelSlice, find_regions
+from utils.graph.layers import Clip
+from utils.graph.regions import ELSEWHERE, ChannelSlice, find_regions
 from utils.passes.equalization import cle_scales, equalize
 from utils.passes.log import PassLog
-from utils.passes.relu6 import channel_caps, lower_caps, replace_relu6, scale_caps
+from utils.passes.relu6 import channel_caps, channel_reach, lower_caps, replace_relu6, scale_bounds
 
 
 def test_replacing_leaves_no_relu6():
-    traced, log = capture(randomise(chain()), SPEC), PassLog()
-    replace_relu6(traced, log)
-    assert not any(isinstance(module, nn.ReLU6) for module in traced.modules())
-    assert sum(isinstance(module, nn.ReLU) for module in traced.modules()) == 3
+    (_, graph), log = made(chain, randomise), PassLog()
+    replace_relu6(graph, log)
+    clips = modules_in(graph, Clip)
+    assert len(clips) == 3 and all(clip.rectifies and not clip.capped for clip in clips)
     assert log.counts() == {"replaced ReLU6 by ReLU": {"applied": 3, "skipped": 0}}
 
 
+def test_other_clips_are_not_replaced():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Hardtanh(-1, 6), nn.Hardtanh(-1, 1), nn.Hardtanh(0, 4))
+    graph, log = capture(model, SMALL), PassLog()
+    before = [(float(clip.low), float(clip.high)) for clip in modules_in(graph, Clip)]
+    replace_relu6(graph, log)
+    assert [(float(clip.low), float(clip.high)) for clip in modules_in(graph, Clip)] == before
+    assert log.counts() == {}
+
+
 def test_equalization_gives_relu6_a_cap_for_every_channel():
-    traced, statistics = folded(randomise(chain()))
-    scales = cle_scales(traced, find_regions(traced)[0], PassLog(), batchnorm_ranges(statistics))
-    equalize(traced, statistics, lambda *_: scales, PassLog())
-    caps = [module.cap for module in traced.modules() if isinstance(module, CappedReLU)]
-    assert len(caps) == 3
-    for cap, scale in zip(caps, scales, strict=True):
-        assert cap.unique().numel() > 1
-        torch.testing.assert_close(cap, 6 / scale)
+    graph, statistics = folded(made(chain, randomise)[1])
+    scales = cle_scales(graph, find_regions(graph)[0], PassLog(), batchnorm_ranges(statistics))
+    equalize(graph, statistics, lambda *_: scales, PassLog())
+    clips = modules_in(graph, Clip)
+    assert len(clips) == 3
+    for clip, scale in zip(clips, scales, strict=True):
+        assert clip.high.unique().numel() > 1 and clip.rectifies
+        torch.testing.assert_close(clip.high, 6 / scale)
 
 
-def test_caps_of_a_part_of_the_channels_by_hand():
-    traced = capture(chain(), SPEC)
-    name = next(name for name, module in traced.named_modules() if isinstance(module, nn.ReLU6))
-    part = ChannelSlice(name, offset=2)
-    torch.testing.assert_close(channel_caps(traced, part, 3), torch.full((3,), 6.0))
-    scale_caps(traced, part, torch.tensor([0.5, 1.0, 2.0]))
-    lower_caps(traced, part, torch.tensor([0.0, 1.0, 0.0]))
-    torch.testing.assert_close(channel_caps(traced, part, 3), torch.tensor([3.0, 5.0, 12.0]))
-    torch.testing.assert_close(traced.get_submodule(name).cap, torch.tensor([6.0, 6, 3, 5, 12, 6, 6, 6]))
+@pytest.fixture
+def graph():
+    """A ReLU6, a hardtanh and a ReLU of four channels."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.Hardtanh(-2, 1), nn.Conv2d(4, 4, 1))
+    return capture(nn.Sequential(model, nn.ReLU()), SMALL)
+
+
+PART = torch.tensor([ELSEWHERE, 0, 2, 1])  # of a region's three channels
+
+
+def test_caps_of_a_part_of_the_channels_by_hand(graph):
+    part = ChannelSlice("0.1", PART)
+    torch.testing.assert_close(channel_caps(graph, part, 3), torch.full((3,), 6.0))
+    scale_bounds(graph, part, torch.tensor([0.5, 1.0, 2.0]))
+    lower_caps(graph, part, torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(channel_caps(graph, part, 3), torch.tensor([3.0, 5.0, 12.0]))
+    clip = graph.get_submodule("0.1")
+    torch.testing.assert_close(clip.high, torch.tensor([6.0, 3.0, 12.0, 5.0]))
+    assert clip.rectifies
+
+
+def test_both_bounds_of_a_hardtanh_scale(graph):
+    part = ChannelSlice("0.3", PART)
+    torch.testing.assert_close(channel_reach(graph, part, 3), torch.full((3,), 2.0))
+    scale_bounds(graph, part, torch.tensor([0.5, 1.0, 2.0]))
+    clip = graph.get_submodule("0.3")
+    torch.testing.assert_close(clip.low, torch.tensor([-2.0, -1.0, -4.0, -2.0]))
+    torch.testing.assert_close(clip.high, torch.tensor([1.0, 0.5, 2.0, 1.0]))
+    torch.testing.assert_close(channel_reach(graph, part, 3), torch.tensor([1.0, 2.0, 4.0]))
+
+
+def test_a_relu_stays_a_relu(graph):
+    scale_bounds(graph, ChannelSlice("1", PART), torch.tensor([0.5, 1.0, 2.0]))
+    clip = graph.get_submodule("1")
+    assert (float(clip.low), clip.high.tolist()) == (0, [math.inf] * 4)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.graph.layers import CappedReLU
+from utils.graph.layers import Clip
 from utils.quantization.qparams import affine_qparams, fake_quantize
 from utils.quantization.quantizer import Quantizer
 
@@ -39,10 +39,10 @@ def test_quantizer_leaves_its_input_unless_told_to_overwrite_it():
     torch.testing.assert_close(x, kept, rtol=0, atol=0)
 
 
-def test_quantizer_with_caps_is_capped_relu_on_its_steps():
+def test_quantizer_with_caps_is_a_clip_on_its_steps():
     cap = torch.tensor([1.0, 2.5, 9.0, float("inf")])
     x = torch.randn(3, 4, 16, 16) * 4
     quantizer = Quantizer(affine_qparams(torch.tensor(0.0), torch.tensor(6.0), 8), cap)
     on_steps = (cap / quantizer.scale).round() * quantizer.scale
-    expected = fake_quantize(CappedReLU(on_steps)(x), quantizer.qparams)
+    expected = fake_quantize(Clip(0.0, on_steps)(x), quantizer.qparams)
     torch.testing.assert_close(quantizer(x), expected, rtol=0, atol=0)

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from networks import SPEC, Branches, Residual, chain, randomise, settle
+from networks import SMALL, SPEC, Branches, Residual, chain, made, randomise, settle
 from torch import nn
 
 from dfq import Recipe, quantize_data_free
@@ -19,18 +19,19 @@ TASK = "classification"
 RECIPE = Recipe(quantize=True, equalize=True, correction=True)
 
 
-def saved(network, file, recipe=RECIPE):
-    result = quantize_data_free(network, SPEC, recipe)
+def saved(file, recipe=RECIPE, network=chain):
+    model, graph = made(network, randomise, settle)
+    result = quantize_data_free(model, SPEC, recipe, captured=graph)
     parts = result.float, result.simulated
-    artifact.save(file, artifact.Saved(capture(network, SPEC), *parts, asdict(recipe), SPEC, TASK, "net", "here"))
+    artifact.save(file, artifact.Saved(graph, *parts, asdict(recipe), SPEC, TASK, "net", "here"))
     return result
 
 
 @pytest.mark.parametrize("flags", [{}, {"per_channel": True}, {"relu": True}])
 @pytest.mark.parametrize("network", [chain, Residual, Branches])
 def test_what_is_loaded_computes_bit_for_bit_the_same(network, flags, tmp_path):
-    model = settle(randomise(network()))
-    result = saved(model, tmp_path / "net.dfq", Recipe(quantize=True, equalize=True, **flags))
+    model, _ = made(network, randomise, settle)
+    result = saved(tmp_path / "net.dfq", Recipe(quantize=True, equalize=True, **flags), network)
     again = artifact.load(tmp_path / "net.dfq", TASK)
     images = SPEC.probe(4)
     pairs = [(model, again.model), (result.float, again.float), (result.simulated, again.simulated)]
@@ -63,7 +64,7 @@ EVIL = {
 
 @pytest.mark.parametrize("name", EVIL)
 def test_a_file_holds_no_code(name, tmp_path):
-    saved(settle(randomise(chain())), tmp_path / "net.dfq")
+    saved(tmp_path / "net.dfq")
     content = torch.load(tmp_path / "net.dfq", weights_only=True)
     content["graphs"]["simulated"]["nodes"].insert(1, EVIL[name])
     torch.save(content, tmp_path / "evil.dfq")
@@ -72,25 +73,41 @@ def test_a_file_holds_no_code(name, tmp_path):
 
 
 class Attention(nn.Module):
+    """Layers of layers, functions of their own, and operators that engines have no kernels for."""
+
     def __init__(self):
         super().__init__()
-        self.first, self.attention = chain()[0], nn.MultiheadAttention(24, 2)
+        self.first, self.attention = chain()[0], nn.MultiheadAttention(16, 2)
+        self.gain = nn.Parameter(torch.rand(16))
 
     def forward(self, x):
-        x = self.first(x).mean(3)
+        x = torch.nn.functional.mish(self.first(x).mean(3)) * self.gain
         return self.attention(x, x, x)[0]
 
 
-def test_a_layer_of_layers_is_refused_before_the_file_is_there(tmp_path):
-    network = capture(Attention().eval(), SPEC)
-    parts = network, network, network, {}
-    with pytest.raises(UserError, match="'attention' is a MultiheadAttention, made of further layers"):
-        artifact.save(tmp_path / "net.dfq", artifact.Saved(*parts, SPEC, TASK, "net", "here"))
+def test_whatever_is_captured_can_be_saved(tmp_path):
+    network = capture(Attention().eval(), SMALL)
+    file = tmp_path / "net.dfq"
+    artifact.save(file, artifact.Saved(network, network, network, {}, SMALL, TASK, "net", "here"))
+    again = artifact.load(file, TASK).model
+    assert torch.equal(again(SMALL.probe(3)), network(SMALL.probe(3)))
+    assert [node.name for node in again.graph.nodes] == [node.name for node in network.graph.nodes]
+
+
+def test_a_layer_of_the_users_own_is_refused_before_the_file_is_there(tmp_path):
+    class Own(nn.Module):
+        def forward(self, x):
+            return x
+
+    _, network = made(chain)
+    network.set_submodule("0.2", Own())
+    with pytest.raises(UserError, match=r"layer '0\.2' is a Own, which is none of torch\.nn"):
+        artifact.save(tmp_path / "net.dfq", artifact.Saved(network, network, network, {}, SPEC, TASK, "net", "here"))
     assert not (tmp_path / "net.dfq").exists()
 
 
 def test_a_file_of_another_task_and_one_without_its_parts_are_named(tmp_path):
-    saved(settle(randomise(chain())), tmp_path / "net.dfq")
+    saved(tmp_path / "net.dfq")
     with pytest.raises(UserError, match="holds a network for classification, not detection"):
         artifact.load(tmp_path / "net.dfq", "detection")
     content = torch.load(tmp_path / "net.dfq", weights_only=True)
@@ -102,7 +119,7 @@ def test_a_file_of_another_task_and_one_without_its_parts_are_named(tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"hello", lambda b: b""])
 def test_a_damaged_file_is_one_line(damage, tmp_path):
-    saved(settle(randomise(chain())), tmp_path / "net.dfq")
+    saved(tmp_path / "net.dfq")
     (tmp_path / "bad.dfq").write_bytes(damage((tmp_path / "net.dfq").read_bytes()))
     with pytest.raises(UserError, match="pass --load with a file that --save wrote"):
         artifact.load(tmp_path / "bad.dfq", TASK)

@@ -25,6 +25,9 @@ _UNTAGGED = {
     "_prelu_kernel",
     "rrelu",
     "softshrink",
+    "zeros_like",
+    "ones_like",
+    "full_like",
 }
 
 

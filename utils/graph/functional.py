@@ -64,7 +64,11 @@ def functional_form(overload: torch._ops.OpOverload) -> torch._ops.OpOverload | 
 
 
 def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    """Whether an operator changes values. detach_, which torch.tensor(...) leaves, and dropout in evaluation change none."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return False
+    name = node.target._schema.name.partition("::")[2]
+    return name != "detach_" and not (name.endswith("dropout_") and node.args[2] is False)
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
@@ -78,7 +82,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def _unshared(node: fx.Node) -> bool:
-    """Whether no view shares memory with what an operator writes to."""
+    """Whether no view shares memory with what an operator writes to, up to the last time that it is written to."""
     written = _written(node)
     if len(written) != 1:
         return False
@@ -87,7 +91,9 @@ def _unshared(node: fx.Node) -> bool:
         others = [user for user in value.users if _writes(user) and value in _written(user)]
         others += _written(value) if _writes(value) else []
         same += [other for other in others if other not in same]
-    readers = {user for value in same for user in value.users}
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    last = max(order[value] for value in same if _writes(value))
+    readers = {user for value in same for user in value.users if order[user] < last}
     return not any(_may_alias(value) for value in (*same, *readers) if not _writes(value))
 
 

@@ -106,6 +106,8 @@ class Translator:
         if is_constant(args) and is_constant(list(kwargs.values())):
             return self._constant(node, args, kwargs)
         name = node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name == "_assert_tensor_metadata":  # torch.export's own check of a conversion
+            return None
         rule = self.rules.get(name)
         result = rule(self, node, *args, **kwargs) if rule else None
         return self.emit(node.target, args, kwargs) if result is None else result
@@ -198,8 +200,15 @@ class Translator:
             origin = origin.args[0]
         fqn = self.fqns.get(id(self.values[origin])) if origin is not None else None
         if fqn is None:
-            return self.path() or self.current.name
-        return fqn.rpartition(".")[0] or fqn
+            return self._place(self.path(), self.current.name)
+        owner, _, own = fqn.rpartition(".")
+        return self._place(owner, own.removesuffix("weight").removesuffix("_") or self.current.name) if owner else fqn
+
+    def _place(self, owner: str, own: str) -> str:
+        """A user's module for the layer in it; of one that holds layers besides, such as attention, a name in it."""
+        inside = [fqn.removeprefix(f"{owner}.") for fqn in self.fqns.values() if fqn.startswith(f"{owner}.")]
+        alone = not any("." in name and not name.startswith("parametrizations.") for name in inside)
+        return owner if owner and alone else f"{owner}.{own}".removeprefix(".")
 
     def _note(self, node: fx.Node, size: Sequence | None) -> fx.Node:
         value = self.current.meta.get("val")
