@@ -134,7 +134,7 @@ def compare(
     layers: dict[str, LayerParity] = {}
     agreement, steps = Agreement(predictions), []
     with torch.inference_mode():
-        for part in images.split(batch):
+        for part in images.split(simulated.meta["batch"] or batch):
             tensors = engine(part)
             outputs = results(simulated(part))
             found = list(tensors.values())[: len(outputs)]

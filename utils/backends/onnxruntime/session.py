@@ -33,7 +33,11 @@ class OnnxNetwork(nn.Module):
         return outputs if len(outputs) > 1 else outputs[0]
 
     def tensors(self, images: Tensor) -> dict[str, Tensor]:
-        """The model's outputs by name."""
+        """The model's outputs by name; of a model that fixes its batch, of so many images at a time."""
+        batch = self.session.get_inputs()[0].shape[0]
+        if isinstance(batch, int) and len(images) > batch:
+            parts = [self.tensors(part) for part in images.split(batch)]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         names = [output.name for output in self.session.get_outputs()]
         arrays = self.session.run(names, {INPUT: images.cpu().contiguous().numpy()})
         return {name: torch.from_numpy(array).to(images.device) for name, array in zip(names, arrays, strict=True)}
