@@ -349,7 +349,10 @@ def _elementwise(w: _Writer, node: fx.Node, function: Elementwise) -> str:
         if not copied.write(inner):
             del w.nodes[nodes:], w.initializers[initializers:]
             return w.by_torch(node, function, [node.args[0]])
-    return copied.result
+    if not function.level.dim():
+        return copied.result
+    level = w.constant(f"{node.name}_level", per_channel(function.level, len(shape(node))))
+    return w.add("Mul", [copied.result, level], f"{node.name}_levelled")
 
 
 class _Inner:
@@ -362,7 +365,7 @@ class _Inner:
         """Whether the operator has a form."""
         inner.meta["tensor_meta"] = self.outer.meta["tensor_meta"]
         if inner.op == "placeholder":
-            self.w.values[inner] = self.w.values[self.outer.args[0]]
+            self.w.values[inner] = self._input()
         elif inner.op == "get_attr":
             self.w.values[inner] = _Value(self.w.constant(f"{self.outer.name}_{inner.name}", self.w.tensor(inner)))
         elif inner.op == "output":
@@ -375,6 +378,14 @@ class _Inner:
                 return False
             self.w.values[inner] = _Value(result)
         return True
+
+    def _input(self) -> _Value:
+        """What the activation reads, times its gain."""
+        value, function = self.w.values[self.outer.args[0]], module_of(self.w.model, self.outer)
+        if not function.gain.dim():
+            return value
+        gain = self.w.constant(f"{self.outer.name}_gain", per_channel(function.gain, len(shape(self.outer))))
+        return _Value(self.w.add("Mul", [value.name, gain], f"{self.outer.name}_scaled"))
 
 
 class _Named:

@@ -69,15 +69,20 @@ class Elementwise(nn.Module):
     """Any other function of one tensor, value by value: an activation, however it was written.
 
     inner: its operators, from one placeholder to one output. kind: what a log calls it. homogeneous: whether
-    f(s x) = s f(x) for every s > 0, so that a scale passes.
+    f(s x) = s f(x) for every s > 0, so that a scale passes. gain, level: [] or [C], what x is multiplied by first, and the
+    result at last. No scale passes a function that is not homogeneous; equalization ends before it in the gain, and
+    begins behind it with the level, both exact.
     """
 
     def __init__(self, inner: fx.GraphModule, kind: str, homogeneous: bool):
         super().__init__()
         self.inner, self.kind, self.homogeneous = inner, kind, homogeneous
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("level", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
+        result = self.inner(x * per_channel(self.gain, x.dim()) if self.gain.dim() else x)
+        return result * per_channel(self.level, x.dim()) if self.level.dim() else result
 
     def extra_repr(self) -> str:
         return self.kind
@@ -111,7 +116,10 @@ def channels_out(layer: nn.Module) -> int:
 
 
 def scale_outputs(layer: nn.Module, factor: Tensor) -> None:
-    """Multiply every output channel, bias included, by its factor [C_out]."""
+    """Multiply every output channel of a layer, bias included, or of an Elementwise, by its factor [C_out]."""
+    if isinstance(layer, Elementwise):
+        layer.level = layer.level * factor
+        return
     view = grouped_weight(layer)
     view.mul_(factor.view(view.shape[0], -1, 1, 1))
     layer.bias.data.mul_(factor)

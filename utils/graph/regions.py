@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.graph.layers import WEIGHTED, ChannelAffine, Clip, Elementwise, channels_out, sees_padding
-from utils.graph.nodes import describe, module_of, shape, weighted_nodes
+from utils.graph.layers import WEIGHTED, ChannelAffine, Clip, Elementwise, sees_padding
+from utils.graph.nodes import describe, module_of, shape
 from utils.graph.ops import is_size, operator_of
 
 aten = torch.ops.aten
@@ -46,16 +46,17 @@ class ChannelSlice:
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Sources with one scale for each output channel, and the sinks whose input channels make up for it.
+    """Sources, layers or functions that no scale passes, with one scale for each output channel, and the sinks whose input channels make up for it.
 
-    clips: the Clips on the way, whose bounds scale with the channels. rectified: whether every way leads through a Clip at 0.
-    Several sources are tied by sums.
+    clips: the Clips on the way, whose bounds scale with the channels. gains: the functions at which a scale ends, since
+    they multiply by it first. rectified: whether every way leads through a Clip at 0. Several sources are tied by sums.
     """
 
     sources: tuple[str, ...]
     channels: int
     sinks: tuple[ChannelSlice, ...]
     clips: tuple[ChannelSlice, ...]
+    gains: tuple[ChannelSlice, ...]
     rectified: bool
 
     @property
@@ -77,16 +78,27 @@ def find_regions(model: fx.GraphModule, through_sums: bool = False) -> tuple[lis
     through_sums: layers whose outputs are added are scaled together, as one region.
     """
     regions, refused, done = [], {}, set()
-    for node in weighted_nodes(model):
+    for node in _sources(model):
         if node.target in done:
             continue
         walk = _Walk(model, through_sums)
         try:
             regions.append(walk.region(node))
         except _Refused as reason:
-            refused |= dict.fromkeys(walk.sources, str(reason))
+            refused |= {name: str(reason) for name in walk.sources if isinstance(model.get_submodule(name), WEIGHTED)}
         done |= set(walk.sources)
     return regions, refused
+
+
+def _sources(model: fx.GraphModule) -> list[fx.Node]:
+    """What can scale its own output: layers, and functions that no scale passes."""
+    kinds = {node: module_of(model, node) for node in model.graph.nodes}
+    return [
+        node
+        for node, module in kinds.items()
+        if isinstance(module, WEIGHTED)
+        or (isinstance(module, Elementwise) and not module.homogeneous and len(shape(node)) > 1)
+    ]
 
 
 def stored_nodes(model: fx.GraphModule, region: Region) -> dict[str, str | None]:
@@ -121,6 +133,7 @@ class _Walk:
         self.sources: dict[str, fx.Node] = {}
         self.sinks: list[ChannelSlice] = []
         self.clips: list[ChannelSlice] = []
+        self.gains: list[ChannelSlice] = []
         self.rectified = True
         self.met: dict[fx.Node, None] = {}  # sums
         self.multiplied: set[fx.Node] = set()
@@ -129,15 +142,16 @@ class _Walk:
         self.sources[node.target] = node
         for source in iter_growing(self.sources):
             self._follow(source, _Way(self._start(source)))
-        sources, channels = tuple(self.sources), channels_out(module_of(self.model, node))
-        return Region(sources, channels, tuple(self.sinks), tuple(self.clips), self.rectified and len(sources) == 1)
+        sources, channels = tuple(self.sources), shape(node)[1]
+        ends = tuple(self.sinks), tuple(self.clips), tuple(self.gains)
+        return Region(sources, channels, *ends, self.rectified and len(sources) == 1)
 
     def _start(self, node: fx.Node) -> Tensor:
         """The map of a layer's own output."""
         layer, size = module_of(self.model, node), shape(node)
         if isinstance(layer, nn.Linear) and len(size) != 2:
             raise _Refused("its channels are not the second axis")
-        return _spread(torch.arange(channels_out(layer)), size)
+        return _spread(torch.arange(size[1]), size)
 
     def _follow(self, node: fx.Node, way: _Way) -> None:
         for user in node.users:
@@ -146,6 +160,10 @@ class _Walk:
             module = module_of(self.model, user)
             if isinstance(module, WEIGHTED):
                 self._arrive(user, module, way)
+            elif isinstance(module, Elementwise) and not module.homogeneous:
+                index = _by_channel(way.index, describe(module, user))
+                self.gains.append(ChannelSlice(user.target, index, way.keeps_constants))
+                self.rectified = False
             elif module is not None:
                 self._follow(user, self._through_module(user, module, way))
             else:
@@ -164,7 +182,7 @@ class _Walk:
             if module.capped or not module.rectifies:
                 self.clips.append(ChannelSlice(user.target, index, way.keeps_constants))
             return _Way(way.index, way.rectified or module.rectifies, way.keeps_constants)
-        if isinstance(module, Elementwise) and module.homogeneous:
+        if isinstance(module, Elementwise):
             return way
         if isinstance(module, ChannelAffine) and not module.shift.any():
             return way

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, fx
 
 from utils.calibration.moments import Gaussian, Statistics
-from utils.graph.layers import input_sums
+from utils.graph.layers import WEIGHTED, input_sums
 from utils.graph.nodes import tidy
 from utils.graph.regions import Region, find_regions
 from utils.passes.log import PassLog
@@ -21,6 +21,8 @@ def absorb_high_biases(model: fx.GraphModule, statistics: Statistics, log: PassL
     """
     moved = dict(statistics)
     for region in find_regions(model)[0]:
+        if not isinstance(model.get_submodule(region.source), WEIGHTED):
+            continue
         name, known = region.source, statistics.get(region.source)
         reason = _why_not(region, known)
         if reason:

@@ -42,8 +42,8 @@ def clear_dead_channels(model: fx.GraphModule, spec: InputSpec, statistics: Stat
     corrected = dict(statistics)
     for region in find_regions(model)[0]:
         name = region.source
-        source = moments.get(nodes[name].args[0].name)
-        if not isinstance(source, Moments) or not region.rectified:
+        source = moments.get(nodes[name].args[0].name) if region.rectified else None
+        if not isinstance(source, Moments):
             continue
         low, high = activation_bounds(model, nodes[name], source, region)
         constant = high - low <= 1e-5 * high.max().clamp_min(1e-6)

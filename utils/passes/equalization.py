@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from utils.calibration.moments import Gaussian, Statistics
 from utils.calibration.ranges import ChannelRanges
-from utils.graph.layers import grouped_weight, scale_inputs, scale_outputs
-from utils.graph.nodes import tidy
+from utils.graph.layers import WEIGHTED, grouped_weight, scale_inputs, scale_outputs
+from utils.graph.nodes import shape, tidy
 from utils.graph.regions import ChannelSlice, Region, find_regions
 from utils.passes.log import PassLog
 from utils.passes.relu6 import channel_reach, scale_bounds
@@ -45,7 +45,7 @@ def equalize(
     regions = [region for region in regions if region not in harmful]
     for region, scale in zip(regions, scales_of(model, regions, log), strict=True):
         statistics = apply_scale(model, region, scale, statistics)
-        sinks = ", ".join(sink.name for sink in region.sinks)
+        sinks = ", ".join(sink.name for sink in (*region.sinks, *region.gains))
         factors = f"factors {float(scale.min()):.3g} to {float(scale.max()):.3g}"
         for name in region.sources:
             log.applied(ACTION, f"{name} -> {sinks}", factors + (", tied by sums" if region.tied else ""))
@@ -66,6 +66,9 @@ def apply_scale(model: fx.GraphModule, region: Region, scale: Tensor, statistics
         scale_inputs(layer, sink.gather(scale, elsewhere=1))
     for clip in region.clips:
         scale_bounds(model, clip, 1 / scale)
+    for end in region.gains:
+        function = model.get_submodule(end.name)
+        function.gain = function.gain * end.gather(scale, elsewhere=1)
     return scaled
 
 
@@ -98,7 +101,7 @@ def cle_scales(
     either way. Works on the kernels' maxima; weights are not touched. ranges: of the layers' outputs.
     """
     names = {name for region in regions for name in (*region.sources, *(sink.name for sink in region.sinks))}
-    maxima = {name: grouped_weight(model.get_submodule(name)).abs().amax(3) for name in names}  # [groups, out, in]
+    maxima = {name: _maxima(model, name, ranges) for name in names}  # [groups, out, in]
     totals = [torch.ones(region.channels) for region in regions]
     floors = [_least_scales(model, region, ranges) for region in regions]
     for _ in range(sweeps):
@@ -116,6 +119,27 @@ def cle_scales(
     return totals
 
 
+def _maxima(model: fx.GraphModule, name: str, ranges: ChannelRanges) -> Tensor:
+    """The kernels' maxima of a layer; of a function without weights, how far its channels reach in their place."""
+    module = model.get_submodule(name)
+    if isinstance(module, WEIGHTED):
+        return grouped_weight(module).abs().amax(3)
+    known = function_range(model, name, ranges)
+    channels = next(shape(node)[1] for node in model.graph.nodes if node.target == name)
+    return torch.ones(1, channels, 1) if known is None else torch.maximum(-known[0], known[1]).view(1, -1, 1)
+
+
+def function_range(model: fx.GraphModule, name: str, ranges: ChannelRanges) -> tuple[Tensor, Tensor] | None:
+    """The smallest and largest value [C] of a function of a layer's output, where the layer's range is known."""
+    node = next(node for node in model.graph.nodes if node.target == name)
+    source = ranges.get(node.args[0].target)
+    if source is None:
+        return None
+    low, high = (end.view(1, -1, *[1] * (len(shape(node)) - 2)) for end in source)
+    values = torch.stack([model.get_submodule(name)(low + share * (high - low)) for share in torch.linspace(0, 1, 65)])
+    return values.amin(0).flatten(), values.amax(0).flatten()
+
+
 def _least_scales(model: fx.GraphModule, region: Region, ranges: ChannelRanges) -> Tensor:
     """The least scales [C] that leave a region's activations within their present range, 0 where it is not known."""
     reach = activation_reach(model, region, ranges)
@@ -127,6 +151,8 @@ def _least_scales(model: fx.GraphModule, region: Region, ranges: ChannelRanges) 
 def _pair_scale(region: Region, maxima: dict[str, Tensor]) -> Tensor:
     """The scale that makes a region's present ranges equal, over all layers that make and that read its channels."""
     r1 = torch.stack([maxima[name].amax(2).reshape(-1) for name in region.sources]).amax(0)
+    if not region.sinks:  # only functions read it, which multiply exactly: all channels get the largest one's range
+        return torch.where(r1 > 0, r1 / r1.max().clamp_min(1e-30), torch.ones_like(r1))
     r2 = torch.stack([_input_range(maxima[sink.name], sink, region.channels) for sink in region.sinks]).amax(0)
     return equalization_scale(r1, r2)
 
@@ -148,11 +174,14 @@ def _scale_maxima(region: Region, maxima: dict[str, Tensor], scale: Tensor) -> N
 def activation_reach(model: fx.GraphModule, region: Region, ranges: ChannelRanges) -> Tensor | None:
     """The largest absolute value [tensors, C] of each channel of a region's activations, where it is known: behind
     the activation of each layer that makes them, and of their sum where adds tie several."""
-    if any(name not in ranges for name in region.sources):
+    known = [
+        ranges.get(name) if isinstance(model.get_submodule(name), WEIGHTED) else function_range(model, name, ranges)
+        for name in region.sources
+    ]
+    if any(range_ is None for range_ in known):
         return None
     reaches = []
-    for name in region.sources:
-        low, high = ranges[name]
+    for low, high in known:
         reaches.append(high.clamp_min(0) if region.rectified else torch.maximum(low.abs(), high.abs()))
     together = torch.stack(reaches)
     if region.tied:  # as of independent terms

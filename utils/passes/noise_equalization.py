@@ -119,7 +119,7 @@ class _Noise:
         scheme: QuantScheme,
     ):
         layers = {node.target: module_of(model, node) for node in weighted_nodes(model)}
-        names = (name for region in regions for name in (*region.sources, *(r.name for r in region.sinks)))
+        names = (n for region in regions for n in (*region.sources, *(s.name for s in region.sinks)) if n in layers)
         self.weights = {name: _weight_reaches(layers[name], scheme.symmetric) for name in dict.fromkeys(names)}
         self.activations = [  # by the region's number, its sensitivity and how far it reaches below and above 0
             (k, observed.sensitivity.activations[name], reaches[name])
@@ -135,7 +135,8 @@ class _Noise:
         made = {name: torch.zeros(self.sensitivity[name].shape[:2]) for name in self.weights}  # [groups, out]
         for region, log in zip(self.regions, logs, strict=True):
             for name in region.sources:
-                made[name] = made[name] + log.view(made[name].shape)
+                if name in made:  # a layer
+                    made[name] = made[name] + log.view(made[name].shape)
             for sink in region.sinks:
                 inputs = read[sink.name]
                 read[sink.name] = inputs + sink.gather(log, elsewhere=0).view_as(inputs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.core.errors import UserError
+from utils.core.predictions import first_output
 from utils.core.torchvision_compat import torchvision
 from utils.tasks.boxes import BoxCoder, Detections, Objects
 
@@ -55,6 +56,7 @@ class TopK:
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """logits: [N, classes]; labels: [N]."""
+        logits = first_output(logits)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels.to(best.device)[:, None]
         self.records += zip(best[:, 0].tolist(), hits[:, 0].tolist(), hits.any(dim=1).tolist(), strict=True)
@@ -88,6 +90,7 @@ class ConfusionMatrix:
 
     def update(self, logits: Tensor, masks: Tensor) -> None:
         """logits: [N, classes, H, W]; masks: [N, H, W] class indices and VOID."""
+        logits = first_output(logits)
         images, classes, *size = logits.shape
         if [images, *size] != [*masks.shape]:
             raise UserError(
