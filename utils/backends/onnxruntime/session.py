@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.backends.onnx_writer import INPUT
-from utils.graph.nodes import module_of, weighted_nodes
+from utils.core.errors import UserError
+from utils.graph.nodes import first_line, module_of, weighted_nodes
 
 _PROVIDERS = ["CPUExecutionProvider"]
 
@@ -26,7 +27,12 @@ class OnnxNetwork(nn.Module):
         options = _options()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         source = model if isinstance(model, bytes) else str(model)
-        self.session = onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
+        try:
+            self.session = onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
+        except Exception as error:  # its exceptions have no base of their own
+            raise UserError(
+                f"ONNX Runtime {onnxruntime.__version__} refuses the network: {first_line(error)[:240]}; nothing was exported"
+            ) from error
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         outputs = tuple(self.tensors(images).values())
