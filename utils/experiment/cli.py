@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils.calibration.distillation import Distillation, distilled
 from utils.core import distributed
-from utils.core.arguments import Parser, at_least
+from utils.core.arguments import Number, Parser, at_least
 from utils.core.cache import cache_folder
 from utils.core.errors import UserError
 from utils.core.files import check_target, make_folder
@@ -167,8 +167,7 @@ def add_deployment_flags(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--opset",
-        type=int,
-        choices=range(13, 23),
+        type=Number(int, lambda value: 13 <= value <= 22, "an ONNX opset from 13 to 22"),
         metavar="N",
         help="ONNX opset of what is exported or run, 13 to 22 (default: the lowest that has the network's operators)",
     )

@@ -51,9 +51,6 @@ class OnnxNetwork(nn.Module):
 
 def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    if not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_vnni", "avx_vnni")):
-        # Before VNNI, x86 kernels for uint8 times int8 saturate at 16 bits unless asked to be exact, and slower.
-        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # errors: warnings are about files optimised for one machine, as below
     return options
 
