@@ -16,13 +16,14 @@ from modeling.deeplab import STAGES, DeepLab
 from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.input_spec import InputSpec
+from utils.core.networks import scored
 from utils.core.torchvision_compat import torchvision
 from utils.experiment.evaluation import evaluate
 from utils.tasks.data import BadSample, Batches, evenly
 from utils.tasks.metrics import VOID, ConfusionMatrix, iou
 from utils.tasks.pictures import denormalise, voc_palette
+from utils.tasks.segmentation import TASK, voc_segmentation
 from utils.tasks.segmentation import draw as segmentation_pictures
-from utils.tasks.segmentation import voc_segmentation
 from utils.tasks.voc import open_voc
 
 CPU = torch.device("cpu")
@@ -178,9 +179,9 @@ def test_torchvisions_networks_return_logits(tmp_path, name):
         ("deeplabv3plus_mobilenet_v2", "pass --weights"),
         ("torchvision:fcn_resnet18", "did you mean fcn_resnet101"),
         ("torchvision:x", "choose from deeplabv3_mobilenet_v3_large"),
-        ("user_networks:halving", r"must return \[N, classes, H, W\], as large as the images"),
+        ("user_networks:pooling", r"must return maps of logits \[N, classes, H, W\]"),
         ("user_networks:failing", "fails on images of shape"),
-        ("user_networks:counting", "returns int"),
+        ("user_networks:counting", "returns int, and nothing to score"),
     ],
 )
 def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
@@ -188,13 +189,19 @@ def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
         "from torch import nn\n"
         "class Counting(nn.Module):\n    def forward(self, x):\n        return 3\n"
         "counting = Counting\n"
-        "def halving():\n    return nn.Conv2d(3, 4, 3, 2, 1)\n"
+        "def pooling():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
         "def failing():\n    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(5, 4, 3))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        build_model(name, None, "segmentation")
+        network = build_model(name, None, "segmentation")
+        scored(network.model, network.spec, TASK.output_dims)
     assert "\n" not in str(error.value)
+
+
+def test_maps_of_another_size_than_the_masks_are_refused():
+    with pytest.raises(UserError, match="it must be as large as the image"):
+        ConfusionMatrix(CLASSES).update(torch.zeros(2, 3, 4, 6), torch.zeros(2, 8, 12, dtype=torch.long))
 
 
 # ------------------------------------------------------------------------------------------- data

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, fx
 
 from utils.calibration.distillation import Fit, statistics_fit
-from utils.calibration.observers import Fidelity, fidelity
+from utils.calibration.fidelity import Fidelity, fidelity
 from utils.core.input_spec import InputSpec
 from utils.experiment import charts, cli, page, scores
 from utils.experiment.evaluation import Evaluator
@@ -87,7 +87,7 @@ def quantizer_ranges(simulated: fx.GraphModule) -> dict[str, tuple[float, float]
     """The smallest and the largest value that every quantizer lets through, by its name in the graph."""
     modules = {node.name: module_of(simulated, node) for node in simulated.graph.nodes}
     return {
-        name: (module.scale * module.lowest, module.scale * module.highest)
+        name: (module.scale * module.step_min, module.scale * module.step_max)
         for name, module in modules.items()
         if isinstance(module, Quantizer)
     }

@@ -121,7 +121,7 @@ class ConfusionMatrix:
             raise UserError(f"every pixel of the masks is void ({VOID}), so there is nothing to score")
         return {
             "miou": 100 * float(iou(counts).nanmean()),
-            "pixel_accuracy": 100 * float(counts.capture() / counts.sum()),
+            "pixel_accuracy": 100 * float(counts.trace() / counts.sum()),
         }
 
     def per_class(self) -> dict[str, float]:
