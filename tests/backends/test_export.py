@@ -19,14 +19,14 @@ import main_cls
 import main_det
 import main_seg
 from dfq import Recipe, quantize_data_free
-from utils.backends.lowering import lower_to_integers
+from utils.backends.lowering import IntegerSum, lower_to_integers
 from utils.backends.onnxruntime.export import build, check_parity, export
 from utils.backends.onnxruntime.session import OnnxNetwork, find_kernels
 from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment import deployment as experiment
 from utils.experiment.records import read_lines
-from utils.graph.layers import WEIGHTED, IntegerSum
+from utils.graph.layers import WEIGHTED
 from utils.graph.nodes import weighted_nodes
 from utils.passes.exactness import outputs_of
 

@@ -87,7 +87,7 @@ POOLING = {
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), [HALVES]),
     "with indices": (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], [HALVES]),
     "MaxPool2d": (nn.MaxPool2d(3, 2, 1), [(MAX, [3, 3], [2, 2], [1, 1], [1, 1], False)]),
-    "AdaptiveMaxPool2d": (nn.AdaptiveMaxPool2d(1), [(LARGEST, [2, 3], True)]),
+    "AdaptiveMaxPool2d": (nn.AdaptiveMaxPool2d(1), [(LARGEST, [2], True), (LARGEST, [3], True)]),
     "amax": (lambda x: x.amax((2, 3)), [(LARGEST, [2, 3], True), (RESHAPE, [-1, 4])]),
     "max": (lambda x: x.max(3)[0], [(LARGEST, [3], True), (RESHAPE, [-1, 4, 16])]),
 }

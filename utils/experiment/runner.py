@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.core import distributed
+from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
@@ -95,6 +96,10 @@ def run_rows(
         args, run.network.model, run.spec, run.device, any(recipes[i].needs_images for i in missing)
     )
     captured = capture(run.network.model, run.spec)
+    if captured.meta["batch"] not in (None, args.batch_size) and evaluator is not None:
+        raise UserError(
+            f"the network takes {captured.meta['batch']} image(s) at a time; pass --batch_size {captured.meta['batch']}"
+        )
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
         quantized = quantize(run.network.model, run.spec, recipes[i], images, captured)
