@@ -23,7 +23,7 @@ class Operator:
     """kind: "shape" (moves values), "concat", "pad", "maximum", "average", "resize", "sum", "product", "norm" or "other".
 
     moments: "each" (the operator itself, on the maps of means, variances and bounds), "sum", "product", "concat",
-    "normalised", "share" (between 0 and 1), or None: nothing is known behind it.
+    "extreme" (of two), "normalised", "share" (between 0 and 1), or None: nothing is known behind it.
     channels: how channels pass: "moved" (the operator itself, on a map of their indices), "kept" (a positive scale of each
     passes), or None. keeps_grid: its output holds nothing but values of its input, and zeros. onnx: writes it, or None.
     """
@@ -89,8 +89,8 @@ OPERATORS: dict[object, Operator] = {
     aten.sub.Tensor: Operator("sum", "sum", None, False, onnx.binary("Sub")),
     aten.mul.Tensor: Operator("product", "product", None, False, onnx.binary("Mul")),
     aten.div.Tensor: Operator("other", None, None, False, onnx.binary("Div")),
-    aten.maximum.default: Operator("other", None, None, False, onnx.binary("Max")),
-    aten.minimum.default: Operator("other", None, None, False, onnx.binary("Min")),
+    aten.maximum.default: Operator("other", "extreme", None, False, onnx.binary("Max")),
+    aten.minimum.default: Operator("other", "extreme", None, False, onnx.binary("Min")),
     aten.matmul.default: Operator("other", None, None, False, onnx.binary("MatMul")),
     aten.bmm.default: Operator("other", None, None, False, onnx.binary("MatMul")),
     aten.scaled_dot_product_attention.default: Operator("other", None, None, False, onnx.attention),

@@ -415,6 +415,37 @@ def _windowed_maximum(t: Translator, x: fx.Node, axis: int, count: int) -> fx.No
     return maxima[0] if count == 1 else _joined(t, maxima, axis)
 
 
+def _glu(t: Translator, node: fx.Node, x, dim=-1) -> Any:
+    """The first half times the sigmoid of the second."""
+    axis = dim % len(size_of(x))
+    side = size_of(x)[axis]
+    if isinstance(side, torch.SymInt):
+        return None
+    values, gate = t.slice(x, axis, 0, side // 2), t.slice(x, axis, side // 2, side)
+    return t.emit(aten.mul.Tensor, (values, t.emit(aten.sigmoid.default, (gate,))))
+
+
+def _of_two(name: str) -> Rule:
+    """The larger or smaller of two tensors."""
+
+    def rule(t: Translator, node: fx.Node, x, y) -> Any:
+        if not node.meta["val"].dtype.is_floating_point:
+            return None
+        return t.emit(getattr(aten, name).default, (x, y))
+
+    return rule
+
+
+def _max(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
+    if isinstance(dim, fx.Node | Tensor):
+        return _of_two("maximum")(t, node, x, dim)
+    return _max_dim(t, node, x, dim, keepdim)
+
+
+def _min(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
+    return _of_two("minimum")(t, node, x, dim) if isinstance(dim, fx.Node | Tensor) else None
+
+
 def _max_dim(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
     if dim is None or not isinstance(node.meta["val"], tuple | list) or _reads_second(node):
         return None
@@ -515,7 +546,9 @@ RULES: dict[str, Rule] = {
     "mean": _mean,
     "sum": _sum,
     "amax": _amax,
-    "max": _max_dim,
+    "max": _max,
+    "min": _min,
+    "glu": _glu,
     **{f"adaptive_avg_pool{n}d": _adaptive_average(n) for n in (1, 2, 3)},
     **{f"_adaptive_avg_pool{n}d": _adaptive_average(n) for n in (2, 3)},
     **{f"avg_pool{n}d": _average(n) for n in (1, 2, 3)},
