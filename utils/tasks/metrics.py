@@ -12,7 +12,7 @@ from torch import Tensor
 from utils.core.errors import UserError
 from utils.core.predictions import first_output
 from utils.core.torchvision_compat import torchvision
-from utils.tasks.boxes import BoxCoder, Detections, Objects
+from utils.tasks.boxes import Coder, Detections, Objects
 
 VOID = 255  # the label of pixels that do not count
 
@@ -121,7 +121,7 @@ class ConfusionMatrix:
             raise UserError(f"every pixel of the masks is void ({VOID}), so there is nothing to score")
         return {
             "miou": 100 * float(iou(counts).nanmean()),
-            "pixel_accuracy": 100 * float(counts.capture() / counts.sum()),
+            "pixel_accuracy": 100 * float(counts.trace() / counts.sum()),
         }
 
     def per_class(self) -> dict[str, float]:
@@ -184,7 +184,7 @@ class MeanAveragePrecision:
     def __init__(
         self,
         labels: Mapping[str, int],
-        coder: BoxCoder,
+        coder: Coder,
         rule: str = "voc12",
         reference: MeanAveragePrecision | None = None,
         keep: bool = False,
@@ -194,7 +194,7 @@ class MeanAveragePrecision:
         self._batches = 0
         self.decoded: dict[int, tuple[Tensor, Tensor]] = {}  # scores and boxes by batch: the last one, or all
 
-    def update(self, heads: tuple[Tensor, Tensor], targets: list[Objects]) -> None:
+    def update(self, heads: Any, targets: list[Objects]) -> None:
         """heads: what the network returns for N images; targets: their N annotations."""
         decoded = self.coder.decode(heads)
         shifts = [None] * len(targets)
