@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ class TinyYolo(nn.Module):
         widths = (3, 4, 8, 8, 8)
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.SiLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         )
         self.heads = nn.ModuleList(Head(8, classes) for _ in STRIDES)
 
