@@ -84,6 +84,7 @@ def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
             f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}"
         ) from error
     if isinstance(result, Tensor) and result.dim() == dims and getattr(alone, "ndim", None) == dims:
+        _say_smaller(result, spec)
         return model
     outputs = dict(_leaves(result))
     fitting = [name for name, value in outputs.items() if _fits(value, dims)]
@@ -98,6 +99,7 @@ def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
     names = (first, *(name for name in outputs if name != first))
     if len(names) > 1:
         print(f"outputs {', '.join(outputs)}: {first} is scored, all are exported")
+    _say_smaller(outputs[first], spec)
     return Scored(model, names, flatten=dims == 2)
 
 
@@ -107,6 +109,14 @@ def _several(model: nn.Module, images: Tensor, alone: Any) -> Any:
         return model(images)
     except Exception:  # what it raises is of no interest: it works on one image
         return alone
+
+
+def _say_smaller(maps: Tensor, spec: InputSpec) -> None:
+    """Say where maps [N, C, H, W] are smaller than the image."""
+    size = tuple(maps.shape[2:])
+    if maps.dim() == 4 and size not in (spec.size, (1, 1)) and all(map(int.__le__, size, spec.size)):
+        (rows, columns), (height, width) = size, spec.size
+        print(f"maps of {rows}x{columns} are upsampled to {height}x{width} bilinearly, outside the quantized network")
 
 
 def _fits(value: Tensor, dims: int) -> bool:
