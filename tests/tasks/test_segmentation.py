@@ -179,11 +179,8 @@ def test_torchvisions_networks_return_logits(tmp_path, name):
         ("deeplabv3plus_mobilenet_v2", "pass --weights"),
         ("torchvision:fcn_resnet18", "did you mean fcn_resnet101"),
         ("torchvision:x", "choose from deeplabv3_mobilenet_v3_large"),
-<<<<<<< HEAD
         ("user_networks:pooling", r"must return maps of logits \[N, classes, H, W\]"),
-=======
         ("smp:unet/resnet18", "smp:unet/resnet18 has no weights of its own; pass --weights"),
->>>>>>> libs
         ("user_networks:failing", "fails on images of shape"),
         ("user_networks:counting", "returns int, and nothing to score"),
     ],
@@ -193,25 +190,13 @@ def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
         "from torch import nn\n"
         "class Counting(nn.Module):\n    def forward(self, x):\n        return 3\n"
         "counting = Counting\n"
-<<<<<<< HEAD
         "def pooling():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
-=======
->>>>>>> libs
         "def failing():\n    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(5, 4, 3))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         network = build_model(name, None, "segmentation")
-<<<<<<< HEAD
         scored(network.model, network.spec, TASK.output_dims)
-    assert "\n" not in str(error.value)
-
-
-def test_maps_of_another_size_than_the_masks_are_refused():
-    with pytest.raises(UserError, match="it must be as large as the image"):
-        ConfusionMatrix(CLASSES).update(torch.zeros(2, 3, 4, 6), torch.zeros(2, 8, 12, dtype=torch.long))
-=======
-        scored(network.model, network.spec, 4)
     assert "\n" not in str(error.value)
 
 
@@ -221,7 +206,6 @@ def test_maps_that_are_smaller_than_the_image_are_said_to_be_upsampled(capsys):
     assert "maps of 16x24 are upsampled to 32x48 bilinearly, outside" in capsys.readouterr().out
     scored(nn.Conv2d(3, 4, 3, padding=1), InputSpec(size=(32, 48)), 4)
     assert capsys.readouterr().out == ""
->>>>>>> libs
 
 
 # ------------------------------------------------------------------------------------------- data
