@@ -199,8 +199,13 @@ def _clipped(clip: Clip, x: Moments) -> Moments:
     return Moments(mean, variance, bounds.low, bounds.high)
 
 
-def _mapped(function: nn.Module, x: Moments) -> Moments:
+def _mapped(function: nn.Module, x: Moments) -> Moments | None:
     mean, variance = _moments_of(x, lambda m, v: mapped_gaussian(m, v, function))
+    if not (mean.isfinite().all() and variance.isfinite().all()):  # of a root or logarithm, say: keep to what x can be
+        low, high = float(x.low.min()), float(x.high.max())
+        mean, variance = _moments_of(x, lambda m, v: mapped_gaussian(m, v, lambda t: function(t.clamp(low, high))))
+    if not (mean.isfinite().all() and variance.isfinite().all()):
+        return None
     low, high = torch.broadcast_tensors(_compact(x.low), _compact(x.high))
     grid = torch.stack([function(low + share * (high - low)) for share in torch.linspace(0, 1, 65)])
     low, high = (extreme(grid, dim=0).expand_as(x.mean) for extreme in (torch.amin, torch.amax))
