@@ -74,6 +74,18 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
 
 
+class BatchSecond(nn.Module):
+    """torch's own attention, which puts positions before images."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return self.attention(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
+
+
 class LastNorm(nn.Module):
     """LayerNorm over channels, as ConvNeXt has it."""
 
@@ -185,6 +197,8 @@ MIDDLES = {
     "softmax": lambda x: x * torch.softmax(x, 1),
     "attention": Attention(fused=False),
     "fused attention": Attention(fused=True),
+    "attention, images second": BatchSecond(),
+    "roots, which have no numbers below 0": nn.LPPool2d(2, 2),
     "layer norm": LastNorm(),
     "layer norm of images": nn.LayerNorm([8, 12, 12]),
     "group norm": nn.GroupNorm(2, 8),

@@ -218,7 +218,10 @@ class _Walk:
             return index if source is node else torch.full(shape(source), ELSEWHERE)
 
         args, kwargs = (fx.map_arg(part, value) for part in (user.args, user.kwargs))
-        return user.target(*args, **kwargs)
+        try:
+            return user.target(*args, **kwargs)
+        except RuntimeError:  # a shape that one row of indices does not have
+            raise _Refused(f"read by {describe(None, user)}, which mixes positions with images") from None
 
     def _multiply(self, user: fx.Node, node: fx.Node, way: _Way) -> None:
         """s x * y = s (x * y): a product passes a scale of one of its operands, as long as the other has none of it."""
