@@ -44,6 +44,12 @@ def pooled(net, x):
     return net.a(F.pad(F.max_pool2d(F.relu(x), 2), (1, 1))), net.b(F.interpolate(F.avg_pool2d(x, 2), scale_factor=2))
 
 
+def by_position(net, x):
+    """A linear layer on rows [positions * N, channels], as torch's own attention ends."""
+    rows = net.rows(x.flatten(2).permute(2, 0, 1).flatten(0, 1))
+    return net.a(rows.view(x.shape[2] * x.shape[3], -1, 6).permute(1, 2, 0).unflatten(2, x.shape[2:]))
+
+
 def conv(before: int = 8, after: int = 4, kernel: int = 1, **options) -> nn.Module:
     return nn.Conv2d(before, after, kernel, **options)
 
@@ -64,6 +70,7 @@ NETS = {
     "hardtanh": lambda: Net(lambda net, x: net.a(F.hardtanh(x)), a=conv()),
     "transposed": lambda: Net(lambda net, x: net.a(x), a=nn.ConvTranspose2d(8, 4, 2, 2, groups=2)),
     "roll": lambda: Net(lambda net, x: net.a(x.roll(3, 1)), a=conv()),
+    "rows of positions": lambda: Net(by_position, rows=nn.Linear(8, 6), a=conv(6)),
     "twice in a concat": lambda: Net(lambda net, x: net.a(torch.cat([x, F.relu(x)], 1)), a=conv(16)),
 }
 
@@ -127,6 +134,10 @@ def test_a_residual_block(graphs):
     assert regions_of(graphs("residual")) == {("inner.0",): [("outer.0", plain(8), False)]}
     assert regions[0].rectified and regions[0].clips == ()
     assert refused["stem.0"].startswith("read by add") and refused["outer.0"] == refused["stem.0"]
+
+
+def test_channels_of_rows_are_followed_into_a_map(graphs):
+    assert regions_of(graphs("rows of positions"))["rows",] == [("a", plain(6), True)]
 
 
 def test_the_layers_of_a_sum_are_one_region(graphs):
