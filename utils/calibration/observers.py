@@ -138,6 +138,21 @@ def channel_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[T
     return {name: (low.clone(), high.clone()) for name, (low, high) in extremes.items()}
 
 
+def layer_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Smallest and largest value [C] of every layer's output channels on the images, by the layer's name."""
+    extremes: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        layer = module_of(model, node)
+        if isinstance(layer, WEIGHTED):
+            low, high = _channels_last(layer, value).flatten(0, -2).aminmax(dim=0)
+            known = extremes.get(node.target, (low, high))
+            extremes[node.target] = torch.minimum(low, known[0]), torch.maximum(high, known[1])
+
+    observe(model, images, see)
+    return {name: (low.clone(), high.clone()) for name, (low, high) in extremes.items()}
+
+
 # ----------------------------------------------------------------------------------------- means
 
 

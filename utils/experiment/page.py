@@ -106,7 +106,7 @@ def _passes(log: PassLog) -> str:
         f'<td class="text">{escape("; ".join(log.reasons(action)))}</td></tr>'
         for action, count in log.counts().items()
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in log.notes)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in (*log.notes, *log.warnings))
     return (
         f'<table><tr><th>pass</th><th>layers</th><th>skipped</th><th class="text">commonest reasons</th></tr>{rows}</table>'
         + (f"<ul>{notes}</ul>" if notes else "")
