@@ -346,7 +346,7 @@ def write_report(results: Path) -> str:
     records = read_records(results)
     scope = f"{len(records)} networks tried. The catalogue has up to {catalogue.size()}"
     sampled = [entry.key in records for entry in catalogue.sample()]
-    scope += f"; its sample (benchmarks/catalogue.py, SAMPLE) {len(sampled)}, of which {sum(sampled)} were tried.\n\n"
+    scope += f"; its sample (benchmarks/catalogue.py, SAMPLE, the quick ones first) {len(sampled)}, of which {sum(sampled)} were tried.\n\n"
     text = scope + report(records.values())
     with atomic_write(results.with_suffix(".txt")) as file:
         file.write_text(text)
