@@ -48,6 +48,7 @@ from utils.calibration.ranges import (
 )
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.core.networks import plain
 from utils.graph.capture import capture
 from utils.graph.in_place import run_in_place
 from utils.graph.nodes import module_of, weighted_nodes
@@ -96,6 +97,7 @@ def quantize_data_free(
     """
     recipe.check_images(images)
     log = PassLog()
+    model = plain(model)  # as capture() takes it: in float32, evaluating
     network = capture(model if captured is None else captured, spec)
     probe = spec.probe(network.meta["batch"] or 2)
     reference = check_capture(model, network, spec, probe, log)

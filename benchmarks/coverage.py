@@ -10,8 +10,9 @@ there is left out, and that is said. --sample tries the networks of catalogue.SA
 family, in the order written there.
 
 Captured: as one graph. Exact: that graph, BatchNorm folded and layers equalized, gives the network's own outputs on
-two batches. Layers: convolutions and linear layers of the ONNX file, and those of them with integer weights. Agrees:
-ONNX Runtime and the simulation, layer by layer, within the bounds of utils.backends.parity.
+two batches. Layers: convolutions and linear layers of the ONNX file, and those of them with integer weights; the
+matrices of an uneven average pooling count as layers in float. Agrees: ONNX Runtime and the simulation, layer by layer,
+within the bounds of utils.backends.parity. Refused: in one line. Faults: tracebacks, and what went over the limits.
 """
 
 import argparse
@@ -221,6 +222,7 @@ class Totals:
     exported: int = 0
     whole: int = 0
     agree: int = 0
+    refused: int = 0
     faults: int = 0
 
     def add(self, record: Record) -> None:
@@ -231,18 +233,20 @@ class Totals:
         self.exported += "layers" in record
         self.whole += "layers" in record and record["integer"] == record["layers"]
         self.agree += record["stage"] == "done"
-        self.faults += bool(record.get("traceback")) or record["stage"] == "limits"
+        fault = bool(record.get("traceback")) or record["stage"] == "limits"
+        self.refused += "reason" in record and not fault
+        self.faults += fault
 
     def __str__(self) -> str:
         counts = [self.captured, self.exact, self.exported, self.whole, self.agree]
         shares = "".join(f"{count:>6} {count / max(self.networks, 1):>6.1%}" for count in counts)
-        return f"{self.networks:>9}{shares}{self.faults:>8}"
+        return f"{self.networks:>9}{shares}{self.refused:>9}{self.faults:>8}"
 
 
 HEADING = (
     f"{'':<44}{'networks':>9}"
     + "".join(f"{word:>13}" for word in ("captured", "exact", "exported", "all INT8", "agree"))
-) + f"{'faults':>8}"
+) + f"{'refused':>9}{'faults':>8}"
 
 
 def report(records: Iterable[Record]) -> str:
@@ -342,7 +346,7 @@ def write_report(results: Path) -> str:
     records = read_records(results)
     scope = f"{len(records)} networks tried. The catalogue has up to {catalogue.size()}"
     sampled = [entry.key in records for entry in catalogue.sample()]
-    scope += f"; its sample (benchmarks/catalogue.py, SAMPLE) {len(sampled)}, of which {sum(sampled)} were tried.\n\n"
+    scope += f"; its sample (benchmarks/catalogue.py, SAMPLE, the quick ones first) {len(sampled)}, of which {sum(sampled)} were tried.\n\n"
     text = scope + report(records.values())
     with atomic_write(results.with_suffix(".txt")) as file:
         file.write_text(text)

@@ -1,5 +1,7 @@
 """The pipeline: whole recipes on small networks."""
 
+import copy
+
 import pytest
 import torch
 from networks import NETWORKS, SPEC, chain, made, modules_in, randomise, settle
@@ -75,3 +77,14 @@ def test_a_network_without_batchnorm_is_refused_where_statistics_are_needed():
 )
 def test_rows_have_the_published_names(recipe, name):
     assert str(recipe) == name
+
+
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.double, nn.Module.train])
+def test_a_network_of_another_type_or_in_training_mode_is_quantized_as_its_own_copy(change):
+    torch.manual_seed(0)
+    model = change(settle(chain()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = quantize_data_free(copy.deepcopy(model).float().eval(), SPEC, Recipe(quantize=True))
+    found = quantize_data_free(model, SPEC, Recipe(quantize=True))
+    torch.testing.assert_close(found.simulated(SPEC.probe(2)), expected.simulated(SPEC.probe(2)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
