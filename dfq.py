@@ -22,9 +22,11 @@ from torch import Tensor, fx, nn
 from utils.backends.lowering import lower_to_integers
 from utils.calibration.distillation import Distillation, describe_fit, distill, statistics_fit
 from utils.calibration.fidelity import fidelity
+from utils.calibration.images import Images, whose
 from utils.calibration.moments import Moments, Statistics, Unknown, propagate
-from utils.calibration.observers import layer_means
+from utils.calibration.observers import layer_extremes, layer_means
 from utils.calibration.range_rules import (
+    clip_bounds,
     describe_fitted,
     describe_guesses,
     extreme_ranges,
@@ -50,6 +52,7 @@ from utils.graph.capture import capture
 from utils.graph.in_place import run_in_place
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.regions import find_regions
+from utils.passes.advice import fidelity_warnings, other_ranges
 from utils.passes.bias_absorption import absorb_high_biases
 from utils.passes.bias_correction import analytical_bias_correction, empirical_bias_correction, round_and_correct
 from utils.passes.clip_weights import clip_weights
@@ -81,12 +84,13 @@ def quantize_data_free(
     images: Tensor | None = None,
     captured: fx.GraphModule | None = None,
     judging: Tensor | None = None,
+    real: bool = False,
 ) -> Quantized:
-    """Run the recipe's passes on a copy of the network; no data is used.
+    """Run the recipe's passes on a copy of the network; no data is used, unless images are real.
 
     images: [N, C, H, W] as utils.calibration.distillation makes them, or the user's own, which recipe.needs_images asks
     for. captured: capture(model, spec), where it is at hand. judging: other images, on which results are compared with
-    the float network; None: the same.
+    the float network; None: the same. real: the images are pictures, which then tell of all that no BatchNorm tells of.
     A network that cannot be captured, or lacks what a pass needs, is a UserError; so is a pass that
     should be exact and changes the output of a probe batch.
     """
@@ -95,8 +99,9 @@ def quantize_data_free(
     network = capture(model if captured is None else captured, spec)
     probe = spec.probe(network.meta["batch"] or 2)
     reference = check_capture(model, network, spec, probe, log)
-    if images is not None:
-        log.note(describe_fit(statistics_fit(network, spec, images), len(images)))
+    own = None if images is None else Images(images, images if judging is None else judging, real)
+    if own and len(fit := statistics_fit(network, spec, images)) > 1:
+        log.note(describe_fit(fit, len(images), "of your images" if real else "distilled images"))
 
     # Fold BatchNorm, and keep what it knew of every layer's output.
     statistics = fold_batchnorm(network, log)
@@ -104,14 +109,14 @@ def quantize_data_free(
         log.applied("found layers", node.target, str(module_of(network, node)))
     check_unchanged("BatchNorm folding", network, reference, log)
     log.weights["BatchNorm folded"] = weight_ranges(network)
-    if not statistics:
+    if not statistics and images is None:
         _refuse_without_statistics(recipe)
 
-    # Layers in a row that no BatchNorm tells of: their ranges come from images, a few if the recipe asks for none.
+    # Layers in a row that no BatchNorm tells of: their ranges come from images, a few distilled ones if there are none.
     guesses = guessed_tensors(network, statistics)
     names = {node.name: guesses[node.name] for node in quantized_tensors(network) if node.name in guesses}
     if recipe.quantize and names:
-        log.note(describe_guesses(names))
+        (log.note if real else log.warn)(describe_guesses(names, whose(real)) + ("" if real else "; try --images DIR"))
     few = distill(model, spec, FEW, torch.device("cpu")) if recipe.quantize and names and images is None else None
 
     # ReLU6 -> ReLU, section 5.1.1: changes the function. Without it equalization keeps ReLU6 exact.
@@ -126,10 +131,10 @@ def quantize_data_free(
         log.weights["dead channels cleared"] = weight_ranges(network)
 
     # Cross-layer equalization, section 4.1; by distilled images whichever scales come nearest, ours.
-    start = _Start(network, spec, statistics, recipe, images, few, judging, log, reference)
+    start = _Start(network, spec, statistics, recipe, own, few, log, reference)
     if recipe.distill_equalize:
         return _quantize_nearest(start)
-    return _quantize_equalized(start, _cle(statistics) if recipe.equalize else None)
+    return _quantize_equalized(start, _cle(start) if recipe.equalize else None)
 
 
 def quantize(
@@ -137,15 +142,13 @@ def quantize(
     spec: InputSpec,
     statistics: Statistics,
     recipe: Recipe,
-    images: Tensor | None,
+    images: Images | None,
     log: PassLog,
     few: Tensor | None = None,
-    judging: Tensor | None = None,
 ) -> Quantized:
     """The passes behind equalization: they change what the network computes.
 
-    few: images for the ranges of tensors that no BatchNorm tells of, where there are no others. judging: images on which
-    the result is compared with the float network; None: those that it was made with.
+    few: images for the ranges of tensors that no BatchNorm tells of, where there are no others.
     """
     # High-bias absorption, section 4.1.3.
     if recipe.absorption:
@@ -158,7 +161,8 @@ def quantize(
 
     # Activation ranges from BatchNorm statistics, section 5, or from distilled images.
     moments = propagate(network, spec, statistics)
-    range_of = _activation_ranges(network, spec, statistics, moments, recipe, few if images is None else images, log)
+    at_hand = Images(few, few) if images is None and few is not None else images
+    range_of = _activation_ranges(network, spec, statistics, moments, recipe, at_hand, log)
     simulated = copy.deepcopy(network)
     layers = quantizable_layers(simulated, range_of, log)
     insert_quantizers(simulated, range_of, recipe.bits_activation, log)
@@ -170,18 +174,15 @@ def quantize(
     quantize_weights(simulated, layers, recipe.bits_weight, recipe.per_channel, symmetric, recipe.bits_bias, log)
     log.weights["quantized"] = weight_ranges(simulated)
 
-    # Bias correction, section 4.2: analytical, or on distilled images, there with GPTQ layer by layer.
-    if recipe.distill_correction and recipe.distill_rounding:
-        round_and_correct(simulated, network, layer_means(network, images), images, log)
-    elif recipe.distill_correction:
-        empirical_bias_correction(simulated, layer_means(network, images), images, log)
-    elif recipe.correction:
-        analytical_bias_correction(simulated, network, moments, log)
+    # Bias correction, section 4.2.
+    if recipe.correction:
+        _correct_biases(simulated, network, statistics, moments, recipe, images, log)
 
     # Biases: to the steps of the int32 accumulator.
     quantize_biases(simulated, recipe.bits_bias, log)
-    judging = images if judging is None else judging
-    near = None if judging is None else fidelity(network, simulated, judging)
+    near = None if images is None else fidelity(network, simulated, images.judging)
+    for warning in fidelity_warnings(near, recipe, len(images.judging), images.real) if images else ():
+        log.warn(warning)
     return Quantized(run_in_place(network), run_in_place(simulated), log, near)
 
 
@@ -196,16 +197,17 @@ class _Start:
     spec: InputSpec
     statistics: Statistics
     recipe: Recipe
-    images: Tensor | None
+    images: Images | None
     few: Tensor | None
-    judging: Tensor | None
     log: PassLog
     reference: Reference
 
 
-def _cle(statistics: Statistics) -> ScalesOf:
-    """The scales of the paper."""
-    return partial(cle_scales, ranges=batchnorm_ranges(statistics))
+def _cle(start: _Start) -> ScalesOf:
+    """The scales of the paper. Real images tell how far the channels reach of which no BatchNorm tells."""
+    real = start.images is not None and start.images.real
+    observed = layer_extremes(start.network, start.images.calibration) if real else {}
+    return partial(cle_scales, ranges=observed | batchnorm_ranges(start.statistics))
 
 
 def _quantize_equalized(
@@ -217,7 +219,7 @@ def _quantize_equalized(
         statistics = equalize(network, statistics, scales_of, log, through_sums, without)
         check_unchanged("equalization", network, start.reference, log)
         log.weights["equalized"] = weight_ranges(network)
-    return quantize(network, start.spec, statistics, start.recipe, start.images, log, start.few, start.judging)
+    return quantize(network, start.spec, statistics, start.recipe, start.images, log, start.few)
 
 
 def _quantize_nearest(start: _Start) -> Quantized:
@@ -226,12 +228,12 @@ def _quantize_nearest(start: _Start) -> Quantized:
     noise_optimal = partial(
         noise_optimal_scales,
         statistics=start.statistics,
-        observed=observe_on_images(network, start.images),
+        observed=observe_on_images(network, start.images.calibration),
         scheme=QuantScheme(recipe.bits_weight, recipe.bits_activation, recipe.per_channel, not recipe.asymmetric),
     )
     ways = {
         "none": partial(_quantize_equalized, start, None),
-        "CLE scales": partial(_quantize_equalized, start, _cle(start.statistics)),
+        "CLE scales": partial(_quantize_equalized, start, _cle(start)),
         "noise-optimal scales": partial(_quantize_equalized, start, noise_optimal),
         "noise-optimal scales, through sums": partial(_quantize_equalized, start, noise_optimal, True),
     }
@@ -241,13 +243,44 @@ def _quantize_nearest(start: _Start) -> Quantized:
     return chosen
 
 
+def _correct_biases(
+    simulated: fx.GraphModule,
+    network: fx.GraphModule,
+    statistics: Statistics,
+    moments: dict[str, Moments | Unknown],
+    recipe: Recipe,
+    images: Images | None,
+    log: PassLog,
+) -> None:
+    """Analytically, or on images, there with GPTQ layer by layer.
+
+    Real images also serve the layers of whose input no BatchNorm tells.
+    """
+    if recipe.distill_correction:
+        means = layer_means(network, images.calibration)
+        if recipe.distill_rounding:
+            round_and_correct(simulated, network, means, images.calibration, log)
+        else:
+            empirical_bias_correction(simulated, means, images.calibration, log)
+        return
+    unknown: set[str] = set()
+    if images is not None and images.real:
+        guessed = guessed_tensors(network, statistics)
+        layers = weighted_nodes(network)
+        unknown = {node.target for node in layers if node.args[0].name in guessed or not statistics}
+    analytical_bias_correction(simulated, network, moments, log, unknown)
+    if unknown:
+        means = layer_means(network, images.calibration)
+        empirical_bias_correction(simulated, means, images.calibration, log, unknown)
+
+
 def _activation_ranges(
     network: fx.GraphModule,
     spec: InputSpec,
     statistics: Statistics,
     moments: dict[str, Moments | Unknown],
     recipe: Recipe,
-    images: Tensor | None,
+    images: Images | None,
     log: PassLog,
 ) -> RangeOf:
     """What every node's output is taken to lie in: from BatchNorm, and from images where these may be used.
@@ -257,22 +290,24 @@ def _activation_ranges(
     analytic = analytic_ranges(moments)
     guessed = guessed_tensors(network, statistics)
     written = quantized_tensors(network)
-    if images is None or not (recipe.distill_range or any(node.name in guessed for node in written)):
+    told = [node for node in written if node.name not in guessed]
+    if images is None or not (recipe.distill_range or images.real or len(told) < len(written)):
         return analytic
+    calibration = images.calibration
     if recipe.distill_range and recipe.range_method != "minmax":
-        observed = observed_ranges(network, spec, images, recipe.range_method, recipe.bits_activation)
+        observed = observed_ranges(network, spec, calibration, recipe.range_method, recipe.bits_activation)
     else:
-        extremes = image_extremes(network, images)
+        extremes = image_extremes(network, calibration)
         observed = extreme_ranges(spec, extremes)
-    if contradictions := describe_contradictions(written, observed, analytic):
-        log.note(contradictions)
+    if contradictions := describe_contradictions(told, observed, analytic, whose(images.real)):
+        log.warn(contradictions + other_ranges(recipe, images.real))
     if not recipe.distill_range:
-        return guesses_replaced(analytic, observed, guessed)
+        return guesses_replaced(analytic, observed, guessed, clip_bounds(network))
     if recipe.range_method != "minmax":
         return observed
     grid = recipe.bits_weight, recipe.per_channel, not recipe.asymmetric
     ranges = starting_ranges(written, analytic, observed, guessed, recipe.relu)
-    some = measuring_images(images, extremes, ranges)
+    some = measuring_images(calibration, extremes, ranges)
     last = {node.name for node in written if averaged_into_output(network, node)}
     fitted = fit_ranges(network, ranges, some, recipe.bits_activation, weight_noise(network, some, *grid), last)
     log.note(describe_fitted(fitted))
@@ -284,7 +319,8 @@ def _refuse_without_statistics(recipe: Recipe) -> None:
     if needy:
         flags = " and ".join(f"--{flag}" for flag in needy)
         raise UserError(
-            f"the network has no BatchNorm, whose statistics {flags} would need; use a network trained with BatchNorm"
+            f"the network has no BatchNorm, whose statistics {flags} would need; pass --images DIR with at least 2 "
+            "pictures (8 and more are better), or use a network trained with BatchNorm"
         )
 
 
@@ -293,7 +329,7 @@ def _refuse_without_statistics(recipe: Recipe) -> None:
 
 def prepared(
     args: Namespace, task: str, build: Callable[[], Network]
-) -> tuple[Network | artifact.Saved, list[Recipe], Callable[[nn.Module, InputSpec, Recipe, Tensor | None], Quantized]]:
+) -> tuple[Network | artifact.Saved, list[Recipe], Callable[..., Quantized]]:
     """The network, its recipes and what quantizes it: as the flags say, or out of a file that --save wrote."""
     if not args.load:
         recipes = recipes_of(args)
@@ -306,7 +342,7 @@ def prepared(
         )
     quantized = Quantized(saved.float, saved.simulated, PassLog())
     quantized.log.note(f"loaded from {args.load}")
-    return saved, [Recipe(**saved.recipe)], lambda *_: quantized
+    return saved, [Recipe(**saved.recipe)], lambda *_, **__: quantized
 
 
 def to_evaluate(loaded: nn.Module, quantized: Quantized, recipe: Recipe) -> dict[str, nn.Module]:

@@ -44,6 +44,12 @@ def pooled(net, x):
     return net.a(F.pad(F.max_pool2d(F.relu(x), 2), (1, 1))), net.b(F.interpolate(F.avg_pool2d(x, 2), scale_factor=2))
 
 
+def by_position(net, x):
+    """A linear layer on rows [positions * N, channels], as torch's own attention ends."""
+    rows = net.rows(x.flatten(2).permute(2, 0, 1).flatten(0, 1))
+    return net.a(rows.view(x.shape[2] * x.shape[3], -1, 6).permute(1, 2, 0).unflatten(2, x.shape[2:]))
+
+
 def conv(before: int = 8, after: int = 4, kernel: int = 1, **options) -> nn.Module:
     return nn.Conv2d(before, after, kernel, **options)
 
@@ -60,9 +66,11 @@ NETS = {
     "product": lambda: Net(lambda net, x: net.b(x * net.a(x)), a=conv(8, 8), b=conv()),
     "pooling": lambda: Net(pooled, a=conv(), b=conv(8, 4, 3, padding=1)),
     "leaky": lambda: Net(lambda net, x: net.a(net.act(x)), act=nn.PReLU(8), a=conv()),
+    "silu": lambda: Net(lambda net, x: net.a(F.silu(x)), a=conv()),
     "hardtanh": lambda: Net(lambda net, x: net.a(F.hardtanh(x)), a=conv()),
     "transposed": lambda: Net(lambda net, x: net.a(x), a=nn.ConvTranspose2d(8, 4, 2, 2, groups=2)),
     "roll": lambda: Net(lambda net, x: net.a(x.roll(3, 1)), a=conv()),
+    "rows of positions": lambda: Net(by_position, rows=nn.Linear(8, 6), a=conv(6)),
     "twice in a concat": lambda: Net(lambda net, x: net.a(torch.cat([x, F.relu(x)], 1)), a=conv(16)),
 }
 
@@ -128,6 +136,10 @@ def test_a_residual_block(graphs):
     assert refused["stem.0"].startswith("read by add") and refused["outer.0"] == refused["stem.0"]
 
 
+def test_channels_of_rows_are_followed_into_a_map(graphs):
+    assert regions_of(graphs("rows of positions"))["rows",] == [("a", plain(6), True)]
+
+
 def test_the_layers_of_a_sum_are_one_region(graphs):
     regions, refused = find_regions(graphs("residual"), through_sums=True)
     (tied,) = [region for region in regions if region.tied]
@@ -169,13 +181,14 @@ def test_a_channel_may_arrive_twice(graphs):
 
 
 def test_a_product_passes_the_scale_of_one_of_its_operands(graphs):
-    regions, refused = find_regions(graphs("squeeze-excitation"))
+    regions, _ = find_regions(graphs("squeeze-excitation"))
     assert regions_of(graphs("squeeze-excitation")) == {
         ("stem",): [("down", plain(8), True), ("a", plain(8), False)],  # a product is no constant
         ("down",): [("up", plain(2), True)],
+        ("up",): [],  # ends in the gate's sigmoid
     }
     assert not regions[0].rectified and regions[1].rectified
-    assert refused["up"].startswith("read by Elementwise")
+    assert [(gain.name, gain.index.tolist()) for gain in regions[2].gains] == [("sigmoid_default", plain(8))]
     assert regions_of(graphs("product"))[("a",)] == [("b", plain(8), False)]
 
 
@@ -183,6 +196,14 @@ def test_pooling_and_resizing_pass_a_scale_and_padding_no_constants(graphs):
     regions, _ = find_regions(graphs("pooling"))
     assert regions_of(graphs("pooling")) == {("stem",): [("b", plain(8), False), ("a", plain(8), False)]}
     assert not regions[0].rectified  # one way has no ReLU
+
+
+def test_a_function_that_no_scale_passes_ends_one_region_and_begins_another(graphs):
+    before, behind = find_regions(graphs("silu"))[0]
+    assert before.source == "stem" and before.sinks == () and not before.rectified
+    assert [(gain.name, gain.index.tolist()) for gain in before.gains] == [("silu_default", plain(8))]
+    assert behind.source == "silu_default" and behind.gains == () and behind.channels == 8
+    assert [(sink.name, sink.index.tolist()) for sink in behind.sinks] == [("a", plain(8))]
 
 
 def test_functions_that_a_scale_passes(graphs):
@@ -193,9 +214,8 @@ def test_functions_that_a_scale_passes(graphs):
 
 
 REFUSED = {
-    "silu": (lambda net, x: net.a(F.silu(x)), "read by Elementwise 'silu_default'"),
     "offset": (lambda net, x: net.a(x + 1), None),
-    "of itself": (lambda net, x: net.a(x * F.leaky_relu(x)), None),
+    "of itself": (lambda net, x: net.a(x * F.max_pool2d(x, 3, 1, 1)), "read by mul 'mul_tensor'"),
     "with its mean": (lambda net, x: net.a(x * x.mean((2, 3), keepdim=True)), "read by mul 'mul_tensor'"),
     "mixed": (lambda net, x: net.c(F.pixel_shuffle(x, 2)), "read by Conv2d 'c', whose channels mix several of its own"),
     "padded with ones": (lambda net, x: net.a(F.pad(x, (1, 1), value=1.0)), "read by pad 'pad_default'"),

@@ -22,8 +22,8 @@ from utils.experiment.evaluation import evaluate
 from utils.tasks.data import BadSample, Batches, evenly
 from utils.tasks.metrics import VOID, ConfusionMatrix, iou, upsampled
 from utils.tasks.pictures import denormalise, voc_palette
+from utils.tasks.segmentation import TASK, voc_segmentation
 from utils.tasks.segmentation import draw as segmentation_pictures
-from utils.tasks.segmentation import voc_segmentation
 from utils.tasks.voc import open_voc
 
 CPU = torch.device("cpu")
@@ -179,9 +179,10 @@ def test_torchvisions_networks_return_logits(tmp_path, name):
         ("deeplabv3plus_mobilenet_v2", "pass --weights"),
         ("torchvision:fcn_resnet18", "did you mean fcn_resnet101"),
         ("torchvision:x", "choose from deeplabv3_mobilenet_v3_large"),
+        ("user_networks:pooling", r"must return maps of logits \[N, classes, H, W\]"),
         ("smp:unet/resnet18", "smp:unet/resnet18 has no weights of its own; pass --weights"),
         ("user_networks:failing", "fails on images of shape"),
-        ("user_networks:counting", "returns int"),
+        ("user_networks:counting", "returns int, and nothing to score"),
     ],
 )
 def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
@@ -189,12 +190,13 @@ def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
         "from torch import nn\n"
         "class Counting(nn.Module):\n    def forward(self, x):\n        return 3\n"
         "counting = Counting\n"
+        "def pooling():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
         "def failing():\n    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(5, 4, 3))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         network = build_model(name, None, "segmentation")
-        scored(network.model, network.spec, 4)
+        scored(network.model, network.spec, TASK.output_dims)
     assert "\n" not in str(error.value)
 
 

@@ -127,7 +127,7 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
     network = capture(model, spec)
     if not any(_remembers(module) for module in network.modules()):
         raise UserError(
-            "the network has no BatchNorm with running statistics, from which --distill_* would make images; use a network trained with BatchNorm"
+            "the network has no BatchNorm with running statistics, from which --distill_* would make images; pass --images DIR with pictures, or use a network trained with BatchNorm"
         )
     network = network.to(device, memory_format=torch.channels_last)
     firsts = distributed.shard(range(0, settings.images, settings.batch))
@@ -259,11 +259,11 @@ def statistics_fit(model: nn.Module, spec: InputSpec, images: Tensor) -> dict[st
     return {name: Fit(*(float(error.mean().sqrt()) for error in pair)) for name, pair in errors.items()}
 
 
-def describe_fit(fit: dict[str, Fit], images: int) -> str:
+def describe_fit(fit: dict[str, Fit], images: int, kind: str = "distilled images") -> str:
     """The fit in a line: over all layers, and where it is worst."""
     worst = max(fit, key=lambda name: fit[name].total)
     overall = math.sqrt(sum(one.total**2 for one in fit.values()) / len(fit))
-    return f"{images} distilled images meet the statistics within {overall:.2g} deviations (worst: {fit[worst].total:.2g} at {worst})"
+    return f"{images} {kind} meet the statistics within {overall:.2g} deviations (worst: {fit[worst].total:.2g} at {worst})"
 
 
 def _run(network: fx.GraphModule, spec: InputSpec, images: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:

@@ -13,6 +13,11 @@ from utils.quantization.quantizer import Quantizer
 LEAST_SATURATION = 0.01  # percent of a tensor's values, below which a report does not name it
 
 
+def held_out(images: int, real: bool) -> str:
+    """What reports call the images that networks are judged on."""
+    return f"{images} held-out images ({'yours' if real else 'distilled'})"
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """How near a quantized network is to its float one, on images without labels.
@@ -26,11 +31,11 @@ class Fidelity:
     layers: dict[str, float]
     saturation: dict[str, float] = field(default_factory=dict)
 
-    def report(self, images: int, verbose: bool, count: int = 3) -> str:
-        """A few lines: of how many images, the layers that lose most; or all layers."""
+    def report(self, images: int, verbose: bool, real: bool = False, count: int = 3) -> str:
+        """A few lines: the layers that lose most; or all layers. images: how many. real: whether they are the user's."""
         worst = sorted(self.layers.items(), key=lambda layer: layer[1])
         lines = [
-            f"  on {images} distilled images: output {self.output:.1f} dB over its quantization noise",
+            f"  on {held_out(images, real)}: output {self.output:.1f} dB over its quantization noise",
             "  noisiest layers: " + ", ".join(f"{name} {value:.1f} dB" for name, value in worst[:count]),
         ]
         if cut := sorted(
@@ -83,7 +88,7 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
             layers.setdefault(node.target, _Ratio()).add(kept.pop(node.target), value)
 
     with torch.inference_mode():
-        for some in images.split(BATCH):
+        for some in images.split(reference.meta["batch"] or BATCH):
             expected, found = (
                 _outputs(Observer(model, see).run(some)) for model, see in ((reference, keep), (quantized, compare))
             )

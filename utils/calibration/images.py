@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from utils.core.errors import UserError
@@ -16,14 +15,32 @@ FLAG = "--images"
 
 
 @dataclass(frozen=True)
-class UserImages:
-    """calibration, judging: [N, C, H, W], ready for the network: ranges and corrections see the first half, and
-    whatever is judged by images the second. files: how many pictures they are. skipped: why others are not."""
+class Images:
+    """What stands in for data.
+
+    calibration, judging: [N, C, H, W], ready for the network: ranges and corrections see the first, and whatever is
+    judged by images the second. real: the user's pictures; otherwise distilled from the network. skipped: why some of
+    the pictures are not among them.
+    """
 
     calibration: Tensor
     judging: Tensor
-    files: int
+    real: bool = False
     skipped: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """A line on how many there are."""
+        skipped = f"; {len(self.skipped)} cannot be read, and are skipped" if self.skipped else ""
+        return (
+            f"{len(self.calibration) + len(self.judging)} {'pictures' if self.real else 'distilled images'}: "
+            f"{len(self.calibration)} for calibration, {len(self.judging)} for judging{skipped}"
+        )
+
+
+def whose(real: bool) -> str:
+    """What reports call images."""
+    return "your images" if real else "distilled images"
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -41,15 +58,14 @@ def picture_files(folder: Path) -> list[Path]:
 
 def load_images(
     folder: Path,
-    transform: Callable[[Image.Image], Tensor],
+    read: Callable[[Path], Tensor],
     count: int | None = None,
     skip_bad_images: bool = False,
-    mode: str = "RGB",
-) -> UserImages:
+) -> Images:
     """Any folder of pictures, brought to the network's input as the evaluation brings its own.
 
-    transform: the evaluation's, from a PIL image to [C, H, W]. count: take so many, evenly spread over the folder; None:
-    all. mode: PIL's, "L" for networks of one channel. Fewer than 2 pictures is a UserError; so is one that cannot
+    read: a picture's file -> [C, H, W], as the evaluation reads it; an OSError or ValueError where it cannot. count:
+    take so many, evenly spread over the folder; None: all. Fewer than 2 pictures is a UserError; so is one that cannot
     be read, unless skip_bad_images, which leaves it out and says so.
     """
     files = picture_files(folder)
@@ -57,9 +73,8 @@ def load_images(
     images, skipped = [], []
     for file in wanted:
         try:
-            with Image.open(file) as picture:
-                images.append(transform(picture.convert(mode)))
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken files
+            images.append(read(file))
+        except (OSError, ValueError, MemoryError) as error:
             reason = f"{file} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             if not skip_bad_images:
                 raise UserError(f"{FLAG}: cannot read picture {reason}; mend it, or pass --skip_bad_images") from None
@@ -71,7 +86,7 @@ def load_images(
             f"{FLAG}: {str(folder)!r} gives {len(images)} picture{unread}; pass at least 2, since one half is judged on the "
             "other; 8 and more are better"
         )
-    return UserImages(*halves(torch.stack(images)), len(images), tuple(skipped))
+    return Images(*halves(torch.stack(images)), real=True, skipped=tuple(skipped))
 
 
 def halves(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def observe(model: fx.GraphModule, images: Tensor, see: Callable[[fx.Node, Tenso
     """Show `see` every node's output on the images [N, C, H, W], BATCH of them at a time."""
     observer = Observer(model, see)
     with torch.inference_mode():
-        for some in images.split(BATCH):
+        for some in images.split(model.meta["batch"] or BATCH):
             observer.run(some)
 
 
@@ -133,6 +133,21 @@ def channel_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[T
             low, high = value.transpose(0, 1).flatten(1).aminmax(dim=1)
             known = extremes.get(node.name, (low, high))
             extremes[node.name] = torch.minimum(low, known[0]), torch.maximum(high, known[1])
+
+    observe(model, images, see)
+    return {name: (low.clone(), high.clone()) for name, (low, high) in extremes.items()}
+
+
+def layer_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Smallest and largest value [C] of every layer's output channels on the images, by the layer's name."""
+    extremes: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        layer = module_of(model, node)
+        if isinstance(layer, WEIGHTED):
+            low, high = _channels_last(layer, value).flatten(0, -2).aminmax(dim=0)
+            known = extremes.get(node.target, (low, high))
+            extremes[node.target] = torch.minimum(low, known[0]), torch.maximum(high, known[1])
 
     observe(model, images, see)
     return {name: (low.clone(), high.clone()) for name, (low, high) in extremes.items()}

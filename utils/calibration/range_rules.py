@@ -116,13 +116,16 @@ def clip_bounds(model: fx.GraphModule) -> dict[str, Range]:
     return {name: (float(c.low.min()), float(c.high.max())) for name, c in clips.items() if isinstance(c, Clip)}
 
 
-def describe_guesses(depths: Mapping[str, int]) -> str:
-    """A line on the tensors that no BatchNorm tells of. depths: of each, how many such layers in a row are behind it."""
+def describe_guesses(depths: Mapping[str, int], source: str = "distilled images") -> str:
+    """A line on the tensors that no BatchNorm tells of.
+
+    depths: of each, how many such layers in a row are behind it. source: what their ranges are from.
+    """
     deepest = max(depths.values())
     named = ", ".join(list(depths)[:5]) + (f" and {len(depths) - 5} more" if len(depths) > 5 else "")
     return (
         f"{len(depths)} tensors are behind layers or operators that no BatchNorm tells of, up to {deepest} in a row "
-        f"({named}): their ranges are from images"
+        f"({named}): their ranges are from {source}"
     )
 
 
@@ -140,13 +143,15 @@ def extreme_ranges(spec: InputSpec, extremes: Mapping[str, tuple[Tensor, Tensor]
     return range_of
 
 
-def guesses_replaced(analytic: RangeOf, observed: RangeOf, guessed: Collection[str]) -> RangeOf:
-    """Ranges from statistics, but for the guessed nodes those of a few images, MARGIN times."""
+def guesses_replaced(
+    analytic: RangeOf, observed: RangeOf, guessed: Collection[str], bounds: Mapping[str, Range]
+) -> RangeOf:
+    """Ranges from statistics, but for the guessed nodes those of a few images, MARGIN times and within their bounds."""
 
     def range_of(node: fx.Node) -> Range | Unknown:
         if node.name not in guessed or isinstance(found := observed(node), Unknown):
             return analytic(node)
-        return widen(found, MARGIN)
+        return within(widen(found, MARGIN), bounds.get(node.name))
 
     return range_of
 

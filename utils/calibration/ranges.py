@@ -51,9 +51,16 @@ def batchnorm_ranges(statistics: Statistics, sigmas: float = SIGMAS) -> ChannelR
 
 
 def describe_contradictions(
-    nodes: Iterable[fx.Node], observed: RangeOf, analytic: RangeOf, factor: float = CONTRADICTED
+    nodes: Iterable[fx.Node],
+    observed: RangeOf,
+    analytic: RangeOf,
+    source: str = "distilled images",
+    factor: float = CONTRADICTED,
 ) -> str | None:
-    """A line on the nodes whose range on images is far from that from BatchNorm; None without. One of the two is wrong."""
+    """A line on the nodes whose range on images is far from that from BatchNorm; None without. One of the two is wrong.
+
+    source: what the images are called.
+    """
     ratios = {}
     for node in nodes:
         pair = observed(node), analytic(node)
@@ -67,6 +74,6 @@ def describe_contradictions(
     worst = sorted(ratios.items(), key=lambda item: -abs(math.log(max(item[1], 1e-30))))[:3]
     named = ", ".join(f"{name} {ratio:.2g} times" for name, ratio in worst)
     return (
-        f"on distilled images {len(ratios)} ranges are over {factor:g} times as wide as those from BatchNorm, "
+        f"on {source} {len(ratios)} ranges are over {factor:g} times as wide as those from BatchNorm, "
         f"or as narrow: {named}"
     )

@@ -7,16 +7,18 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from utils.calibration.distillation import Distillation, distilled
+from utils.calibration.images import Images, load_images
 from utils.core import distributed
-from utils.core.arguments import Parser, at_least
+from utils.core.arguments import Number, Parser, at_least
 from utils.core.cache import cache_folder
 from utils.core.errors import UserError
 from utils.core.files import check_target, make_folder
@@ -42,6 +44,7 @@ def parser_of(task: Task) -> Parser:
     parser = Parser(prog=task.program, description=task.summary)
     add_input_flags(parser)
     add_distillation_flags(add_recipe_flags(parser)[DISTILLED])
+    add_image_flags(parser)
     add_deployment_flags(parser)
     add_run_flags(parser)
     task.add_flags(parser)
@@ -51,7 +54,10 @@ def parser_of(task: Task) -> Parser:
 def parse(task: Task, argv: Sequence[str] | None) -> Namespace:
     """The flags of a task's script; combinations that mean nothing end it."""
     parser = parser_of(task)
-    return check(parser, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    typed = parser.parse_args(argv, Namespace(**dict.fromkeys(_OF_IMAGES)))  # None where the default holds
+    check_image_flags(parser, args, [flag for flag in _OF_IMAGES if getattr(typed, flag) is not None])
+    return check(parser, args)
 
 
 def defaults(task: Task) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fidelity",
         action="store_true",
-        help="compare the quantized network with the float one on distilled images, layer by layer; needs --quantize",
+        help="compare the quantized network with the float one on held-out images, layer by layer; needs --quantize",
     )
     group.add_argument(
         "--distill_images",
@@ -151,6 +157,41 @@ def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_image_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("your own images: in the place of distilled ones, for every purpose")
+    group.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of pictures without labels, at least 2: half for ranges and corrections, half to judge by",
+    )
+    group.add_argument(
+        "--images_count",
+        type=at_least(2),
+        default=64,
+        metavar="N",
+        help="take at most N of them, evenly spread over the folder (default: %(default)s)",
+    )
+
+
+# Flags that say which images there are.
+_OF_IMAGES = ("distill_images", "distill_batch", "distill_steps", "images_count")
+
+
+def check_image_flags(parser: ArgumentParser, args: Namespace, typed: Sequence[str]) -> None:
+    """Refuse what says how images are made, beside pictures or without a use. typed: of _OF_IMAGES those given."""
+    if args.images is None:
+        if "images_count" in typed:
+            parser.error("--images_count needs --images")
+        return
+    if distilling := [flag for flag in typed if flag != "images_count"]:
+        parser.error(f"--images takes the place of distilled images; leave out --{distilling[0]}, or --images")
+    if args.load:
+        parser.error("--load takes the network, its input and its passes from the file; leave out --images")
+    if not (args.quantize or args.equalize or args.table):
+        parser.error("--images needs --quantize or --equalize")
+
+
 def add_deployment_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("deployment")
     group.add_argument(
@@ -164,6 +205,12 @@ def add_deployment_flags(parser: ArgumentParser) -> None:
         choices=("simulate", "onnxruntime"),
         default="simulate",
         help="what runs the INT8 network: float arithmetic, or ONNX Runtime on integers (default: simulate)",
+    )
+    group.add_argument(
+        "--opset",
+        type=Number(int, lambda value: 13 <= value <= 22, "an ONNX opset from 13 to 22"),
+        metavar="N",
+        help="ONNX opset of what is exported or run, 13 to 22 (default: the lowest that has the network's operators)",
     )
     group.add_argument("--save", type=Path, metavar="FILE", help="keep the quantized network, to be loaded again")
     group.add_argument(
@@ -238,6 +285,8 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
     to_int8 += ["engine onnxruntime"] if args.engine != "simulate" else []
     if to_int8 and not (args.quantize or args.load or args.table):
         parser.error(f"--{to_int8[0]} needs --quantize or --load")
+    if args.opset and not args.export and args.engine == "simulate":
+        parser.error("--opset needs --export or --engine onnxruntime")
     bits = args.bits_weight, args.bits_activation, args.bits_bias
     if (args.export or args.engine != "simulate") and bits != (8, 8, 32):
         parser.error(
@@ -285,14 +334,24 @@ def changed_spec(
     return replace(spec, mean=tuple(mean or spec.mean), std=tuple(std or spec.std))
 
 
-def distilled_images(
-    args: Namespace, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
-) -> Tensor | None:
-    """Images for the recipe or for --fidelity, as the flags say; None where neither needs any."""
+def images_of(
+    args: Namespace, task: Task, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
+) -> Images | None:
+    """The user's own, or distilled ones for the recipe or for --fidelity; None where neither needs any.
+
+    Distilled images to judge by are of another seed, and a quarter as many.
+    """
+    if args.images:
+        own = load_images(args.images, partial(task.read_image, spec=spec), args.images_count, args.skip_bad_images)
+        if distributed.is_main_process():
+            print(f"images: {_short(str(args.images))} gives {own.description}")
+        return own
     if not (needed or args.fidelity):
         return None
     settings = Distillation(args.distill_images, args.distill_batch, args.distill_steps, args.seed)
-    return distilled(model, spec, settings, device, args.distill_cache or cache_folder() / "distilled")
+    other = replace(settings, images=max(2, settings.images // 4), seed=args.seed + 1)
+    folder = args.distill_cache or cache_folder() / "distilled"
+    return Images(*(distilled(model, spec, one, device, folder) for one in (settings, other)))
 
 
 def with_demo(task: Task, args: Namespace, open_demo: Callable[[str], Demo]) -> Namespace:

@@ -102,11 +102,11 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _passes(log: PassLog) -> str:
     """What was applied and skipped, the notes, and the whole list folded away."""
     rows = "".join(
-        f"<tr><td>{escape(action)}</td><td>{count['done']}</td><td>{count['left_out'] or ''}</td>"
+        f"<tr><td>{escape(action)}</td><td>{count['applied']}</td><td>{count['skipped'] or ''}</td>"
         f'<td class="text">{escape("; ".join(log.reasons(action)))}</td></tr>'
         for action, count in log.counts().items()
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in log.notes)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in (*log.notes, *log.warnings))
     return (
         f'<table><tr><th>pass</th><th>layers</th><th>skipped</th><th class="text">commonest reasons</th></tr>{rows}</table>'
         + (f"<ul>{notes}</ul>" if notes else "")

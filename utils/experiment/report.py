@@ -4,10 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+<<<<<<< HEAD
 from utils.calibration.distillation import Fit, statistics_fit
-from utils.calibration.observers import Fidelity, fidelity
+from utils.calibration.fidelity import Fidelity, fidelity
+=======
+from utils.calibration.distillation import statistics_fit
+from utils.calibration.fidelity import Fidelity, fidelity
+from utils.calibration.images import Images
+>>>>>>> images
 from utils.core.input_spec import InputSpec
 from utils.experiment import charts, cli, page, scores
 from utils.experiment.evaluation import Evaluator
@@ -23,7 +29,10 @@ if TYPE_CHECKING:
 def write_row(folder: Path, run: "Run", evaluator: Evaluator, row: "Row") -> Path:
     """Draw a row's pictures and write the page that shows them; returns its file."""
     quantized, data = row.quantized, evaluator.data
-    near, source = quantized.fidelity, "distilled images"
+    near, source = (
+        quantized.fidelity,
+        "held-out images, " + ("yours" if row.images and row.images.real else "distilled"),
+    )
     if quantized.simulated and near is None:
         probes, source = evaluator.probes(), "images of the evaluation"
         near = fidelity(quantized.float.cpu(), quantized.simulated, probes)
@@ -35,22 +44,27 @@ def write_row(folder: Path, run: "Run", evaluator: Evaluator, row: "Row") -> Pat
     files = data.draw(folder, captioned, metrics, run.device)
     shown = [Picture(file, file.stem.replace("_", " ")) for file in files if file.suffix == ".png"]
     sections.append(Section("Samples", "What the networks predict.", shown))
-    if row.distilled is not None:
-        fit = statistics_fit(run.network.model, run.spec, row.distilled)
-        sections.append(distilled_section(folder, row.distilled, fit, run.spec))
+    if row.images is not None:
+        sections.append(images_section(folder, row.images, run.network.model, run.spec))
     title = f"{run.network.name} {row.recipe}"
     headline = cli.headline(run.args, run.network, len(data.samples), str(row.recipe))
     lead = f"{headline}. Quantization noise is measured on {source}."
     return page.write(folder / "report.html", title, lead, scores.cells(row.scores), quantized.log, sections, row.line)
 
 
-def distilled_section(folder: Path, images: Tensor, fit: Mapping[str, Fit], spec: InputSpec) -> Section:
-    """Draw some distilled images [N, 3, H, W], and how closely each layer's statistics are met."""
-    sheet = folder / "distilled.png"
-    grid([denormalise(image, spec) for image in images[:16]], columns=4).save(sheet)
-    plot = charts.statistics_fit(folder / "distilled_fit.png", fit)
-    pictures = [Picture(sheet, "Some of them."), Picture(plot, "How close each layer's statistics on them are.")]
-    return Section("Distilled images", f"{len(images)} images, made from BatchNorm statistics alone.", pictures)
+def images_section(folder: Path, images: Images, model: nn.Module, spec: InputSpec) -> Section:
+    """Draw some of the images that the method used, and how closely each layer's statistics are met on them."""
+    name = "images" if images.real else "distilled"
+    sheet = folder / f"{name}.png"
+    grid([denormalise(image, spec) for image in images.calibration[:16]], columns=4).save(sheet)
+    pictures = [Picture(sheet, "Some of them.")]
+    fit = statistics_fit(model, spec, images.calibration)
+    if len(fit) > 1:  # the input and at least one BatchNorm
+        plot = charts.statistics_fit(folder / f"{name}_fit.png", fit)
+        pictures.append(Picture(plot, "How close each layer's statistics on them are."))
+    if images.real:
+        return Section("Your images", f"{images.description}.", pictures)
+    return Section("Distilled images", f"{images.description}. Made from BatchNorm statistics alone.", pictures)
 
 
 def network_sections(
@@ -87,7 +101,7 @@ def quantizer_ranges(simulated: fx.GraphModule) -> dict[str, tuple[float, float]
     """The smallest and the largest value that every quantizer lets through, by its name in the graph."""
     modules = {node.name: module_of(simulated, node) for node in simulated.graph.nodes}
     return {
-        name: (module.scale * module.lowest, module.scale * module.highest)
+        name: (module.scale * module.step_min, module.scale * module.step_max)
         for name, module in modules.items()
         if isinstance(module, Quantizer)
     }

@@ -9,9 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
+from utils.calibration.fidelity import held_out
+from utils.calibration.images import Images
 from utils.core import distributed
+from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
@@ -23,7 +26,7 @@ from utils.quantization.recipe import Recipe
 from utils.tasks.base import Data, Task
 from utils.tasks.metrics import Metric
 
-Quantize = Callable[[nn.Module, InputSpec, Recipe, Tensor | None, fx.GraphModule], Quantized]
+Quantize = Callable[..., Quantized]  # as dfq.quantize_data_free
 ToEvaluate = Callable[[nn.Module, Quantized, Recipe], dict[str, nn.Module]]
 
 
@@ -63,13 +66,13 @@ class Run:
 class Row:
     """One recipe's result.
 
-    networks, metrics: by name, the one as loaded first; labels: what a table calls each. distilled: the images that the
-    recipe used, or None. line: what is recorded.
+    networks, metrics: by name, the one as loaded first; labels: what a table calls each. images: those that the run
+    used, or None. line: what is recorded.
     """
 
     recipe: Recipe
     quantized: Quantized
-    distilled: Tensor | None
+    images: Images | None
     networks: Mapping[str, nn.Module]
     metrics: Mapping[str, Metric]
     labels: Mapping[str, str]
@@ -91,13 +94,19 @@ def run_rows(
     missing = [i for i, line in enumerate(lines) if records.identity(line, defaults) not in done]
     if args.table:
         print(f"{len(recipes)} rows, {len(recipes) - len(missing)} of them in {args.results} already")
-    images = cli.distilled_images(
-        args, run.network.model, run.spec, run.device, any(recipes[i].needs_images for i in missing)
-    )
+    needed = any(recipes[i].needs_images for i in missing)
+    model, spec = run.network.model, run.spec
+    images = cli.images_of(args, run.task, model, spec, run.device, needed) if missing else None
+    sources = (images.calibration, images.judging, images.real) if images else (None, None, False)
+    sources = dict(zip(("images", "judging", "real"), sources, strict=True))
     captured = capture(run.network.model, run.spec)
+    if captured.meta["batch"] not in (None, args.batch_size) and evaluator is not None:
+        raise UserError(
+            f"the network takes {captured.meta['batch']} image(s) at a time; pass --batch_size {captured.meta['batch']}"
+        )
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
-        quantized = quantize(run.network.model, run.spec, recipes[i], images, captured)
+        quantized = quantize(run.network.model, run.spec, recipes[i], captured=captured, **sources)
         _write_files(run, recipes[i], quantized, evaluator)
         if evaluator is None:
             return
@@ -121,19 +130,22 @@ def evaluate_row(
     recipe: Recipe,
     quantized: Quantized,
     networks: dict[str, nn.Module],
-    distilled: Tensor | None,
+    images: Images | None,
 ) -> Row:
     """Score a recipe's networks and print what was found. networks: by the names of recipe.labels."""
     args, labels, line = run.args, dict(recipe.labels), run.line(recipe)
     print(cli.headline(args, run.network, len(evaluator.data.samples), str(recipe)))
     if args.verbose or not args.table:
         print(quantized.log.report(args.verbose))
+    else:
+        print("".join(f"{line}\n" for line in quantized.log.warning_lines()), end="")
     measured = {}
     if quantized.fidelity:
-        same = agreement(quantized.float, quantized.simulated, distilled, run.task.predictions)
-        print(quantized.fidelity.report(len(distilled), args.verbose))
-        print(f"  on {len(distilled)} distilled images: {same:.1f} % of predictions agree with the float network's")
-        measured = {"images": len(distilled), "agreement": same} | asdict(quantized.fidelity)
+        count = len(images.judging)
+        same = agreement(quantized.float, quantized.simulated, images.judging, run.task.predictions)
+        print(quantized.fidelity.report(count, args.verbose, images.real))
+        print(f"  on {held_out(count, images.real)}: {same:.1f} % of predictions agree with the float network's")
+        measured = {"images": count, "agreement": same} | asdict(quantized.fidelity)
     if args.engine == "onnxruntime":
         name, simulated = labels["quantized"], networks.pop("quantized")
         labels |= {"simulated": f"{name}, simulated", "quantized": f"{name}, ONNX Runtime"}
@@ -146,11 +158,14 @@ def evaluate_row(
     if not args.table:
         scores.print_classes(found, metrics)
     line |= scores.outcome(metrics, found)
+    if images and images.real:
+        line["images"] = {"calibration": len(images.calibration), "judging": len(images.judging)}
+        line["images"]["skipped"] = list(images.skipped)
     if measured:
         line["fidelity"] = measured
     if args.engine == "onnxruntime":
         line["agreement"] = deployment.check_agreement(networks["quantized"])
-    return Row(recipe, quantized, distilled, networks, metrics, labels, found, line)
+    return Row(recipe, quantized, images, networks, metrics, labels, found, line)
 
 
 def _recorded(run: Run, defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

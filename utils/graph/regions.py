@@ -218,7 +218,10 @@ class _Walk:
             return index if source is node else torch.full(shape(source), ELSEWHERE)
 
         args, kwargs = (fx.map_arg(part, value) for part in (user.args, user.kwargs))
-        return user.target(*args, **kwargs)
+        try:
+            return user.target(*args, **kwargs)
+        except RuntimeError:  # a shape that one row of indices does not have
+            raise _Refused(f"read by {describe(None, user)}, which mixes positions with images") from None
 
     def _multiply(self, user: fx.Node, node: fx.Node, way: _Way) -> None:
         """s x * y = s (x * y): a product passes a scale of one of its operands, as long as the other has none of it."""
@@ -260,12 +263,12 @@ def iter_growing(mapping: dict[str, fx.Node]) -> Iterator[fx.Node]:
 
 
 def _spread(index: Tensor, size: torch.Size) -> Tensor:
-    """[C] as a map of an activation's size [1, C, ...], without memory of its own."""
-    return index.view(1, -1, *[1] * (len(size) - 2)).expand(1, *size[1:])
+    """[C] as a map of an activation's size [N, C, ...], without memory of its own."""
+    return index.view(1, -1, *[1] * (len(size) - 2)).expand(size)
 
 
 def _by_channel(index: Tensor, where: str) -> Tensor:
-    """The map [1, C, ...] as [C]: every position of a channel holds the same one."""
+    """The map [N, C, ...] as [C]: every position of a channel holds the same one."""
     if index.dim() < 2:
         raise _Refused(f"read by {where}, without an axis for channels")
     flat = index.flatten(2) if index.dim() > 2 else index[:, :, None]

@@ -1,5 +1,7 @@
 """Bias correction: the mean shift that quantization causes is taken out of the biases (section 4.2)."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -14,16 +16,21 @@ ACTION = "corrected biases"
 
 
 def analytical_bias_correction(
-    model: fx.GraphModule, reference: fx.GraphModule, moments: dict[str, Moments | Unknown], log: PassLog
+    model: fx.GraphModule,
+    reference: fx.GraphModule,
+    moments: dict[str, Moments | Unknown],
+    log: PassLog,
+    without: Collection[str] = (),
 ) -> None:
     """Take the mean shift that follows from BatchNorm statistics out of the biases; equation 16.
 
     E[(W + e) x] - E[W x] = e * E[x], with the mean of x at every position, so that grouped_weight over zero padding
     count as zeros at the border. reference: the float network, before clipping and rounding; moments: of its nodes.
+    without: layers that are left as they are.
     """
     for node in weighted_nodes(reference):
         layer, exact = model.get_submodule(node.target), module_of(reference, node)
-        if layer.weight_qparams is None:
+        if layer.weight_qparams is None or node.target in without:
             continue
         known = moments[node.args[0].name]
         if isinstance(known, Unknown):
@@ -38,15 +45,23 @@ def analytical_bias_correction(
         log.applied(ACTION, node.target, f"largest shift {float(shift.abs().max()):.3g}")
 
 
-def empirical_bias_correction(model: fx.GraphModule, means: dict[str, Tensor], images: Tensor, log: PassLog) -> None:
+def empirical_bias_correction(
+    model: fx.GraphModule,
+    means: dict[str, Tensor],
+    images: Tensor,
+    log: PassLog,
+    only: Collection[str] | None = None,
+) -> None:
     """Take the mean shift of every layer's output on images out of its bias.
 
     One pass from input to output: a layer is measured behind layers that are quantized and corrected
-    already, on all images at once. means: [C] of the float network's outputs, by layer.
+    already, on all images at once. means: [C] of the float network's outputs, by layer. only: the layers to correct;
+    None: all.
     """
 
     def correct(name: str, layer: nn.Module, x: Tensor) -> Tensor:
-        return correct_layer(name, layer, layer(x), means[name], log)
+        output = layer(x)
+        return output if only is not None and name not in only else correct_layer(name, layer, output, means[name], log)
 
     run_layers(model, images, correct)
 

@@ -24,11 +24,13 @@ class Entry:
 class PassLog:
     """The passes write it; the summary, the report and --verbose read it.
 
-    weights: by pass and layer, the smallest and the largest weight [C_out, 2] of every channel.
+    notes, warnings: of the whole network; a warning also says what to try. weights: by pass and layer, the smallest and
+    the largest weight [C_out, 2] of every channel.
     """
 
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def applied(self, action: str, where: str, detail: str = "") -> None:
@@ -40,6 +42,10 @@ class PassLog:
     def note(self, text: str) -> None:
         """Something of the whole network that its user should know."""
         self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        """Something that may cost accuracy, and what to try."""
+        self.warnings.append(text)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each action, at how many places it was 'applied' and 'skipped'."""
@@ -56,7 +62,10 @@ class PassLog:
             if count["skipped"]:
                 line += f"   skipped {count['skipped']}: {'; '.join(self.reasons(action))}"
             lines.append(line)
-        return "\n".join([*lines, *(f"  note: {text}" for text in self.notes)])
+        return "\n".join([*lines, *(f"  note: {text}" for text in self.notes), *self.warning_lines()])
+
+    def warning_lines(self) -> list[str]:
+        return [f"  warning: {text}" for text in self.warnings]
 
     def reasons(self, action: str) -> list[str]:
         """The commonest reasons for which an action was skipped, each behind its number."""

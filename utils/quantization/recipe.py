@@ -237,7 +237,9 @@ class Recipe:
     def check_images(self, images: Tensor | None) -> None:
         """Refuse to run without images what looks at them."""
         if images is None and (needy := self._needing_images()):
-            raise UserError(f"--{needy[0]} needs images; pass images=..., as utils.calibration.distillation makes them")
+            raise UserError(
+                f"--{needy[0]} needs images; pass images=..., as utils.calibration.distillation makes them, or your own"
+            )
 
     def _needing_images(self) -> list[str]:
         return [name for name in self._given() if SETTINGS[name].metadata["images"]]

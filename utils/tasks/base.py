@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from utils.core.input_spec import InputSpec
@@ -48,7 +48,8 @@ class Task:
     """A task.
 
     name: as results record it. program: its script. summary: for the script's help. add_flags: gives the script's
-    parser the task's own flags and defaults. class_axis: of the network's first output; output_dims: how many axes
+    parser the task's own flags and defaults. read_image: a picture's file -> [C, H, W], as the evaluation brings it to
+    the network's input; a ValueError where it cannot be read. class_axis: of the network's first output; output_dims: how many axes
     that has, None where it is not looked for. predictions: the class indices
     that two networks are compared by.
     """
@@ -58,6 +59,7 @@ class Task:
     summary: str
     add_flags: Callable[[ArgumentParser], None]
     open_data: OpenData
+    read_image: Callable[[Path, InputSpec], Tensor]
     class_axis: int
     output_dims: int | None
     predictions: Predictions

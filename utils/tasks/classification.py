@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from utils.core.arguments import at_least
@@ -16,6 +16,7 @@ from utils.core.predictions import channel_predictions
 from utils.tasks import pictures
 from utils.tasks.base import Data, Task
 from utils.tasks.data import evenly, image_folder, tell
+from utils.tasks.images import check_channels, classification_transform, load_image
 from utils.tasks.metrics import TopK
 
 
@@ -41,6 +42,12 @@ def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[st
     samples, names = image_folder(args.data, args.split, spec, classes, args.classes)
     samples = evenly(tell(samples), args.limit)
     return Data(samples, lambda _: TopK(), partial(draw, samples=samples, names=names, spec=spec), names)
+
+
+def read_image(file: Path, spec: InputSpec) -> Tensor:
+    """A picture [C, H, W] as the evaluation takes it: short side to spec.resize, centre crop."""
+    check_channels(spec)
+    return classification_transform(spec)(load_image(file, spec.channels))
 
 
 def draw(
@@ -85,6 +92,7 @@ TASK = Task(
     summary="Data-free quantization of a classification network, evaluated on ImageNet or any folder of images.",
     add_flags=add_flags,
     open_data=open_data,
+    read_image=read_image,
     class_axis=1,
     output_dims=2,
     predictions=channel_predictions,

@@ -208,6 +208,12 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.set_defaults(distill_images=32)
 
 
+def read_image(file: Path, spec: InputSpec) -> Tensor:
+    """A picture [C, H, W] as the evaluation takes it: squeezed to the network's size."""
+    check_channels(spec)
+    return detection_transform(load_image(file, spec.channels), spec)
+
+
 def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[str, Any]) -> Data:
     """extras: "coder", of the network, as coder_as_data() gives it."""
     coder = coder_from(extras["coder"])
@@ -283,6 +289,7 @@ TASK = Task(
     summary="Data-free quantization of a detection network, evaluated on VOC detection or any folder in its format.",
     add_flags=add_flags,
     open_data=open_data,
+    read_image=read_image,
     class_axis=2,
     output_dims=None,
     predictions=prior_predictions,

@@ -40,11 +40,15 @@ class SegmentationSet(Dataset):
         mask = load_mask(self.masks[index], self.values)
         if mask.size != image.size:
             raise ValueError(f"mask {str(self.masks[index])!r} is {_wide_high(mask)}, the image {_wide_high(image)}")
-        to_size, functional = self.spec.size, torchvision.transforms.functional
-        image = cover(image, to_size, torchvision.transforms.InterpolationMode(self.spec.interpolation))
-        mask = cover(mask, to_size, torchvision.transforms.InterpolationMode.NEAREST)
-        image = functional.normalize(functional.to_tensor(image), self.spec.mean, self.spec.std)
-        return image, torch.from_numpy(np.array(mask))
+        mask = cover(mask, self.spec.size, torchvision.transforms.InterpolationMode.NEAREST)
+        return segmentation_transform(image, self.spec), torch.from_numpy(np.array(mask))
+
+
+def segmentation_transform(image: Image.Image, spec: InputSpec) -> Tensor:
+    """Scale until the image covers the network's size, crop the centre, normalise."""
+    functional = torchvision.transforms.functional
+    image = cover(image, spec.size, torchvision.transforms.InterpolationMode(spec.interpolation))
+    return functional.normalize(functional.to_tensor(image), spec.mean, spec.std)
 
 
 def voc_segmentation(
@@ -120,6 +124,12 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.set_defaults(batch_size=4, distill_images=8, distill_batch=8)
 
 
+def read_image(file: Path, spec: InputSpec) -> Tensor:
+    """A picture [C, H, W] as the evaluation takes it: scaled to cover the network's size, its centre cropped."""
+    check_channels(spec)
+    return segmentation_transform(load_image(file, spec.channels), spec)
+
+
 def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[str, Any]) -> Data:
     values = None
     if args.mask_values or args.void is not None:
@@ -174,6 +184,7 @@ TASK = Task(
     summary="Data-free quantization of a segmentation network, evaluated on VOC segmentation or any folder in its format.",
     add_flags=add_flags,
     open_data=open_data,
+    read_image=read_image,
     class_axis=1,
     output_dims=4,
     predictions=channel_predictions,

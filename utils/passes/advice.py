@@ -1,0 +1,37 @@
+"""Warnings that a user can act on: what may cost accuracy, and which flags to try."""
+
+from utils.calibration.fidelity import Fidelity, held_out
+from utils.quantization.recipe import Recipe
+
+LEAST_OUTPUT = 15.0  # dB of the output over its noise, below which predictions change visibly
+MOST_SATURATED = 1.0  # percent of a tensor's values that may be cut without a warning
+
+
+def other_ranges(recipe: Recipe, real: bool) -> str:
+    """What to try where ranges are in doubt. real: whether images are the user's already."""
+    tries = [] if real else ["--images DIR with pictures of your own"]
+    tries += [] if recipe.distill_range else ["--distill_range"]
+    return f"; try {' or '.join(tries)}" if tries else ""
+
+
+def fidelity_warnings(near: Fidelity, recipe: Recipe, images: int, real: bool) -> list[str]:
+    """Lines on an output far from the float one's, and on tensors that are cut.
+
+    images: on how many it was measured. real: whether they are the user's.
+    """
+    warnings = []
+    if not near.output >= LEAST_OUTPUT:
+        tries = [f"--{name}" for name in ("per_channel", "equalize", "correction") if not getattr(recipe, name)]
+        tries += ["more bits (--bits_weight, --bits_activation)"] + ([] if real else ["--images DIR"])
+        warnings.append(
+            f"the output is only {near.output:.1f} dB over its quantization noise on {held_out(images, real)}; "
+            f"try {', '.join(tries)}"
+        )
+    cut = {name: share for name, share in near.saturation.items() if share > MOST_SATURATED}
+    if cut:
+        worst = max(cut, key=cut.__getitem__)
+        warnings.append(
+            f"ranges cut more than {MOST_SATURATED:g} % of the values of {len(cut)} tensors on {held_out(images, real)} "
+            f"(most: {worst} {cut[worst]:.2g} %){other_ranges(recipe, real)}"
+        )
+    return warnings
