@@ -6,14 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx, nn
 
-<<<<<<< HEAD
-from utils.calibration.distillation import Fit, statistics_fit
-from utils.calibration.fidelity import Fidelity, fidelity
-=======
 from utils.calibration.distillation import statistics_fit
 from utils.calibration.fidelity import Fidelity, fidelity
 from utils.calibration.images import Images
->>>>>>> images
 from utils.core.input_spec import InputSpec
 from utils.experiment import charts, cli, page, scores
 from utils.experiment.evaluation import Evaluator
