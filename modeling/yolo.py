@@ -31,7 +31,7 @@ class RawYolo(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = {-1: images}  # by the layer that wrote them, while they are read
         last = {place: i for i, places in enumerate(self.reads) for place in places}
-        for i, layer in enumerate(self.model[:-1]):
+        for i, layer in enumerate(list(self.model)[:-1]):  # a slice would be a module of its own, with other names
             inputs = [maps[place] for place in self.reads[i]]
             maps = {place: value for place, value in maps.items() if last.get(place, -1) > i}
             maps[i] = layer(inputs if isinstance(layer.f, list) else inputs[0])

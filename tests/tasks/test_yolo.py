@@ -7,15 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import randomise
+from networks import randomise, settle
 from PIL import Image
 from torch import Tensor, nn
 
 import main_det
+from dfq import quantize_data_free
+from modeling import box_coder, build_model
+from utils.backends.onnxruntime.export import export
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.tasks.boxes import BoxCoder, Coder
-from utils.tasks.detection import class_labels, coder_as_data, coder_from, count_classes
+from utils.experiment.evaluation import evaluate
+from utils.quantization.recipe import Recipe
+from utils.tasks.boxes import BoxCoder, Coder, box_convert
+from utils.tasks.data import Batches
+from utils.tasks.detection import TASK, class_labels, coder_as_data, coder_from, count_classes
 from utils.tasks.distribution_focal import DistributionFocalCoder
 
 SIZE, STRIDES, BINS = (32, 64), (8, 16), 4
@@ -192,13 +198,120 @@ def voc(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class Knowing(nn.Module):
+    """Shows the object's box as class 0 in every image, ever less surely."""
+
+    def __init__(self):
+        super().__init__()
+        self.images = 0
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        made = []
+        for _ in images:
+            outputs = sure({(1, 0, 1): 0})  # centre (24, 8), one stride of 16 to each side
+            outputs[1][0, BINS : BINS + 2, 0, 1] = torch.tensor([math.log(3.0), 0.0])  # a quarter of it to the top
+            outputs[1][0, 4 * BINS, 0, 1] -= 0.1 * self.images
+            self.images += 1
+            made.append(outputs)
+        return [torch.cat(level) for level in zip(*made, strict=True)]
+
+
+def test_the_data_path_gives_the_map_that_is_known(voc):
+    args = main_det.parse_args(["--data", str(voc), "--quantize"])
+    data = TASK.open_data(args, SPEC, 2, {"coder": coder_as_data(replace(CODER, score_thresh=0.5))})
+    assert data.names == {0: "near", 1: "far"}
+    metric = data.metric(None)
+    evaluate({"it": Knowing()}, Batches(data.samples, 3, 0, 0, data.collate), {"it": metric}, torch.device("cpu"))
+    # "near" is found in images 0 and 2 of 0 to 3: right, wrong, right, wrong; "far" never
+    assert metric.per_class("voc12") == pytest.approx({"near": 100 * (0.5 + 0.5 * 2 / 3), "far": 0})
+    assert metric.compute()["map_voc12"] == pytest.approx(50 * (0.5 + 0.5 * 2 / 3))
+
+
 def test_a_network_with_yolos_heads_is_scored_saved_and_loaded(voc, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    common = ["--data", str(voc), "--image_size", "32", "64", "--results", str(tmp_path / "lines.jsonl")]
-    passes = ["--quantize", "--equalize", "--correction", "--engine", "onnxruntime"]
-    main_det.main(["--model", f"{__name__}:tiny_yolo", *passes, "--save", "tiny.pt", *common])
-    first = capsys.readouterr().out
-    assert "agree" in first and "map" in first.lower()
-    main_det.main(["--load", "tiny.pt", *common[:2], *common[-2:]])
-    lines = (tmp_path / "lines.jsonl").read_text().splitlines()
-    assert len(lines) == 2
+    data = ["--data", str(voc), "--results", str(tmp_path / "lines.jsonl")]
+    passes = ["--quantize", "--equalize", "--correction", "--engine", "onnxruntime", "--image_size", "32", "64"]
+    main_det.main(["--model", f"{__name__}:tiny_yolo", *passes, "--save", "tiny.pt", *data])
+    table = capsys.readouterr().out.partition("4 images ")[2]
+    assert "engine and simulation predict the same for 100.00 % of 160" in table
+    main_det.main(["--load", "tiny.pt", *data])
+    shifts = [text.partition("in percent: ")[2].splitlines()[0] for text in (table, capsys.readouterr().out)]
+    assert shifts[0].startswith("score_shift_mean") and shifts[0] == shifts[1]
+
+
+class OwnCoder(DistributionFocalCoder):
+    """A user's own kind of coder."""
+
+
+def test_a_users_own_coder_decodes_but_cannot_be_saved(voc, tmp_path, monkeypatch):
+    monkeypatch.setattr(TinyYolo, "coder", lambda self, size: OwnCoder(strides=STRIDES, size=size, reg_max=BINS))
+    words = ["--model", f"{__name__}:tiny_yolo", "--data", str(voc), "--image_size", "32", "64", "--quantize"]
+    words += ["--results", str(tmp_path / "lines.jsonl")]
+    main_det.main(words)
+    with pytest.raises(UserError, match="--save cannot write OwnCoder"):
+        main_det.main([*words, "--save", str(tmp_path / "tiny.pt")])
+    assert not (tmp_path / "tiny.pt").exists()
+
+
+# ------------------------------------------------------------------------- ultralytics itself
+
+
+@pytest.fixture(scope="module")
+def ultralytics_network(tmp_path_factory) -> tuple[nn.Module, str]:
+    """YOLOv8n with random weights for two classes, and its state dict in a file."""
+    tasks = pytest.importorskip("ultralytics.nn.tasks", reason="needs ultralytics, an extra (docs/libraries.md)")
+    torch.manual_seed(0)
+    model = tasks.DetectionModel("yolov8n.yaml", nc=2, verbose=False)
+    settle(model, YOLO_SPEC, 8)
+    file = tmp_path_factory.mktemp("yolo") / "yolov8n.pth"
+    torch.save(model.state_dict(), file)
+    return model, str(file)
+
+
+YOLO_SPEC = InputSpec(size=(64, 96), resize=64, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def test_ultralytics_boxes_and_scores_are_its_own(ultralytics_network):
+    model, weights = ultralytics_network
+    network = build_model("yolo:yolov8n.yaml", weights, "detection")
+    assert network.spec.size == (640, 640) and network.spec.range() == (0, 1)
+    images, coder = YOLO_SPEC.probe(2), box_coder(network.model, YOLO_SPEC)
+    assert count_classes(network.model, YOLO_SPEC, coder) == 2
+    theirs = model(images)[0].transpose(1, 2)
+    scores, boxes = coder.decode(network.model(images))
+    torch.testing.assert_close(scores, theirs[..., 4:])
+    sides = torch.tensor([96, 64, 96, 64])
+    corners = box_convert(theirs[..., :4] / sides, "cxcywh", "xyxy").clamp(0, 1)
+    torch.testing.assert_close(boxes, corners, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="multiples of 32, not 64x100"):
+        network.model.coder((64, 100))
+
+
+def test_ultralytics_is_quantized_whole_and_exported(ultralytics_network, tmp_path):
+    network = build_model("yolo:yolov8n.yaml", ultralytics_network[1], "detection")
+    quantized = quantize_data_free(
+        network.model, YOLO_SPEC, Recipe(equalize=True, quantize=True, correction=True, per_channel=True)
+    )
+    layers = [layer for layer in quantized.simulated.modules() if isinstance(layer, nn.Conv2d)]
+    assert len(layers) == 63 and all(layer.weight_qparams is not None for layer in layers)
+    predictions = box_coder(network.model, YOLO_SPEC).predictions
+    exported = export(quantized, YOLO_SPEC, tmp_path / "yolo.onnx", {}, YOLO_SPEC.probe(2), predictions)
+    assert sum(layer.far + layer.off for layer in exported.parity.layers) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("yolo:yolov8n.pt", "as yolo:yolov8n.yaml"),
+        ("yolo:yolov99.yaml", "builds no detection network of 'yolov99.yaml'"),
+    ],
+)
+def test_an_unknown_ultralytics_network_is_one_line(ultralytics_network, name, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_model(name, ultralytics_network[1], "detection")
+    assert "\n" not in str(error.value)
+
+
+def test_a_yolo_without_weights_is_one_line():
+    with pytest.raises(UserError, match=r"yolo:yolov8n\.yaml has no weights of its own; pass --weights"):
+        build_model("yolo:yolov8n.yaml", None, "detection")

@@ -29,6 +29,10 @@ def write_files(run: "Run", recipe: Recipe, quantized: Quantized, names: Mapping
     if not distributed.is_main_process():
         return
     if args.save:
+        if strange := [value for value in run.extras.values() if not isinstance(value, Mapping)]:
+            raise UserError(
+                f"--save cannot write {type(strange[0]).__name__}, which your network brings along; leave out --save"
+            )
         parts = quantized.float, quantized.simulated
         about = dict(recipe.settings), run.spec, run.task.name, network.name, network.weights
         extras = {**run.extras, "names": dict(names)}
