@@ -3,10 +3,10 @@
     python -m benchmarks.coverage [--sample] [--only WORD ...] [--limit N] [--jobs 2]
 
 Every network runs in a process of its own, within limits of time and memory, and adds one JSON line to --results;
-networks that have a line are left out, so that a run goes on where another stopped. The report beside the lines
+networks that have a line are not tried again, so that a run goes on where another stopped. The report beside the lines
 (results/coverage.txt) is made of the last line of each. timm is a requirement of the project already;
 pip install segmentation-models-pytorch ultralytics opencv-python-headless for the other two: a library that is not
-there is left out, and that is said. --sample tries the networks of catalogue.SAMPLE alone, one small network of a
+there is passed over, and that is said. --sample tries the networks of catalogue.SAMPLE alone, one small network of a
 family, in the order written there.
 
 Captured: as one graph. Exact: that graph, BatchNorm folded and layers equalized, gives the network's own outputs on
