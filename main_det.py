@@ -9,10 +9,9 @@ import demo
 import dfq
 from modeling import box_coder, build_model
 from utils.core.networks import scored
-from utils.core.predictions import count_classes
 from utils.experiment import cli
 from utils.experiment.runner import Run, run_rows
-from utils.tasks.detection import TASK
+from utils.tasks.detection import TASK, coder_as_data, coder_from, count_classes
 
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
@@ -27,12 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     network, recipes, quantize = dfq.prepared(args, TASK.name, build)
     spec = cli.input_spec(args, network.spec)
     network = replace(network, model=scored(network.model, spec, TASK.output_dims))
-    extras = {"coder": network.extras["coder"] if args.load else vars(box_coder(network.model, spec))}
-    data = None
+    coder = coder_from(network.extras["coder"]) if args.load else box_coder(network.model, spec)
+    task, extras = replace(TASK, predictions=coder.predictions), {"coder": coder_as_data(coder)}
+    classes, data = count_classes(network.model, spec, coder), None
     if args.data:
-        data = TASK.open_data(args, spec, count_classes(network.model, spec, TASK.class_axis), extras)
+        data = task.open_data(args, spec, classes, extras)
 
-    run_rows(Run(TASK, argv, args, network, spec, device, extras), data, recipes, quantize, dfq.to_evaluate)
+    run_rows(Run(task, argv, args, network, spec, device, extras), data, recipes, quantize, dfq.to_evaluate)
 
 
 def run() -> None:

@@ -39,6 +39,37 @@ YOLO = (
     *("yolo26n-pose", "yolo26n-obb", "yolo26n-cls", "yolo26n-sem"),
 )
 
+# One small network of a family, in turn, so that the first N are of every kind; the quick ones first.
+SAMPLE = (
+    *("torchvision:mobilenet_v2", "timm:mobilenetv3_small_050", "torchvision:resnet18", "timm:test_byobnet"),
+    *("segmentation_models_pytorch:linknet/resnet18", "ultralytics:yolov8n", "timm:regnetx_002"),
+    *("torchvision:squeezenet1_1", "timm:dla46_c", "segmentation_models_pytorch:deeplabv3plus/resnet18"),
+    *("torchvision:mnasnet0_5", "timm:efficientnet_lite0", "torchvision:lraspp_mobilenet_v3_large"),
+    *("timm:test_resnet", "segmentation_models_pytorch:unet/resnet18", "torchvision:shufflenet_v2_x0_5"),
+    *("timm:test_convnext", "torchvision:alexnet", "timm:tinynet_e"),
+    *("torchvision:ssdlite320_mobilenet_v3_large", "segmentation_models_pytorch:fpn/resnet18"),
+    *("timm:cspnext_tiny", "ultralytics:yolo11n", "torchvision:mobilenet_v3_small", "timm:repvit_m0_9"),
+    *("segmentation_models_pytorch:pspnet/resnet18", "timm:ghostnet_050", "timm:levit_128s"),
+    *("torchvision:vgg11_bn", "timm:starnet_s1", "timm:test_vit", "timm:test_nfnet"),
+    *("torchvision:deeplabv3_mobilenet_v3_large", "torchvision:regnet_y_400mf", "torchvision:googlenet"),
+    *("torchvision:efficientnet_b0", "timm:edgenext_xx_small", "torchvision:ssd300_vgg16", "timm:rexnet_100"),
+    *("segmentation_models_pytorch:deeplabv3/resnet18", "torchvision:regnet_x_400mf"),
+    *("timm:cs3darknet_focus_s", "torchvision:fcn_resnet50", "torchvision:resnext50_32x4d", "timm:fastvit_t8"),
+    *("segmentation_models_pytorch:unetplusplus/resnet18", "torchvision:inception_v3", "timm:efficientvit_m0"),
+    *("timm:fasternet_t0", "timm:mobilevitv2_050", "segmentation_models_pytorch:segformer/resnet18"),
+    *("timm:hgnetv2_b0", "timm:efficientvit_b0", "segmentation_models_pytorch:pan/resnet18"),
+    *("timm:repghostnet_050", "timm:hardcorenas_a", "segmentation_models_pytorch:manet/resnet18"),
+    *("timm:mobileone_s1", "timm:res2net50_48w_2s", "segmentation_models_pytorch:upernet/resnet18"),
+    *("timm:hrnet_w18_small", "timm:selecsls42", "timm:vovnet39a", "torchvision:densenet121"),
+    *("timm:efficientformer_l1", "timm:xception41", "timm:dpn48b", "timm:skresnet18"),
+    *("torchvision:convnext_tiny", "timm:efficientformerv2_s0", "timm:convmixer_768_32"),
+    *("torchvision:wide_resnet50_2", "timm:botnet26t_256", "timm:inception_v4"),
+    *("torchvision:efficientnet_v2_s", "timm:halonet_h1", "timm:iformer_t", "torchvision:vit_b_16"),
+    *("torchvision:swin_t", "torchvision:maxvit_t", "timm:deit_tiny_patch16_224", "timm:convit_tiny"),
+    *("timm:cait_xxs24_224", "timm:coat_tiny", "timm:crossvit_tiny_240"),
+    *("segmentation_models_pytorch:dpt/tu-vit_tiny_patch16_224", "torchvision:retinanet_resnet50_fpn"),
+)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -115,6 +146,34 @@ def entries(timm_sizes: Callable[[str], dict[str, int]]) -> Iterator[Entry]:
     groups = [*_torchvision(), *_timm(timm_sizes), *_smp(), [Entry("ultralytics", "yolo", name) for name in YOLO]]
     for turn in zip_longest(*groups):
         yield from (entry for entry in turn if entry is not None)
+
+
+def sample() -> Iterator[Entry]:
+    """The networks of SAMPLE, without those of libraries that are not installed."""
+    groups = [*_torchvision(), *_smp(), [Entry("ultralytics", "yolo", name) for name in YOLO]]
+    known = {entry.key: entry for group in groups for entry in group}
+    for key in SAMPLE:
+        library, _, name = key.partition(":")
+        if library not in missing():
+            yield known[key] if library != "timm" else Entry(library, _timm_module(name), name, _timm_sides(name))
+
+
+def _timm_module(name: str) -> str:
+    from timm.models import model_entrypoint
+
+    return model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def size() -> int:
+    """How many networks the catalogue has at most, as far as the libraries are installed."""
+    groups = [*_torchvision(), *_timm(_timm_names), *_smp()]
+    return sum(map(len, groups)) + len(YOLO) * ("ultralytics" not in missing())
+
+
+def _timm_names(module: str) -> dict[str, int]:
+    import timm
+
+    return dict.fromkeys(timm.list_models(module=module), 0)
 
 
 def missing() -> list[str]:

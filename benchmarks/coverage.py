@@ -1,12 +1,13 @@
 """Which networks of other libraries can be quantized and exported as they are.
 
-    python -m benchmarks.coverage [--only WORD ...] [--limit N] [--jobs 2]
+    python -m benchmarks.coverage [--sample] [--only WORD ...] [--limit N] [--jobs 2]
 
 Every network runs in a process of its own, within limits of time and memory, and adds one JSON line to --results;
 networks that have a line are left out, so that a run goes on where another stopped. The report beside the lines
 (results/coverage.txt) is made of the last line of each. timm is a requirement of the project already;
 pip install segmentation-models-pytorch ultralytics opencv-python-headless for the other two: a library that is not
-there is left out, and that is said.
+there is left out, and that is said. --sample tries the networks of catalogue.SAMPLE alone, one small network of a
+family, in the order written there.
 
 Captured: as one graph. Exact: that graph, BatchNorm folded and layers equalized, gives the network's own outputs on
 two batches. Layers: convolutions and linear layers of the ONNX file, and those of them with integer weights. Agrees:
@@ -308,6 +309,7 @@ def append(file: Path, record: Record) -> None:
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__.partition("\n")[0])
+    parser.add_argument("--sample", action="store_true", help="one small network of a family instead of all")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="regular expressions: of library:name, any of them")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="at most N networks, of all kinds")
     parser.add_argument("--jobs", type=at_least(1), default=2, help="processes at a time (default: 2)")
@@ -324,15 +326,27 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"without {library}, which is not installed")
     known = read_records(args.results)
     done = {key for key, record in known.items() if not args.again or _is_success(record)}
-    chosen = [entry for entry in catalogue.entries(remembered_sizes(args.results)) if _matches(entry, args.only)]
+    entries = catalogue.sample() if args.sample else catalogue.entries(remembered_sizes(args.results))
+    chosen = [entry for entry in entries if _matches(entry, args.only)]
     work = [entry for entry in chosen[: args.limit] if entry.key not in done]
     print(f"{len(chosen[: args.limit])} networks, {len(work)} to try", flush=True)
     for count, record in enumerate(run_all(work, args.jobs, args.timeout, args.memory), start=1):
         append(args.results, record)
         print(f"{count:>5} {_line(record)}", flush=True)
-    with atomic_write(args.results.with_suffix(".txt")) as file:
-        file.write_text(text := report(read_records(args.results).values()))
-    print("\n" + text.partition("\n\n")[2])
+    text = write_report(args.results)
+    print("\n" + text.rpartition("\n\n")[2])
+
+
+def write_report(results: Path) -> str:
+    """The report of a file of results, written beside it: what was tried, and of how many, then what came of it."""
+    records = read_records(results)
+    scope = f"{len(records)} networks tried. The catalogue has up to {catalogue.size()}"
+    sampled = [entry.key in records for entry in catalogue.sample()]
+    scope += f"; its sample (benchmarks/catalogue.py, SAMPLE) {len(sampled)}, of which {sum(sampled)} were tried.\n\n"
+    text = scope + report(records.values())
+    with atomic_write(results.with_suffix(".txt")) as file:
+        file.write_text(text)
+    return text
 
 
 def _is_success(record: Record) -> bool:

@@ -10,10 +10,12 @@ from modeling.factory import build_from_factory, near_matches
 from modeling.mobilenet_v2 import to_torchvision_layout
 from modeling.ssd_lite import SPEC, WEIGHTS, ssd_coder, ssd_lite
 from modeling.torchvision_models import download, official_weights
+from modeling.yolo import SPEC as YOLO_SPEC
+from modeling.yolo import build_yolo, raw_yolo
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
-from utils.tasks.boxes import BoxCoder, PriorSpec, box_convert
+from utils.tasks.boxes import BoxCoder, Coder, PriorSpec, box_convert
 
 NAMES = ("ssd_lite_mobilenet_v2",)
 TORCHVISION_NAMES = ("ssdlite320_mobilenet_v3_large", "ssd300_vgg16")
@@ -54,9 +56,9 @@ class RawHeads(nn.Module):
 def build_detector(name: str, weights: str | None, key: str | None = None) -> tuple[nn.Module, InputSpec, str]:
     """The network in eval mode, its input, and where its weights are from.
 
-    It takes images [N, 3, H, W] to raw heads: logits [N, priors, classes], class 0 the background, and
-    offsets [N, priors, 4]; box_coder() makes boxes of them.
-    name: one of NAMES, 'torchvision:NAME' or 'package.module:factory'.
+    It takes images [N, 3, H, W] to raw heads, of which box_coder() makes boxes: logits [N, priors, classes], class 0 the
+    background, and offsets [N, priors, 4]; of ultralytics' networks a map for each stride.
+    name: one of NAMES, 'torchvision:NAME', 'yolo:NAME.yaml' or 'package.module:factory'.
     weights: path or URL of a checkpoint; None: the official ones (a factory's own). key: of the state dict in it.
     """
     kind, _, rest = name.partition(":")
@@ -66,15 +68,22 @@ def build_detector(name: str, weights: str | None, key: str | None = None) -> tu
         return fit(ssd_lite(tensors), tensors, source).eval(), SPEC, source
     if kind == "torchvision":
         return _from_torchvision(rest, weights, key)
+    if kind == "yolo":
+        return build_yolo(rest, weights, key).eval(), YOLO_SPEC, weights
     if rest:
         model = build_from_factory(name, weights, key).eval()
-        _check_heads(model, SPEC, name)
-        return model, SPEC, weights or name
-    choices = (*NAMES, *(f"torchvision:{known}" for known in TORCHVISION_NAMES), "package.module:factory")
+        yolo = raw_yolo(model)
+        return (yolo.eval(), YOLO_SPEC, weights or name) if yolo else (model, SPEC, weights or name)
+    choices = (
+        *NAMES,
+        *(f"torchvision:{known}" for known in TORCHVISION_NAMES),
+        "yolo:NAME.yaml",
+        "package.module:factory",
+    )
     raise UserError(f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(choices)}")
 
 
-def box_coder(model: nn.Module, spec: InputSpec) -> BoxCoder:
+def box_coder(model: nn.Module, spec: InputSpec) -> Coder:
     """How a network's heads become boxes: its coder(size), or SSD-Lite's for a user's own network without one."""
     return model.coder(spec.size) if hasattr(model, "coder") else ssd_coder(PriorSpec(), spec.size)
 
@@ -110,22 +119,3 @@ def _classes(tensors: Mapping[str, Tensor], default: int) -> int:
         for kind in kinds
     ]
     return biases[0][-1] * 4 // biases[1][-1] if all(biases) else default
-
-
-def _check_heads(model: nn.Module, spec: InputSpec, place: str) -> None:
-    """Refuse a user's own network that does not return the heads of the priors that it is to have."""
-    priors = len(box_coder(model, spec).priors)
-    try:
-        with torch.inference_mode():
-            heads = model(torch.zeros(1, input_channels(model), *spec.size))
-    except Exception as error:  # the user's code may raise anything
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{place} fails on images of shape {spec.shape()}: {type(error).__name__}: {reason}") from error
-    wanted = (
-        f"a detector must return class logits [N, {priors}, classes] and box offsets [N, {priors}, 4], "
-        "for the priors of its coder(size) or SSD-Lite's 3,000"
-    )
-    if not (isinstance(heads, tuple | list) and len(heads) == 2 and all(isinstance(head, Tensor) for head in heads)):
-        raise UserError(f"{place} returns {type(heads).__name__}; {wanted}")
-    if heads[0].dim() != 3 or heads[0].shape[1] != priors or heads[1].shape[1:] != (priors, 4):
-        raise UserError(f"{place} returns {tuple(heads[0].shape)} and {tuple(heads[1].shape)}; {wanted}")

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from modeling.checkpoint import fit, outputs_of, read_checkpoint
 from modeling.deeplab import deeplab_for, to_deeplab_layout
 from modeling.factory import build_from_factory, near_matches
+from modeling.smp import SPEC as SMP_SPEC
+from modeling.smp import build_smp
 from modeling.torchvision_models import download, official_weights
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -29,8 +31,8 @@ class Logits(nn.Module):
 def build_segmenter(name: str, weights: str | None, key: str | None = None) -> tuple[nn.Module, InputSpec, str]:
     """The network in eval mode, its input, and where its weights are from.
 
-    It takes images [N, 3, H, W] to logits [N, classes, H, W].
-    name: one of NAMES, 'torchvision:NAME' or 'package.module:factory'.
+    It takes images [N, 3, H, W] to logits [N, classes, H, W]; a user's own network to maps that may be smaller.
+    name: one of NAMES, 'torchvision:NAME', 'smp:ARCH/ENCODER' or 'package.module:factory'.
     weights: path or URL of a checkpoint; None: torchvision's official ones (a factory's own).
     key: of the state dict in it.
     """
@@ -44,10 +46,12 @@ def build_segmenter(name: str, weights: str | None, key: str | None = None) -> t
         return fit(deeplab_for(tensors), tensors, weights).eval(), SPEC, weights
     if kind == "torchvision":
         return _from_torchvision(rest, weights, key)
+    if kind == "smp":
+        return build_smp(rest, weights, key).eval(), SMP_SPEC, weights
     if rest:
         return build_from_factory(name, weights, key), SPEC, weights or name
     raise UserError(
-        f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, torchvision:NAME, package.module:factory"
+        f"unknown model {name!r}{near_matches(name, NAMES)}; choose from {', '.join(NAMES)}, torchvision:NAME, smp:ARCH/ENCODER, package.module:factory"
     )
 
 

@@ -1,6 +1,7 @@
 """Fidelity of a quantized network to its float one."""
 
 import pytest
+import torch
 from networks import SPEC
 from torch import nn
 

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from networks import SPEC, Branches, Residual, chain, made, settle
 from torch import nn
 
-from utils.calibration.moments import Moments, Unknown, batchnorm_output, clipped_gaussian, mapped_gaussian, propagate
+from utils.calibration.moments import (
+    Gaussian,
+    Moments,
+    Unknown,
+    batchnorm_output,
+    clipped_gaussian,
+    larger_gaussian,
+    mapped_gaussian,
+    propagate,
+)
 from utils.graph.capture import capture
 from utils.graph.layers import Clip
 from utils.passes.fold_batchnorm import fold_batchnorm
@@ -46,6 +55,34 @@ def test_mapped_gaussian_agrees_with_a_sample(function, mean, std):
     got_mean, got_variance = mapped_gaussian(torch.tensor([mean]), torch.tensor([std**2]), function)
     assert got_mean.item() == pytest.approx(sample.mean().item(), abs=0.02 * std)
     assert got_variance.item() == pytest.approx(sample.var().item(), rel=0.05, abs=1e-3)
+
+
+@pytest.mark.parametrize("x", [(-1.0, 0.5), (0.0, 2.0)])
+@pytest.mark.parametrize("y", [(0.3, 1.0), (-0.2, 0.0), (6.0, 0.5)])
+def test_the_larger_of_two_gaussians_agrees_with_a_sample(x, y):
+    sample = torch.maximum(*(torch.randn(SAMPLES) * std + mean for mean, std in (x, y)))
+    got = larger_gaussian(*(Gaussian(torch.tensor(mean), torch.tensor(std**2)) for mean, std in (x, y)))
+    assert got.mean.item() == pytest.approx(sample.mean().item(), abs=0.01)
+    assert got.variance.item() == pytest.approx(sample.var().item(), rel=0.02, abs=1e-6)
+
+
+def test_the_smaller_of_two_tensors_has_the_moments_of_many_images():
+    class Smaller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
+
+        def forward(self, x):
+            return torch.min(self.one(x), self.two(x)).flatten(2)
+
+    torch.manual_seed(0)
+    model = Smaller().eval()
+    model.one[1].bias.copy_(torch.tensor([0.0, 1.0, -1.0, 3.0]))
+    known = list(propagate(graph := capture(model, SPEC), SPEC, fold_batchnorm(graph, PassLog())).values())[-1]
+    wide, narrow = torch.randn(2, SAMPLES, 1)
+    sample = torch.minimum(wide + model.one[1].bias, narrow)
+    torch.testing.assert_close(known.mean[0, :, 0], sample.mean(0), rtol=0, atol=0.01)
+    torch.testing.assert_close(known.variance[0, :, 0], sample.var(0), rtol=0.02, atol=0)
 
 
 def test_batchnorm_of_a_constant_channel_has_no_variance():

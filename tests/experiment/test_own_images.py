@@ -59,7 +59,10 @@ def test_lines_without_the_flag_keep_their_identity():
         (["--images", "{one}"], "gives 1 picture; pass at least 2"),
         (["--images", "{bad}"], "cannot read picture {bad}/b.png"),
         (["--images", "{bad}", "--skip_bad_images"], "gives 1 picture (1 cannot be read); pass at least 2"),
-        (["--images", "x", "--distill_images", "64"], "--images takes the place of distilled images; leave out --distill"),
+        (
+            ["--images", "x", "--distill_images", "64"],
+            "--images takes the place of distilled images; leave out --distill",
+        ),
         (["--images", "x", "--distill_steps", "3"], "leave out --distill_steps, or --images"),
         (["--images", "x", "--distill_batch", "3"], "leave out --distill_batch, or --images"),
         (["--images_count", "8"], "--images_count needs --images"),

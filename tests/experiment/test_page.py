@@ -31,8 +31,8 @@ def picture(tmp_path):
 
 def test_a_page_is_whole_in_itself_and_escapes_what_it_shows(tmp_path, picture):
     log = PassLog()
-    log.did("equalized", "<script>")
-    log.left("equalized", "last", "read by <add>")
+    log.applied("equalized", "<script>")
+    log.skipped("equalized", "last", "read by <add>")
     log.note("1 < 2")
     section = page.Section("Samples & more", "what <they> say", [picture])
     table = [["", "top1"], ["<script>alert(1)</script>", "80.00"]]

@@ -60,6 +60,7 @@ NETS = {
     "product": lambda: Net(lambda net, x: net.b(x * net.a(x)), a=conv(8, 8), b=conv()),
     "pooling": lambda: Net(pooled, a=conv(), b=conv(8, 4, 3, padding=1)),
     "leaky": lambda: Net(lambda net, x: net.a(net.act(x)), act=nn.PReLU(8), a=conv()),
+    "silu": lambda: Net(lambda net, x: net.a(F.silu(x)), a=conv()),
     "hardtanh": lambda: Net(lambda net, x: net.a(F.hardtanh(x)), a=conv()),
     "transposed": lambda: Net(lambda net, x: net.a(x), a=nn.ConvTranspose2d(8, 4, 2, 2, groups=2)),
     "roll": lambda: Net(lambda net, x: net.a(x.roll(3, 1)), a=conv()),
@@ -169,13 +170,14 @@ def test_a_channel_may_arrive_twice(graphs):
 
 
 def test_a_product_passes_the_scale_of_one_of_its_operands(graphs):
-    regions, refused = find_regions(graphs("squeeze-excitation"))
+    regions, _ = find_regions(graphs("squeeze-excitation"))
     assert regions_of(graphs("squeeze-excitation")) == {
         ("stem",): [("down", plain(8), True), ("a", plain(8), False)],  # a product is no constant
         ("down",): [("up", plain(2), True)],
+        ("up",): [],  # ends in the gate's sigmoid
     }
     assert not regions[0].rectified and regions[1].rectified
-    assert refused["up"].startswith("read by Elementwise")
+    assert [(gain.name, gain.index.tolist()) for gain in regions[2].gains] == [("sigmoid_default", plain(8))]
     assert regions_of(graphs("product"))[("a",)] == [("b", plain(8), False)]
 
 
@@ -183,6 +185,14 @@ def test_pooling_and_resizing_pass_a_scale_and_padding_no_constants(graphs):
     regions, _ = find_regions(graphs("pooling"))
     assert regions_of(graphs("pooling")) == {("stem",): [("b", plain(8), False), ("a", plain(8), False)]}
     assert not regions[0].rectified  # one way has no ReLU
+
+
+def test_a_function_that_no_scale_passes_ends_one_region_and_begins_another(graphs):
+    before, behind = find_regions(graphs("silu"))[0]
+    assert before.source == "stem" and before.sinks == () and not before.rectified
+    assert [(gain.name, gain.index.tolist()) for gain in before.gains] == [("silu_default", plain(8))]
+    assert behind.source == "silu_default" and behind.gains == () and behind.channels == 8
+    assert [(sink.name, sink.index.tolist()) for sink in behind.sinks] == [("a", plain(8))]
 
 
 def test_functions_that_a_scale_passes(graphs):
@@ -193,9 +203,8 @@ def test_functions_that_a_scale_passes(graphs):
 
 
 REFUSED = {
-    "silu": (lambda net, x: net.a(F.silu(x)), "read by Elementwise 'silu_default'"),
     "offset": (lambda net, x: net.a(x + 1), None),
-    "of itself": (lambda net, x: net.a(x * F.leaky_relu(x)), None),
+    "of itself": (lambda net, x: net.a(x * F.max_pool2d(x, 3, 1, 1)), "read by mul 'mul_tensor'"),
     "with its mean": (lambda net, x: net.a(x * x.mean((2, 3), keepdim=True)), "read by mul 'mul_tensor'"),
     "mixed": (lambda net, x: net.c(F.pixel_shuffle(x, 2)), "read by Conv2d 'c', whose channels mix several of its own"),
     "padded with ones": (lambda net, x: net.a(F.pad(x, (1, 1), value=1.0)), "read by pad 'pad_default'"),

@@ -7,7 +7,7 @@ from networks import SMALL, Fan, ways
 from torch import fx, nn
 
 from utils.graph.capture import capture
-from utils.graph.layers import ChannelAffine
+from utils.graph.layers import ChannelAffine, Elementwise
 from utils.graph.nodes import module_of
 
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ POOLING = {
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), [HALVES]),
     "with indices": (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], [HALVES]),
     "MaxPool2d": (nn.MaxPool2d(3, 2, 1), [(MAX, [3, 3], [2, 2], [1, 1], [1, 1], False)]),
-    "AdaptiveMaxPool2d": (nn.AdaptiveMaxPool2d(1), [(LARGEST, [2, 3], True)]),
+    "AdaptiveMaxPool2d": (nn.AdaptiveMaxPool2d(1), [(LARGEST, [2], True), (LARGEST, [3], True)]),
     "amax": (lambda x: x.amax((2, 3)), [(LARGEST, [2, 3], True), (RESHAPE, [-1, 4])]),
     "max": (lambda x: x.max(3)[0], [(LARGEST, [3], True), (RESHAPE, [-1, 4, 16])]),
 }
@@ -95,6 +95,8 @@ ARITHMETIC = {
     "multiply": (lambda x: torch.multiply(x, averaged(x)), [*TO_POSITION, (aten.mul.Tensor,)]),
     "expanded first": (lambda x: x * averaged(x).expand_as(x), [*TO_POSITION, (aten.mul.Tensor,)]),
     "rsub": (lambda x: torch.rsub(x, averaged(x)), [*TO_POSITION, (aten.sub.Tensor,)]),
+    "larger of two": (lambda x: torch.max(x, averaged(x)), [*TO_POSITION, (aten.maximum.default,)]),
+    "smaller of two": (lambda x: x.min(averaged(x)), [*TO_POSITION, (aten.minimum.default,)]),
     "true_divide": (lambda x: torch.true_divide(x, averaged(x)), [*TO_POSITION, (aten.div.Tensor,)]),
 }
 NOTHING = {
@@ -170,6 +172,19 @@ def test_a_scaled_term_is_scaled_before_the_sum(captured):
     _, factor, total = found["scaled term"]
     assert float(module_of(graph, factor).scale) == 2 and total.target is aten.add.Tensor
     assert total.args[1] is factor
+
+
+def test_a_gated_linear_unit_is_one_half_times_the_sigmoid_of_the_other():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GLU(1)).eval()
+    graph = capture(model, SMALL)
+    product = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    while isinstance(product, list | tuple):
+        (product,) = product
+    values, gate = product.args
+    assert product.target is aten.mul.Tensor and call(values) == (SLICE, 1, 0, 2, 1)
+    assert type(module_of(graph, gate)) is Elementwise and call(gate.args[0]) == (SLICE, 1, 2, 4, 1)
+    x = SMALL.probe(3)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 class Layers(nn.Module):

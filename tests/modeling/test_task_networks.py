@@ -73,11 +73,11 @@ def test_classes_come_from_the_shape_of_the_output():
     assert classes_of(capture(randomise(ssd_lite()), SPEC)) == 3
 
 
-def test_the_tap_is_equalized_with_all_of_its_readers():
-    traced = capture(randomise(ssd_lite()), SPEC)
-    fold_batchnorm(traced, PassLog())
-    readers = {link.producer: [port.name for port in link.readers] for link in find_regions(traced)[0]}
-    assert readers["base_net.14.conv.0.0"] == [
+def test_the_tap_is_equalized_with_all_of_its_sinks():
+    captured = capture(randomise(ssd_lite()), SPEC)
+    fold_batchnorm(captured, PassLog())
+    sinks = {region.sources: [sink.name for sink in region.sinks] for region in find_regions(captured)[0]}
+    assert sinks["base_net.14.conv.0.0",] == [
         "base_net.14.conv.1.0",
         "classification_headers.0.0",
         "regression_headers.0.0",

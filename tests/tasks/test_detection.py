@@ -23,7 +23,7 @@ from utils.experiment.evaluation import evaluate
 from utils.graph.capture import capture
 from utils.tasks.boxes import BoxCoder, Detections, Objects, PriorSpec, box_convert
 from utils.tasks.data import Batches
-from utils.tasks.detection import class_labels, read_annotation, stack, voc_detection
+from utils.tasks.detection import class_labels, count_classes, read_annotation, stack, voc_detection
 from utils.tasks.detection import draw as detection_pictures
 from utils.tasks.metrics import RULES, MeanAveragePrecision, match
 from utils.tasks.voc import open_voc
@@ -251,12 +251,17 @@ def classifier() -> nn.Module:
         ("ssd_lite_mobilenet", "did you mean ssd_lite_mobilenet_v2"),
         ("torchvision:fasterrcnn_resnet50_fpn", "finds boxes inside the network.*torchvision:ssd300_vgg16"),
         ("torchvision:ssd300", "did you mean ssd300_vgg16"),
-        (f"{__name__}:classifier", r"returns Tensor; a detector must return class logits \[N, 3000, classes\]"),
     ],
 )
 def test_a_model_that_is_no_detector_is_refused(name, message):
     with pytest.raises(UserError, match=message):
         build_model(name, None, "detection")
+
+
+def test_a_network_that_returns_no_heads_is_refused():
+    network = build_model(f"{__name__}:classifier", None, "detection")
+    with pytest.raises(UserError, match=r"returns \(1, 2\); a detector must return class logits \[N, 3000, classes\]"):
+        count_classes(network.model, network.spec, box_coder(network.model, network.spec))
 
 
 def test_the_users_own_detector_brings_its_coder():

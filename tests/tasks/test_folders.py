@@ -151,8 +151,8 @@ def test_a_split_is_found_whatever_its_case_and_one_that_is_not_there_is_refused
 def test_what_is_no_class_is_left_out_and_named(name, tmp_path):
     found, notes = labels(make(tmp_path, "a", "b", name), 2)
     assert found == {"a": 0, "b": 1}
-    assert notes == f"labels: folder names in alphabetical order (left out, as no class: {name})"
-    with pytest.raises(UserError, match=rf"2 class folders .*\(left out, as no class: {name}\)"):
+    assert notes == f"labels: folder names in alphabetical order (skipped, as no class: {name})"
+    with pytest.raises(UserError, match=rf"2 class folders .*\(skipped, as no class: {name}\)"):
         labels(str(tmp_path), 3)
 
 
@@ -162,4 +162,4 @@ def test_hidden_files_in_class_folders_are_no_images(tmp_path):
     (tmp_path / "a/Thumbs.db").write_bytes(b"")
     samples, _ = image_folder(root, "val", SPEC, 2)
     assert sorted(path.removeprefix(root) for path in samples.paths) == ["/a/0.png", "/b/0.png", "/b/more/0.png"]
-    assert samples.notes[1] == "3 file(s) of the class folders are no images or hidden, and left out"
+    assert samples.notes[1] == "3 file(s) of the class folders are no images or hidden, and skipped"

@@ -16,13 +16,14 @@ from modeling.deeplab import STAGES, DeepLab
 from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.input_spec import InputSpec
+from utils.core.networks import scored
 from utils.core.torchvision_compat import torchvision
 from utils.experiment.evaluation import evaluate
 from utils.tasks.data import BadSample, Batches, evenly
-from utils.tasks.metrics import VOID, ConfusionMatrix, iou
+from utils.tasks.metrics import VOID, ConfusionMatrix, iou, upsampled
 from utils.tasks.pictures import denormalise, voc_palette
+from utils.tasks.segmentation import TASK, voc_segmentation
 from utils.tasks.segmentation import draw as segmentation_pictures
-from utils.tasks.segmentation import voc_segmentation
 from utils.tasks.voc import open_voc
 
 CPU = torch.device("cpu")
@@ -178,9 +179,10 @@ def test_torchvisions_networks_return_logits(tmp_path, name):
         ("deeplabv3plus_mobilenet_v2", "pass --weights"),
         ("torchvision:fcn_resnet18", "did you mean fcn_resnet101"),
         ("torchvision:x", "choose from deeplabv3_mobilenet_v3_large"),
-        ("user_networks:halving", r"must return \[N, classes, H, W\], as large as the images"),
+        ("user_networks:pooling", r"must return maps of logits \[N, classes, H, W\]"),
+        ("smp:unet/resnet18", "smp:unet/resnet18 has no weights of its own; pass --weights"),
         ("user_networks:failing", "fails on images of shape"),
-        ("user_networks:counting", "returns int"),
+        ("user_networks:counting", "returns int, and nothing to score"),
     ],
 )
 def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
@@ -188,13 +190,22 @@ def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
         "from torch import nn\n"
         "class Counting(nn.Module):\n    def forward(self, x):\n        return 3\n"
         "counting = Counting\n"
-        "def halving():\n    return nn.Conv2d(3, 4, 3, 2, 1)\n"
+        "def pooling():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
         "def failing():\n    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(5, 4, 3))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        build_model(name, None, "segmentation")
+        network = build_model(name, None, "segmentation")
+        scored(network.model, network.spec, TASK.output_dims)
     assert "\n" not in str(error.value)
+
+
+def test_maps_that_are_smaller_than_the_image_are_said_to_be_upsampled(capsys):
+    halving = nn.Conv2d(3, 4, 3, 2, 1)
+    assert scored(halving, InputSpec(size=(32, 48)), 4) is halving
+    assert "maps of 16x24 are upsampled to 32x48 bilinearly, outside" in capsys.readouterr().out
+    scored(nn.Conv2d(3, 4, 3, padding=1), InputSpec(size=(32, 48)), 4)
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -376,9 +387,19 @@ def test_confusion_matrix_is_that_of_all_pixels_however_batched():
     assert single.compute()["miou"] == pytest.approx(streamed.per_image[2])
 
 
+def test_smaller_maps_are_upsampled_bilinearly():
+    logits, truth = torch.rand(2, 3, 4, 4), torch.randint(3, (2, 8, 8), dtype=torch.uint8)
+    small, large = ConfusionMatrix("abc"), ConfusionMatrix("abc")
+    small.update(logits, truth)
+    large.update(torch.nn.functional.interpolate(logits, scale_factor=2, mode="bilinear"), truth)
+    assert small.counts.equal(large.counts)
+    ramp = upsampled(torch.tensor([0.0, 4.0]).expand(1, 1, 2, 2), (4, 4))
+    torch.testing.assert_close(ramp[0, 0, 0], torch.tensor([0.0, 1.0, 3.0, 4.0]))
+
+
 def test_metric_refuses_what_it_cannot_score():
     with pytest.raises(UserError, match="it must be as large as the image"):
-        ConfusionMatrix("abc").update(torch.rand(1, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.uint8))
+        ConfusionMatrix("abc").update(torch.rand(1, 3, 8, 8), torch.zeros(1, 4, 4, dtype=torch.uint8))
     void = ConfusionMatrix("abc")
     void.update(torch.rand(1, 3, 4, 4), torch.full((1, 4, 4), VOID, dtype=torch.uint8))
     with pytest.raises(UserError, match="every pixel of the masks is void"):

@@ -22,13 +22,15 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from utils.backends.torch_onnx import TORCH_OPSET, exported_by_torch
+from utils.backends.batch_axes import BatchAxes
+from utils.backends.torch_onnx import TORCH_OPSET, Input, exported_by_torch, part_of
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.graph.layers import WEIGHTED, ChannelAffine, Clip, Elementwise, padding, per_channel
 from utils.graph.nodes import describe, is_tensor, module_of, shape
-from utils.graph.onnx_forms import ELEMENTWISE, padding_by_axis
-from utils.graph.ops import is_size, operator_of
+from utils.graph.onnx_elementwise import ELEMENTWISE
+from utils.graph.onnx_forms import padding_by_axis
+from utils.graph.ops import operator_of
 from utils.quantization.qparams import QParams
 from utils.quantization.quantizer import Quantizer
 
@@ -46,15 +48,16 @@ def onnx_model(
     Parameters of other than 8 bits (biases: 32), and an operator that neither the table nor torch.onnx can write, are
     a UserError.
     """
-    writer = _Writer(simulated, opset or OPSET)
+    writer = _Writer(simulated, spec, opset or OPSET)
     try:
         writer.write_all()
-    except _NeedsOpset:
+    except _NeedsOpset as needed:
         if opset is not None and opset < TORCH_OPSET:
             raise UserError(
-                f"the network has operators that ONNX has from opset {TORCH_OPSET} on; pass --opset {TORCH_OPSET} or higher"
+                f"{needed}, which torch.onnx writes, needs opset {TORCH_OPSET} or newer, not {opset}; "
+                f"pass --opset {TORCH_OPSET}, or leave out --opset"
             ) from None
-        writer = _Writer(simulated, TORCH_OPSET)
+        writer = _Writer(simulated, spec, TORCH_OPSET)
         writer.write_all()
     batch = simulated.meta.get("batch") or "N"
     image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *spec.shape()[1:]])
@@ -69,7 +72,7 @@ def onnx_model(
 
 
 class _NeedsOpset(Exception):
-    """torch.onnx writes newer opsets alone."""
+    """Of an operator that torch.onnx has to write, in words: it writes newer opsets alone."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class _Value:
 class _Writer:
     """What has been written so far, and the values that fx nodes have become."""
 
-    def __init__(self, model: fx.GraphModule, opset: int):
-        self.model, self.opset = model, opset
+    def __init__(self, model: fx.GraphModule, spec: InputSpec, opset: int):
+        self.model, self.opset, self.batch_axes = model, opset, BatchAxes(model, spec)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -109,14 +112,14 @@ class _Writer:
             self.values[node] = result if isinstance(result, _Value) else _Value(result)
         elif node.target is operator.getitem:
             self.values[node] = self.values[node.args[0]][node.args[1]]
-        elif not is_size(node) and node.users:
+        elif "tensor_meta" in node.meta and node.users:  # else it is a size, or a check
             self._operator(node)
 
     def _operator(self, node: fx.Node) -> None:
         row = operator_of(node)
         result = row.onnx(self, node, *node.args, **node.kwargs) if row.onnx else None
         if result is None:
-            result = self.by_torch(node, self._wrapped(node), node.all_input_nodes)
+            result = self.by_torch(node, *part_of(self.model, node))
         if isinstance(result, list):
             values = [_Value(name) for name in result]
             self.values[node] = [self._on_grid(node, result[0], result[0]), *values[1:]] if row.keeps_grid else values
@@ -131,7 +134,7 @@ class _Writer:
         self, kind: str, inputs: Sequence[str], name: str, outputs: Sequence[str] | None = None, **attributes: Any
     ) -> str:
         """Append an operator with one output of that name, or with these outputs; returns the first."""
-        if kind in ("ReduceMean", "ReduceMax") and self.opset >= 18:  # axes became an input
+        if "axes" in attributes and (kind == "ReduceSum" or self.opset >= 18):  # where they became an input
             inputs = [*inputs, self.sizes(f"{name}_axes", attributes.pop("axes"))]
         self.nodes.append(helper.make_node(kind, list(inputs), list(outputs or [name]), name=name, **attributes))
         return (outputs or [name])[0]
@@ -156,8 +159,22 @@ class _Writer:
         return self.values[node].name
 
     def operand(self, argument: Any, name: str) -> str:
-        """The tensor that an argument stands for; a number becomes a constant."""
-        return self.name(argument) if isinstance(argument, fx.Node) else self.number(name, argument)
+        """The tensor that an argument stands for, as floats; a number becomes a constant."""
+        if not isinstance(argument, fx.Node):
+            return self.number(name, argument)
+        meta = argument.meta.get("tensor_meta")
+        if meta is None or meta.dtype.is_floating_point:
+            return self.name(argument)
+        return self.add("Cast", [self.name(argument)], f"{name}_as_float", to=TensorProto.FLOAT)
+
+    def on_grid(self, node: fx.Node) -> bool:
+        """Whether a tensor comes from a DequantizeLinear, so that an engine may run what reads it on integers."""
+        return self.values[node].grid is not None
+
+    def full_shape(self, node: fx.Node) -> list[int] | None:
+        """The node's shape with -1 for the batch; None where several axes grow with it."""
+        free = self.batch_axes.of(node)
+        return [-1 if axis in free else side for axis, side in enumerate(shape(node))] if len(free) < 2 else None
 
     def quantize(self, source: str, name: str, grid: tuple[float, int], cap: Tensor | None = None) -> _Value:
         """Round a tensor to a uint8 grid. cap: per-channel bounds that broadcast over it, in steps of the grid."""
@@ -191,7 +208,7 @@ class _Writer:
 
     def _on_grid(self, node: fx.Node, result: str, name: str) -> _Value:
         """What only moved values of one grid, back on it."""
-        read = [s for s in node.all_input_nodes if not is_size(s) and s.meta["tensor_meta"].dtype.is_floating_point]
+        read = [s for s in node.all_input_nodes if is_tensor(s) and s.meta["tensor_meta"].dtype.is_floating_point]
         inputs = [self.values[source] for source in read if isinstance(self.values.get(source), _Value)]
         grids = {value.grid for value in inputs}
         if len(grids) != 1 or None in grids:
@@ -208,27 +225,21 @@ class _Writer:
             self.outputs.append(info)
 
     def by_torch(self, node: fx.Node, module: nn.Module, inputs: Sequence[fx.Node]) -> str | list[str]:
+        what = describe(module_of(self.model, node), node)
         if self.opset < TORCH_OPSET:
-            raise _NeedsOpset
-        tensors = [source for source in inputs if source.op != "get_attr" and is_tensor(source)]
-        nodes, initializers, outputs = exported_by_torch(
-            module,
-            [(self.name(source), source.meta["tensor_meta"]) for source in tensors],
-            self.opset,
-            node.name,
-            describe(module_of(self.model, node), node),
-        )
+            raise _NeedsOpset(what)
+        read = [
+            Input(
+                self.name(source),
+                torch.zeros(self.batch_axes.for_two(source), dtype=source.meta["tensor_meta"].dtype),
+                self.batch_axes.of(source),
+            )
+            for source in inputs
+        ]
+        nodes, initializers, outputs = exported_by_torch(module, read, self.opset, node.name, what)
         self.nodes += nodes
         self.initializers += initializers
         return outputs[0] if is_tensor(node) else outputs
-
-    def _wrapped(self, node: fx.Node) -> fx.GraphModule:
-        """One operator as a network of its own; sizes are those of its inputs."""
-        graph, made = fx.Graph(), {}
-        for source in node.all_input_nodes:
-            made[source] = graph.get_attr(source.target) if source.op == "get_attr" else graph.placeholder(source.name)
-        graph.output(graph.node_copy(node, made.__getitem__))
-        return fx.GraphModule(self.model, graph)
 
 
 # ------------------------------------------------------------------------------------------- modules
@@ -241,7 +252,7 @@ def _quantizer(w: _Writer, node: fx.Node, module: Quantizer) -> _Value:
         reached = bool((cap < module.step_max).any())
         cap = cap + module.zero_point if reached else None
         cap = per_channel(cap, len(shape(node)))[None] if cap is not None and cap.dim() else cap
-    return w.quantize(w.name(node.args[0]), node.name, (module.scale, module.zero_point), cap)
+    return w.quantize(w.operand(node.args[0], node.name), node.name, (module.scale, module.zero_point), cap)
 
 
 def _check_bits(qparams: QParams, bits: int, what: str) -> None:
@@ -305,13 +316,18 @@ def _linear(w: _Writer, node: fx.Node, layer: nn.Linear) -> str:
     weight, bias = _parameters(w, node, layer)
     if len(shape(node)) == 2:
         return w.add("Gemm", [w.name(node.args[0]), weight, bias], node.name, transB=1)
+    if (size := w.full_shape(node)) is not None:
+        rows = w.sizes(f"{node.name}_rows_shape", [-1, layer.in_features])
+        x = w.add("Reshape", [w.name(node.args[0]), rows], f"{node.name}_rows")
+        product = w.add("Gemm", [x, weight, bias], node.name, [f"{node.name}_product"], transB=1)
+        return w.add("Reshape", [product, w.sizes(f"{node.name}_shape", size)], f"{node.name}_reshape", [node.name])
     turned = w.add("Transpose", [weight], f"{weight}_turned", perm=[1, 0])
     product = w.add("MatMul", [w.name(node.args[0]), turned], f"{node.name}_product")
     return w.add("Add", [product, bias], node.name)
 
 
 def _clip(w: _Writer, node: fx.Node, clip: Clip) -> str:
-    dims, name = len(shape(node)), w.name(node.args[0])
+    dims, name = len(shape(node)), w.operand(node.args[0], node.name)
     low, high = (per_channel(end, dims) if end.dim() else end for end in (clip.low, clip.high))
     if clip.rectifies and not clip.capped:
         return w.add("Relu", [name], node.name)
@@ -325,7 +341,8 @@ def _clip(w: _Writer, node: fx.Node, clip: Clip) -> str:
 def _affine(w: _Writer, node: fx.Node, affine: ChannelAffine) -> str:
     dims = len(shape(node))
     scale, shift = (per_channel(part, dims) if part.dim() else part for part in (affine.scale, affine.shift))
-    product = w.add("Mul", [w.name(node.args[0]), w.constant(f"{node.name}_scale", scale)], f"{node.name}_product")
+    x = w.operand(node.args[0], node.name)
+    product = w.add("Mul", [x, w.constant(f"{node.name}_scale", scale)], f"{node.name}_product")
     return w.add("Add", [product, w.constant(f"{node.name}_shift", shift)], node.name)
 
 
@@ -381,7 +398,8 @@ class _Inner:
 
     def _input(self) -> _Value:
         """What the activation reads, times its gain."""
-        value, function = self.w.values[self.outer.args[0]], module_of(self.w.model, self.outer)
+        value = _Value(self.w.operand(self.outer.args[0], self.outer.name))
+        function = module_of(self.w.model, self.outer)
         if not function.gain.dim():
             return value
         gain = self.w.constant(f"{self.outer.name}_gain", per_channel(function.gain, len(shape(self.outer))))

@@ -134,9 +134,14 @@ def compare(
     layers: dict[str, LayerParity] = {}
     agreement, steps = Agreement(predictions), []
     with torch.inference_mode():
-        for part in images.split(batch):
+        for part in images.split(simulated.meta["batch"] or batch):
             tensors = engine(part)
             outputs = results(simulated(part))
+            if any(output.isnan().any() for output in outputs):
+                raise UserError(
+                    "the quantized network gives values that are no numbers (NaN), so that no engine can be held to it; "
+                    "nothing was exported"
+                )
             found = list(tensors.values())[: len(outputs)]
             agreement.update(found, outputs)
             steps.append(torch.cat([_output_steps(*pair).flatten() for pair in zip(found, outputs, strict=True)]))
@@ -187,7 +192,7 @@ class _Alone(fx.Interpreter):
         for i, (result, found) in enumerate(zip(results(args[0]), self.tensors.values(), strict=False)):
             layer = self._layer(f"output {i}")
             layer.values += result.numel()
-            layer.far += int((_output_steps(found, result) > OUTPUT_STEPS).sum())
+            layer.far += int((~(_output_steps(found, result) <= OUTPUT_STEPS)).sum())
         return super().output(target, args, kwargs)
 
     def _layer(self, name: str) -> LayerParity:
@@ -200,5 +205,6 @@ def results(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]
 
 def _output_steps(found: Tensor, expected: Tensor) -> Tensor:
     """By how many steps of 1/255 of the output's range the engine's differs."""
-    step = (expected.max() - expected.min()).clamp_min(torch.finfo(torch.float32).tiny) / 255
-    return (found - expected).abs() / step
+    finite = expected[expected.isfinite()]
+    step = (finite.max() - finite.min()).clamp_min(torch.finfo(torch.float32).tiny) / 255 if len(finite) else 1
+    return torch.where(found == expected, 0, (found - expected).abs() / step)  # infinities may be equal

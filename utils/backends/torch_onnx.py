@@ -6,27 +6,54 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from utils.core.errors import UserError
 
 TORCH_OPSET = 18  # the lowest that torch.onnx writes
 
 
+@dataclass(frozen=True)
+class Input:
+    """A tensor that a part of a network reads: its name in the model, an example for two images, and the axes that grow
+    with the batch."""
+
+    name: str
+    example: Tensor
+    free: Sequence[int]
+
+
+def part_of(model: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """One operator as a network of its own, and the tensors that it reads; sizes are taken of these."""
+    graph, made, read = fx.Graph(), {}, []
+
+    def copy(source: fx.Node) -> fx.Node:
+        if source not in made and source.op == "get_attr":
+            made[source] = graph.get_attr(source.target)
+        elif source not in made and "tensor_meta" not in source.meta:
+            made[source] = graph.node_copy(source, copy)
+        elif source not in made:
+            read.append(source)
+            made[source] = graph.placeholder(source.name)
+        return made[source]
+
+    graph.output(graph.node_copy(node, copy))
+    return fx.GraphModule(model, graph), read
+
+
 def exported_by_torch(
-    module: nn.Module, inputs: Sequence[tuple[str, Any]], opset: int, prefix: str, what: str
+    module: nn.Module, inputs: Sequence[Input], opset: int, prefix: str, what: str
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[str]]:
     """Operators, constants and names of the outputs of a part of a network.
 
-    inputs: the name of each input in the model, and its shape and data type (for one image). prefix: goes before all new
-    names. what: the part in words. What torch.onnx cannot write is a UserError.
+    prefix: goes before all new names. what: the part in words. What torch.onnx cannot write is a UserError.
     """
-    examples = tuple(torch.zeros(2, *meta.shape[1:], dtype=meta.dtype) for _, meta in inputs)
-    shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in examples)
+    examples = tuple(source.example for source in inputs)
+    shapes = tuple(dict.fromkeys(source.free, torch.export.Dim.DYNAMIC) or None for source in inputs)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet():
             warnings.simplefilter("ignore")
@@ -35,13 +62,20 @@ def exported_by_torch(
             )
         graph = _inlined(program.model_proto)
     except Exception as error:  # whatever the exporter raises
-        reason = re.sub(r"\x1b\[\d*m", "", (str(error).strip().splitlines() or [type(error).__name__])[0])
         raise UserError(
-            f"{what} cannot be exported: neither this project nor torch.onnx has a form for it ({reason[:160]}); "
+            f"{what} cannot be exported: neither this project nor torch.onnx has a form for it ({_reason(error)}); "
             "run without --export and --engine onnxruntime, or write that part of the network with other operators"
         ) from error
-    names = dict(zip((value.name for value in graph.input), (name for name, _ in inputs), strict=True))
+    names = dict(zip((value.name for value in graph.input), (source.name for source in inputs), strict=True))
     return _renamed(graph, names, prefix)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the first cause, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\x1b\[\d+m", "", line)[:160]
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.GraphProto:

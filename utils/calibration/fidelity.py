@@ -88,7 +88,7 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
             layers.setdefault(node.target, _Ratio()).add(kept.pop(node.target), value)
 
     with torch.inference_mode():
-        for some in images.split(BATCH):
+        for some in images.split(reference.meta["batch"] or BATCH):
             expected, found = (
                 _outputs(Observer(model, see).run(some)) for model, see in ((reference, keep), (quantized, compare))
             )

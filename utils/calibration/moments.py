@@ -113,6 +113,20 @@ def gaussian(mean: Tensor, variance: Tensor, bounds: tuple[Tensor, Tensor] | Non
     return Moments(mean, variance, low, high)
 
 
+def larger_gaussian(first: Gaussian, second: Gaussian) -> Gaussian:
+    """Mean and variance of max(x, y) for independent Gaussians x and y; Clark, 1961, equations 2 to 4.
+
+    All tensors of one shape, or broadcastable. Computed in float64.
+    """
+    mean_x, var_x, mean_y, var_y = (t.double() for t in (first.mean, first.variance, second.mean, second.variance))
+    spread = (var_x + var_y).sqrt().clamp_min(1e-12)
+    ahead = (mean_x - mean_y) / spread
+    x_wins, y_wins, density = torch.special.ndtr(ahead), torch.special.ndtr(-ahead), _gaussian_density(ahead)
+    mean = mean_x * x_wins + mean_y * y_wins + spread * density
+    square = (mean_x**2 + var_x) * x_wins + (mean_y**2 + var_y) * y_wins + (mean_x + mean_y) * spread * density
+    return Gaussian(mean.float(), (square - mean**2).clamp_min(0).float())
+
+
 # ---------------------------------------------------------------------------------- interpreter
 
 
@@ -288,6 +302,15 @@ def _product(node: fx.Node, x: Any, y: Any) -> Moments | None:
     return _arithmetic(operator.mul, x, y)
 
 
+def _extreme(node: fx.Node, x: Any, y: Any) -> Moments:
+    """The larger of two tensors; the smaller one is the larger of the negatives, negated."""
+    x, y = (value if isinstance(value, Moments) else _constant(value.float()) for value in (x, y))
+    smaller = node.target is torch.ops.aten.minimum.default
+    sign, extreme = (-1, torch.minimum) if smaller else (1, torch.maximum)
+    found = larger_gaussian(Gaussian(sign * x.mean, x.variance), Gaussian(sign * y.mean, y.variance))
+    return Moments(sign * found.mean, found.variance, extreme(x.low, y.low), extreme(x.high, y.high))
+
+
 def _normalised(node: fx.Node, x: Any, *args: Any) -> Moments | None:
     """Layer, group and instance normalisation: each group of values has mean 0 and variance 1, then weight and bias."""
     tensors = [value for value in args if isinstance(value, Tensor)]
@@ -309,6 +332,7 @@ _RULES = {
     "concat": _concat,
     "sum": _sum,
     "product": _product,
+    "extreme": _extreme,
     "normalised": _normalised,
     "share": _share,
 }

@@ -32,7 +32,7 @@ def observe(model: fx.GraphModule, images: Tensor, see: Callable[[fx.Node, Tenso
     """Show `see` every node's output on the images [N, C, H, W], BATCH of them at a time."""
     observer = Observer(model, see)
     with torch.inference_mode():
-        for some in images.split(BATCH):
+        for some in images.split(model.meta["batch"] or BATCH):
             observer.run(some)
 
 

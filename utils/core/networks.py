@@ -76,13 +76,15 @@ def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
     images = spec.probe(2)
     try:
         with torch.inference_mode():
-            result, alone = model(images), model(images[:1])
+            alone = model(images[:1])
+            result = _several(model, images, alone)
     except Exception as error:  # the user's network may raise anything
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
             f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}"
         ) from error
-    if isinstance(result, Tensor) and result.dim() == alone.dim() == dims:
+    if isinstance(result, Tensor) and result.dim() == dims and getattr(alone, "ndim", None) == dims:
+        _say_smaller(result, spec)
         return model
     outputs = dict(_leaves(result))
     fitting = [name for name, value in outputs.items() if _fits(value, dims)]
@@ -97,7 +99,24 @@ def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
     names = (first, *(name for name in outputs if name != first))
     if len(names) > 1:
         print(f"outputs {', '.join(outputs)}: {first} is scored, all are exported")
+    _say_smaller(outputs[first], spec)
     return Scored(model, names, flatten=dims == 2)
+
+
+def _several(model: nn.Module, images: Tensor, alone: Any) -> Any:
+    """What the network returns for several images; for a network that takes one at a time, what it returned for that."""
+    try:
+        return model(images)
+    except Exception:  # what it raises is of no interest: it works on one image
+        return alone
+
+
+def _say_smaller(maps: Tensor, spec: InputSpec) -> None:
+    """Say where maps [N, C, H, W] are smaller than the image."""
+    size = tuple(maps.shape[2:])
+    if maps.dim() == 4 and size not in (spec.size, (1, 1)) and all(map(int.__le__, size, spec.size)):
+        (rows, columns), (height, width) = size, spec.size
+        print(f"maps of {rows}x{columns} are upsampled to {height}x{width} bilinearly, outside the quantized network")
 
 
 def _fits(value: Tensor, dims: int) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from utils.calibration.distillation import Distillation, distilled
 from utils.calibration.images import Images, load_images
 from utils.core import distributed
-from utils.core.arguments import Parser, at_least
+from utils.core.arguments import Number, Parser, at_least
 from utils.core.cache import cache_folder
 from utils.core.errors import UserError
 from utils.core.files import check_target, make_folder
@@ -206,6 +206,12 @@ def add_deployment_flags(parser: ArgumentParser) -> None:
         default="simulate",
         help="what runs the INT8 network: float arithmetic, or ONNX Runtime on integers (default: simulate)",
     )
+    group.add_argument(
+        "--opset",
+        type=Number(int, lambda value: 13 <= value <= 22, "an ONNX opset from 13 to 22"),
+        metavar="N",
+        help="ONNX opset of what is exported or run, 13 to 22 (default: the lowest that has the network's operators)",
+    )
     group.add_argument("--save", type=Path, metavar="FILE", help="keep the quantized network, to be loaded again")
     group.add_argument(
         "--load", type=Path, metavar="FILE", help="a network that --save kept, in place of --weights and the passes"
@@ -279,6 +285,8 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
     to_int8 += ["engine onnxruntime"] if args.engine != "simulate" else []
     if to_int8 and not (args.quantize or args.load or args.table):
         parser.error(f"--{to_int8[0]} needs --quantize or --load")
+    if args.opset and not args.export and args.engine == "simulate":
+        parser.error("--opset needs --export or --engine onnxruntime")
     bits = args.bits_weight, args.bits_activation, args.bits_bias
     if (args.export or args.engine != "simulate") and bits != (8, 8, 32):
         parser.error(

@@ -38,7 +38,7 @@ def write_files(run: "Run", recipe: Recipe, quantized: Quantized, names: Mapping
         from utils.backends.onnxruntime.export import export
 
         metadata = describe(run, recipe, names)
-        print(export(quantized, run.spec, args.export, metadata, probes, run.task.predictions))
+        print(export(quantized, run.spec, args.export, metadata, probes, run.task.predictions, args.opset))
 
 
 def in_engine(
@@ -48,7 +48,7 @@ def in_engine(
     from utils.backends.onnxruntime.export import build, check_parity, describe_kernels
     from utils.backends.onnxruntime.session import OnnxNetwork
 
-    model = build(quantized, run.spec, describe(run, recipe, names))
+    model = build(quantized, run.spec, describe(run, recipe, names), run.args.opset)
     print(describe_kernels(model, quantized))
     parity = check_parity(model, quantized.simulated, probes, run.task.predictions)
     print(f"  {parity}")

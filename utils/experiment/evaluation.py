@@ -38,7 +38,26 @@ def tune_allocator() -> None:
 
 def deploy(model: nn.Module, device: torch.device) -> nn.Module:
     """The network on its device, in the memory format that convolutions are fastest in."""
-    return model.eval().to(device=device, memory_format=torch.channels_last)
+    return _InFastFormat(model.eval().to(device=device, memory_format=torch.channels_last))
+
+
+class _InFastFormat(nn.Module):
+    """A network on images in channels_last; or in the order that its own code wants, where x.view() does not work else."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.fast = network, True
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.fast:
+            try:
+                return self.network(images)
+            except RuntimeError as error:
+                if "view size is not compatible" not in str(error):
+                    raise
+            self.network.to(memory_format=torch.contiguous_format)
+            self.fast = False
+        return self.network(images.contiguous())
 
 
 def evaluate(

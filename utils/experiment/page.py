@@ -102,7 +102,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _passes(log: PassLog) -> str:
     """What was applied and skipped, the notes, and the whole list folded away."""
     rows = "".join(
-        f"<tr><td>{escape(action)}</td><td>{count['done']}</td><td>{count['left_out'] or ''}</td>"
+        f"<tr><td>{escape(action)}</td><td>{count['applied']}</td><td>{count['skipped'] or ''}</td>"
         f'<td class="text">{escape("; ".join(log.reasons(action)))}</td></tr>'
         for action, count in log.counts().items()
     )

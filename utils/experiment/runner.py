@@ -14,6 +14,7 @@ from torch import nn
 from utils.calibration.fidelity import held_out
 from utils.calibration.images import Images
 from utils.core import distributed
+from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
@@ -99,6 +100,10 @@ def run_rows(
     sources = (images.calibration, images.judging, images.real) if images else (None, None, False)
     sources = dict(zip(("images", "judging", "real"), sources, strict=True))
     captured = capture(run.network.model, run.spec)
+    if captured.meta["batch"] not in (None, args.batch_size) and evaluator is not None:
+        raise UserError(
+            f"the network takes {captured.meta['batch']} image(s) at a time; pass --batch_size {captured.meta['batch']}"
+        )
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
         quantized = quantize(run.network.model, run.spec, recipes[i], captured=captured, **sources)

@@ -5,6 +5,8 @@ elementwise function of one tensor is one module (Clip, ChannelAffine, Elementwi
 operator that utils/graph/ops.py describes. Nothing is written in place, and the batch is free.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import io
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -33,21 +36,61 @@ def capture(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
     """A copy of the network as a graph in canonical form; the network itself is left as it is. Of a captured one, a copy.
 
     The shapes of one image's activations are at every node, as nodes.shape() gives them. meta["batch"] is the batch size
-    that the network fixes, None where any will do; meta["outputs"] are the outputs' names, None where they have none. A network that fails on its input, or whose control flow depends on its
-    values, is a UserError that says where.
+    that the network fixes, None where any will do; meta["outputs"] are the outputs' names, None where they have none.
+    A network that fails on its input, or whose control flow depends on its values, is a UserError that says where.
     """
     if isinstance(model, fx.GraphModule) and "batch" in getattr(model, "meta", {}):
         return copy.deepcopy(model)  # it is one already
     model = _OfImages(plain(model))
-    depth = 1 + isinstance(model.network, Scored)
     with _quiet(), torch.no_grad():
-        program, batch = _exported(model, spec)
-        inline_contexts(program)
-        if any(_needs_decomposition(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})
-        captured = translate(functionalize(program), RULES, "network." * depth)
+        captured = _captured(model, spec)
+    return captured
+
+
+BATCH = 31  # for networks that make a number of their batch; no usual size of anything else
+
+
+def _captured(model: _OfImages, spec: InputSpec) -> fx.GraphModule:
+    """With a free batch where there is a way; else for one image at a time."""
+    try:
+        program = _export(model, spec.probe(2), Dim.AUTO)
+        images = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+        batch = images.meta["val"].shape[0]
+        if isinstance(batch, torch.SymInt) and batch.node.maybe_as_int() is None:
+            return _as_graph(model, program, spec, None)
+        free = None
+    except Exception as error:
+        _check_forward(model, spec.probe(2))
+        free = error
+    with contextlib.suppress(Exception):  # len(x) and int(x.shape[0]) are numbers to torch.export: free them afterwards
+        freed = _as_graph(model, _export(model, spec.probe(BATCH), None), spec, None, BATCH)
+        if all(_equal(model, freed, spec.probe(batch, seed=batch)) for batch in (1, 2, 3)):
+            return freed
+    try:
+        program = _export(model, spec.probe(1), None)
+    except Exception as error:
+        raise _refused(free or error) from None
+    return _as_graph(model, program, spec, 1)
+
+
+def _equal(model: nn.Module, captured: fx.GraphModule, images: Tensor) -> bool:
+    pairs = zip(tree_leaves(model(images)), tree_leaves(captured(images)), strict=True)
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())) for a, b in pairs
+    )
+
+
+def _as_graph(
+    model: _OfImages, program: ExportedProgram, spec: InputSpec, batch: int | None, exported_for: int | None = None
+) -> fx.GraphModule:
+    """An exported program as a graph in canonical form. batch: that it keeps; exported_for: that it is freed of."""
+    inline_contexts(program)
+    if any(_needs_decomposition(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})
+    names = model.network.names if isinstance(model.network, Scored) else None
+    captured = translate(functionalize(program), RULES, "network." * (2 if names else 1), exported_for)
     find_activations(captured)
-    captured.meta = {"batch": batch, "outputs": model.network.names if depth > 1 else None}
+    captured.meta = {"batch": batch, "outputs": names}
     for node in captured.graph.nodes:
         for key in ("exported", "origin", "val"):
             node.meta.pop(key, None)
@@ -77,24 +120,6 @@ class _OfImages(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.network(images)
-
-
-def _exported(model: nn.Module, spec: InputSpec) -> tuple[ExportedProgram, int | None]:
-    """The exported program with a free batch; or, where the network fixes it, with one image and that number."""
-    try:
-        program = _export(model, spec.probe(2), Dim.AUTO)
-        images = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
-        if isinstance(images.meta["val"].shape[0], torch.SymInt):
-            return program, None
-    except Exception as error:
-        _check_forward(model, spec.probe(2))
-        free = error
-    else:
-        free = None
-    try:
-        return _export(model, spec.probe(1), None), 1
-    except Exception as error:
-        raise _refused(free or error) from None
 
 
 def _export(model: nn.Module, images: Tensor, batch: Any) -> ExportedProgram:

@@ -1,6 +1,6 @@
 """How ONNX writes the operators of the table: standard operators, the lowest opset that has them.
 
-A form gets the writer (utils/backends/onnxruntime/writer.py), the node and its arguments, and returns the name of the result.
+A form gets the writer (utils/backends/onnx_writer.py), the node and its arguments, and returns the name of the result.
 Shapes are those of one image; only the batch is free. A form that cannot write a case returns None, and torch.onnx does.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from utils.graph.nodes import shape
 
@@ -22,9 +22,10 @@ Form = Callable[..., Any]
 # ---------------------------------------------------------------------------------- moving values
 
 
-def reshape(w: Any, node: fx.Node, x: fx.Node, size: Sequence[int]) -> str:
-    batch_first = size[0] == -1 or -1 not in size
-    target = [-1, *shape(node)[1:]] if batch_first and -1 not in list(size)[1:] else list(size)
+def reshape(w: Any, node: fx.Node, x: fx.Node, size: Sequence[int]) -> str | None:
+    target = [-1, *shape(node)[1:]] if size[0] == -1 else w.full_shape(node)
+    if target is None:
+        return None
     return w.add("Reshape", [w.name(x), w.sizes(f"{node.name}_shape", target)], node.name)
 
 
@@ -37,9 +38,34 @@ def slice_(w: Any, node: fx.Node, x: fx.Node, axis: int, start: int, stop: int, 
     return w.add("Slice", [w.name(x), *(w.sizes(f"{node.name}_{kind}", values) for kind, values in parts)], node.name)
 
 
-def expand(w: Any, node: fx.Node, x: fx.Node, size: Sequence[int]) -> str:
+def flip(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int]) -> str:
+    values = {"starts": [-1] * len(axes), "ends": [-(2**31)] * len(axes), "axes": list(axes), "steps": [-1] * len(axes)}
+    return w.add(
+        "Slice", [w.name(x), *(w.sizes(f"{node.name}_{kind}", own) for kind, own in values.items())], node.name
+    )
+
+
+def repeat(w: Any, node: fx.Node, x: fx.Node, times: Sequence[int]) -> str | None:
+    if not all(isinstance(count, int) for count in times) or len(times) != len(shape(x)):
+        return None
+    return w.add("Tile", [w.name(x), w.sizes(f"{node.name}_times", times)], node.name)
+
+
+def expand(w: Any, node: fx.Node, x: fx.Node, size: Sequence[int | fx.Node]) -> str | None:
     target = [1 if side == -1 else side for side in size]  # 1 keeps a side as it is
-    return w.add("Expand", [w.name(x), w.sizes(f"{node.name}_shape", target)], node.name)
+    if not any(isinstance(side, fx.Node) for side in target):
+        return w.add("Expand", [w.name(x), w.sizes(f"{node.name}_shape", target)], node.name)
+    parts = []
+    for i, side in enumerate(target):
+        part = f"{node.name}_side_{i}"
+        if not isinstance(side, fx.Node):
+            parts.append(w.sizes(part, [side]))
+        elif side.target is torch.ops.aten.sym_size.int:
+            whole = w.add("Shape", [w.name(side.args[0])], f"{part}_of")
+            parts.append(w.add("Gather", [whole, w.sizes(f"{part}_axis", [side.args[1]])], part))
+        else:
+            return None
+    return w.add("Expand", [w.name(x), w.add("Concat", parts, f"{node.name}_shape", axis=0)], node.name)
 
 
 def concat(w: Any, node: fx.Node, parts: Sequence[fx.Node], axis: int = 0) -> str:
@@ -113,17 +139,34 @@ def max_unpool(w: Any, node: fx.Node, x: fx.Node, indices: fx.Node, size: Sequen
 def average_pool(
     w: Any, node: fx.Node, x: fx.Node, kernel, stride=None, padding=None, ceil_mode=False, include=True, divisor=None
 ) -> str | None:
-    if divisor is not None or len(kernel) != len(shape(x)) - 2:
+    if len(kernel) != len(shape(x)) - 2:
         return None
-    padding = padding or [0] * len(kernel)
-    if ceil_mode and len(kernel) == 2 and _overhangs(shape(x)[2:], shape(node)[2:], kernel, stride or kernel, padding):
-        sides = zip(shape(x)[2:], kernel, stride or kernel, padding, strict=True)
-        matrices = [F.avg_pool1d(torch.eye(n), k, s, p, True, include).T for n, k, s, p in sides]
-        return _by_matrices(w, node, x, *matrices)
-    options = {"kernel_shape": kernel, "strides": stride or kernel, "pads": [*padding, *padding]}
-    return w.add(
-        "AveragePool", [w.name(x)], node.name, ceil_mode=int(ceil_mode), count_include_pad=int(include), **options
-    )
+    padding, stride = padding or [0] * len(kernel), stride or kernel
+    spans = [side + 2 * p - k for side, p, k in zip(shape(x)[2:], padding, kernel, strict=True)]
+    partial = ceil_mode and any(span % step for span, step in zip(spans, stride, strict=True))
+    options = {"kernel_shape": kernel, "strides": stride}
+    if divisor is not None:
+        if partial:
+            return None
+        pooled = w.add(
+            "AveragePool", [w.name(x)], f"{node.name}_mean", count_include_pad=1, pads=[*padding, *padding], **options
+        )
+        return w.add("Mul", [pooled, w.number(f"{node.name}_factor", math.prod(kernel) / divisor)], node.name)
+    if not (partial and include):
+        options |= {"pads": [*padding, *padding], "ceil_mode": int(partial), "count_include_pad": int(include)}
+        return w.add("AveragePool", [w.name(x)], node.name, **options)
+    if any(
+        (n - 1) * s >= side + 2 * p
+        for n, s, side, p in zip(shape(node)[2:], stride, shape(x)[2:], padding, strict=True)
+    ):
+        return None
+    # Engines divide by the whole window; torch by what of it lies in the padded input.
+    source = w.name(x)
+    if any(padding):
+        source = w.add(
+            "Pad", [source, w.sizes(f"{node.name}_pads", [0, 0, *padding, 0, 0, *padding])], f"{node.name}_padded"
+        )
+    return w.add("AveragePool", [source], node.name, ceil_mode=1, count_include_pad=0, **options)
 
 
 def mean(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: bool = True) -> str:
@@ -138,23 +181,42 @@ def reduce_max(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: 
     return w.add("ReduceMax", [w.name(x)], node.name, axes=list(axes), keepdims=1)
 
 
-def adaptive_average(w: Any, node: fx.Node, x: fx.Node, output: Any) -> str:
-    """Windows of several sizes, which may overlap, as products with two matrices."""
-    before, after = shape(x)[2:], shape(node)[2:]
-    matrices = (F.adaptive_avg_pool1d(torch.eye(size), parts).T for size, parts in zip(before, after, strict=True))
-    return _by_matrices(w, node, x, *matrices)
+def adaptive_average(w: Any, node: fx.Node, x: fx.Node, output: Any) -> str | None:
+    """Windows of several sizes, which may overlap, as products with a matrix for each axis."""
+    before, after = list(shape(x)[2:]), list(shape(node)[2:])
+    matrices = [F.adaptive_avg_pool1d(torch.eye(a), b).T for a, b in zip(before, after, strict=True)]  # [after, before]
+    name, channels = w.name(x), shape(x)[1]
+    for axis in reversed(range(len(before))):
+        last, done = axis == len(before) - 1, f"{node.name}_{axis}" if axis else node.name
+        matrix = w.constant(f"{node.name}_matrix_{axis}", matrices[axis].T if last else matrices[axis])
+        if last:
+            name = w.add("MatMul", [name, matrix], done)
+        elif axis == len(before) - 2:
+            name = w.add("MatMul", [matrix, name], done)
+        else:
+            flat, whole = [-1, channels, before[axis], math.prod(after[axis + 1 :])], [-1, channels, *after]
+            name = w.add("Reshape", [name, w.sizes(f"{done}_flat_shape", flat)], f"{done}_flat")
+            name = w.add("MatMul", [matrix, name], f"{done}_product")
+            name = w.add("Reshape", [name, w.sizes(f"{done}_shape", whole)], done)
+    return name
 
 
-def _overhangs(before: Sequence[int], after: Sequence[int], kernel, stride, padding) -> bool:
-    """Whether a last window reaches beyond the padded border, where engines divide by another count than torch."""
-    sides = zip(before, after, kernel, stride, padding, strict=True)
-    return any((out - 1) * s + k > n + 2 * p for n, out, k, s, p in sides)
-
-
-def _by_matrices(w: Any, node: fx.Node, x: fx.Node, rows: Tensor, columns: Tensor) -> str:
-    """Averages along both spatial axes. rows, columns: [outputs, inputs]."""
-    wide = w.add("MatMul", [w.name(x), w.constant(f"{node.name}_columns", columns.T)], f"{node.name}_wide")
-    return w.add("MatMul", [w.constant(f"{node.name}_rows", rows), wide], node.name)
+def adaptive_maximum(w: Any, node: fx.Node, x: fx.Node, output: Any) -> list[str] | None:
+    """Windows of several sizes, one axis after the other: the maximum of each axis' own slices."""
+    if any(user.target is operator.getitem and user.args[1] == 1 and user.users for user in node.users):
+        return None
+    output = [output] * (len(shape(x)) - 2) if isinstance(output, int) else output
+    name = w.name(x)
+    for axis, (side, parts) in enumerate(zip(shape(x)[2:], output, strict=True), start=2):
+        maxima = []
+        for i in range(parts):
+            own = f"{node.name}_{axis}_{i}"
+            ends = [i * side // parts], [-((i + 1) * side // -parts)], [axis]
+            limits = [w.sizes(f"{own}_{kind}", end) for kind, end in zip(("start", "stop", "axis"), ends, strict=True)]
+            window = w.add("Slice", [name, *limits], f"{own}_window")
+            maxima.append(w.add("ReduceMax", [window], own, axes=[axis], keepdims=1))
+        name = w.add("Concat", maxima, f"{node.name}_{axis}", axis=axis)
+    return [name]
 
 
 def resize(w: Any, node: fx.Node, x: fx.Node, *args: Any) -> str | None:
@@ -170,7 +232,13 @@ def resize(w: Any, node: fx.Node, x: fx.Node, *args: Any) -> str | None:
         aligned = args[1] if len(args) > 1 else node.kwargs.get("align_corners", False)
         attributes["coordinate_transformation_mode"] = "align_corners" if aligned else "pytorch_half_pixel"
     before, after = shape(x)[2:], shape(node)[2:]
-    factors = torch.tensor([1.0, 1.0, *itertools.starmap(_factor, zip(before, after, strict=True))])
+    given = args[-1] if attributes["coordinate_transformation_mode"] != "align_corners" else None
+    factors = given or list(
+        itertools.starmap(_factor, zip(before, after, strict=True))
+    )  # torch steps by what was given
+    factors = torch.tensor([1.0, 1.0, *factors])
+    if [math.floor(side * float(factor)) for side, factor in zip(before, factors[2:], strict=True)] != list(after):
+        return None
     return w.add("Resize", [w.name(x), "", w.constant(f"{node.name}_scales", factors)], node.name, **attributes)
 
 
@@ -201,102 +269,83 @@ def unary(kind: str, **attributes: Any) -> Form:
 
 
 def softmax(w: Any, node: fx.Node, x: fx.Node, axis: int, *_: Any) -> str:
-    return w.add("Softmax", [w.name(x)], node.name, axis=axis % len(shape(x)))
+    """exp(x - max) / sum. Of a quantized input in these parts: engines have an integer kernel for the whole, which errs."""
+    axis = axis % len(shape(x))
+    if not w.on_grid(x):
+        return w.add("Softmax", [w.name(x)], node.name, axis=axis)
+    top = w.add("ReduceMax", [w.name(x)], f"{node.name}_max", axes=[axis], keepdims=1)
+    powers = w.add("Exp", [w.add("Sub", [w.name(x), top], f"{node.name}_below")], f"{node.name}_exp")
+    total = w.add("ReduceSum", [powers], f"{node.name}_sum", axes=[axis], keepdims=1)
+    return w.add("Div", [powers, total], node.name)
 
 
-# ---------------------------------------------------------------- elementwise operators, inside activations
-
-
-def _clamp(w: Any, node: fx.Node, x: Any, low: Any = None, high: Any = None) -> str | None:
-    if any(isinstance(bound, fx.Node | Tensor) for bound in (low, high)):
-        return None
-    bounds = [
-        w.number(f"{node.name}_{name}", bound) if bound is not None else ""
-        for name, bound in (("low", low), ("high", high))
-    ]
-    return w.add("Clip", [w.operand(x, f"{node.name}_operand"), *bounds], node.name)
-
-
-def _silu(w: Any, node: fx.Node, x: fx.Node) -> str:
-    gate = w.add("Sigmoid", [w.name(x)], f"{node.name}_gate")
-    return w.add("Mul", [w.name(x), gate], node.name)
-
-
-def _hardswish(w: Any, node: fx.Node, x: fx.Node) -> str:
-    gate = w.add("HardSigmoid", [w.name(x)], f"{node.name}_gate", alpha=1 / 6, beta=0.5)
-    return w.add("Mul", [w.name(x), gate], node.name)
-
-
-def _mish(w: Any, node: fx.Node, x: fx.Node) -> str:
-    soft = w.add("Softplus", [w.name(x)], f"{node.name}_softplus")
-    return w.add("Mul", [w.name(x), w.add("Tanh", [soft], f"{node.name}_tanh")], node.name)
-
-
-def _gelu(w: Any, node: fx.Node, x: fx.Node, *, approximate: str = "none") -> str | None:
-    """x * (1 + erf(x / sqrt 2)) / 2."""
-    if approximate != "none":
-        return None
-    scaled = w.add("Mul", [w.name(x), w.number(f"{node.name}_root", math.sqrt(0.5))], f"{node.name}_scaled")
-    both = w.add(
-        "Add", [w.add("Erf", [scaled], f"{node.name}_erf"), w.number(f"{node.name}_one", 1.0)], f"{node.name}_both"
-    )
-    half = w.add("Mul", [w.name(x), w.number(f"{node.name}_half", 0.5)], f"{node.name}_halved")
-    return w.add("Mul", [half, both], node.name)
-
-
-def _leaky_relu(w: Any, node: fx.Node, x: fx.Node, slope: float = 0.01) -> str:
-    return w.add("LeakyRelu", [w.name(x)], node.name, alpha=slope)
-
-
-def _elu(
-    w: Any, node: fx.Node, x: fx.Node, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
+def attention(
+    w: Any, node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, *more: Any, **options: Any
 ) -> str | None:
-    return w.add("Elu", [w.name(x)], node.name, alpha=alpha) if (scale, input_scale) == (1.0, 1.0) else None
+    """softmax(query key^T / sqrt(d)) value."""
+    scale = options.pop("scale", None) or shape(query)[-1] ** -0.5
+    if any(more) or any(options.values()):
+        return None
+    order = [*range(len(shape(key)) - 2), len(shape(key)) - 1, len(shape(key)) - 2]
+    turned = w.add("Transpose", [w.name(key)], f"{node.name}_key", perm=order)
+    scaled = w.add("Mul", [w.name(query), w.number(f"{node.name}_scale", scale)], f"{node.name}_query")
+    weights = w.add("MatMul", [scaled, turned], f"{node.name}_product")
+    weights = w.add("Softmax", [weights], f"{node.name}_weights", axis=len(order) - 1)
+    return w.add("MatMul", [weights, w.name(value)], node.name)
 
 
-def _prelu(w: Any, node: fx.Node, x: fx.Node, slope: fx.Node) -> str:
-    values = w.tensor(slope)
-    values = values.view(-1, *[1] * (len(shape(node)) - 2)) if len(shape(node)) > 1 else values
-    return w.add("PRelu", [w.name(x), w.constant(f"{node.name}_slope", values)], node.name)
+# ------------------------------------------------------------------------------------------ norms
 
 
-def _power(w: Any, node: fx.Node, x: fx.Node, exponent: float) -> str:
-    return w.add("Pow", [w.name(x), w.number(f"{node.name}_exponent", exponent)], node.name)
+def layer_norm(
+    w: Any,
+    node: fx.Node,
+    x: fx.Node,
+    sides: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> str | None:
+    groups = math.prod(shape(x)[1 : len(shape(x)) - len(sides)])
+    if w.batch_axes.of(x) != [0] or len(sides) == len(shape(x)):
+        return None
+    normed = _normed(w, node, w.name(x), [-1, groups, math.prod(sides)], eps)
+    return _scaled_shifted(w, node, normed, weight, bias, 0)
 
 
-aten = torch.ops.aten
+def group_norm(
+    w: Any, node: fx.Node, x: fx.Node, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> str | None:
+    if w.batch_axes.of(x) != [0]:
+        return None
+    normed = _normed(w, node, w.name(x), [-1, groups, math.prod(shape(x)[1:]) // groups], eps)
+    return _scaled_shifted(w, node, normed, weight, bias, len(shape(x)) - 2)
 
-ELEMENTWISE: dict[object, Form] = {
-    aten.relu.default: unary("Relu"),
-    aten.sigmoid.default: unary("Sigmoid"),
-    aten.tanh.default: unary("Tanh"),
-    aten.abs.default: unary("Abs"),
-    aten.neg.default: unary("Neg"),
-    aten.exp.default: unary("Exp"),
-    aten.log.default: unary("Log"),
-    aten.erf.default: unary("Erf"),
-    aten.sqrt.default: unary("Sqrt"),
-    aten.reciprocal.default: unary("Reciprocal"),
-    aten.hardsigmoid.default: unary("HardSigmoid", alpha=1 / 6, beta=0.5),
-    aten.selu.default: unary("Selu"),
-    aten.hardswish.default: _hardswish,
-    aten.silu.default: _silu,
-    aten.mish.default: _mish,
-    aten.gelu.default: _gelu,
-    aten.elu.default: _elu,
-    aten.leaky_relu.default: _leaky_relu,
-    aten.prelu.default: _prelu,
-    aten.hardtanh.default: lambda w, node, x, low=-1.0, high=1.0: _clamp(w, node, x, low, high),
-    aten.relu6.default: lambda w, node, x: _clamp(w, node, x, 0.0, 6.0),
-    aten.clamp.default: _clamp,
-    aten.clamp_min.default: lambda w, node, x, low: _clamp(w, node, x, low, None),
-    aten.clamp_max.default: lambda w, node, x, high: _clamp(w, node, x, None, high),
-    aten.pow.Tensor_Scalar: _power,
-    aten.square.default: lambda w, node, x: w.add("Mul", [w.name(x), w.name(x)], node.name),
-    aten.add.Tensor: binary("Add"),
-    aten.sub.Tensor: binary("Sub"),
-    aten.mul.Tensor: binary("Mul"),
-    aten.div.Tensor: binary("Div"),
-    aten.maximum.default: binary("Max"),
-    aten.minimum.default: binary("Min"),
-}
+
+def instance_norm(
+    w: Any, node: fx.Node, x: fx.Node, weight, bias, mean, variance, own_statistics, momentum, eps, *_: Any
+) -> str | None:
+    return group_norm(w, node, x, shape(x)[1], weight, bias, eps) if own_statistics else None
+
+
+def _normed(w: Any, node: fx.Node, name: str, size: list[int], eps: float) -> str:
+    """Each row of [N, groups, row] less its mean, over its standard deviation; in the node's shape again."""
+    rows = w.add("Reshape", [name, w.sizes(f"{node.name}_rows_shape", size)], f"{node.name}_rows")
+    parts = [
+        w.constant(f"{node.name}_{kind}", value)
+        for kind, value in (("ones", torch.ones(size[1])), ("zeros", torch.zeros(size[1])))
+    ]
+    normed = w.add("InstanceNormalization", [rows, *parts], f"{node.name}_normed_rows", epsilon=eps)
+    return w.add("Reshape", [normed, w.sizes(f"{node.name}_shape", [-1, *shape(node)[1:]])], f"{node.name}_normed")
+
+
+def _scaled_shifted(w: Any, node: fx.Node, name: str, weight: Any, bias: Any, trailing: int) -> str:
+    """name * weight + bias; trailing: how many axes follow that of the weights."""
+    for kind, part in (("Mul", weight), ("Add", bias)):
+        if part is not None:
+            values = w.tensor(part)
+            values = values.reshape(*values.shape, *[1] * trailing)
+            done = f"{node.name}_{kind.lower()}"
+            name = w.add(kind, [name, w.constant(f"{done}_values", values)], done)
+    return name

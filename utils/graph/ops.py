@@ -5,6 +5,7 @@ scale of a channel passes, whether its output lies on its input's grid, and how 
 stays in float between quantizers and is exported by torch.onnx.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Operator:
     """kind: "shape" (moves values), "concat", "pad", "maximum", "average", "resize", "sum", "product", "norm" or "other".
 
     moments: "each" (the operator itself, on the maps of means, variances and bounds), "sum", "product", "concat",
-    "normalised", "share" (between 0 and 1), or None: nothing is known behind it.
+    "extreme" (of two), "normalised", "share" (between 0 and 1), or None: nothing is known behind it.
     channels: how channels pass: "moved" (the operator itself, on a map of their indices), "kept" (a positive scale of each
     passes), or None. keeps_grid: its output holds nothing but values of its input, and zeros. onnx: writes it, or None.
     """
@@ -41,7 +42,8 @@ OPERATORS: dict[object, Operator] = {
     aten.permute.default: Operator("shape", **_MOVES, onnx=onnx.permute),
     aten.slice.Tensor: Operator("shape", **_MOVES, onnx=onnx.slice_),
     aten.expand.default: Operator("shape", **_MOVES, onnx=onnx.expand),
-    aten.flip.default: Operator("shape", **_MOVES, onnx=None),
+    aten.flip.default: Operator("shape", **_MOVES, onnx=onnx.flip),
+    aten.repeat.default: Operator("shape", **_MOVES, onnx=onnx.repeat),
     aten.pixel_shuffle.default: Operator("shape", **_MOVES, onnx=onnx.pixel_shuffle),
     aten.pixel_unshuffle.default: Operator("shape", **_MOVES, onnx=onnx.pixel_unshuffle),
     aten.channel_shuffle.default: Operator("shape", **_MOVES, onnx=onnx.channel_shuffle),
@@ -52,6 +54,10 @@ OPERATORS: dict[object, Operator] = {
         for overload in (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
     },
     aten.max_pool2d_with_indices.default: Operator("maximum", "each", None, True, onnx.max_pool_with_indices),
+    **{
+        overload: Operator("maximum", "each", None, True, onnx.adaptive_maximum)
+        for overload in (aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
+    },
     aten.max_unpool2d.default: Operator("shape", "each", None, True, onnx.max_unpool),
     operator.getitem: Operator("shape", None, None, True, None),
     aten.amax.default: Operator("maximum", "each", "kept", True, onnx.reduce_max),
@@ -60,8 +66,16 @@ OPERATORS: dict[object, Operator] = {
         for overload in (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
     },
     aten.mean.dim: Operator("average", "each", "kept", False, onnx.mean),
-    aten.adaptive_avg_pool1d.default: Operator("average", "each", "kept", False, None),
-    aten.adaptive_avg_pool2d.default: Operator("average", "each", "kept", False, onnx.adaptive_average),
+    **{
+        overload: Operator("average", "each", "kept", False, onnx.adaptive_average)
+        for overload in (
+            aten.adaptive_avg_pool1d.default,
+            aten.adaptive_avg_pool2d.default,
+            aten._adaptive_avg_pool2d.default,
+            aten.adaptive_avg_pool3d.default,
+            aten._adaptive_avg_pool3d.default,
+        )
+    },
     **{
         overload: Operator("resize", "each", "kept", True, onnx.resize)
         for overload in (aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
@@ -75,15 +89,16 @@ OPERATORS: dict[object, Operator] = {
     aten.sub.Tensor: Operator("sum", "sum", None, False, onnx.binary("Sub")),
     aten.mul.Tensor: Operator("product", "product", None, False, onnx.binary("Mul")),
     aten.div.Tensor: Operator("other", None, None, False, onnx.binary("Div")),
-    aten.maximum.default: Operator("other", None, None, False, onnx.binary("Max")),
-    aten.minimum.default: Operator("other", None, None, False, onnx.binary("Min")),
+    aten.maximum.default: Operator("other", "extreme", None, False, onnx.binary("Max")),
+    aten.minimum.default: Operator("other", "extreme", None, False, onnx.binary("Min")),
     aten.matmul.default: Operator("other", None, None, False, onnx.binary("MatMul")),
     aten.bmm.default: Operator("other", None, None, False, onnx.binary("MatMul")),
+    aten.scaled_dot_product_attention.default: Operator("other", None, None, False, onnx.attention),
     aten.softmax.int: Operator("other", "share", None, False, onnx.softmax),
     aten._softmax.default: Operator("other", "share", None, False, onnx.softmax),
-    aten.layer_norm.default: Operator("norm", "normalised", None, False, None),
-    aten.group_norm.default: Operator("norm", "normalised", None, False, None),
-    aten.instance_norm.default: Operator("norm", "normalised", None, False, None),
+    aten.layer_norm.default: Operator("norm", "normalised", None, False, onnx.layer_norm),
+    aten.group_norm.default: Operator("norm", "normalised", None, False, onnx.group_norm),
+    aten.instance_norm.default: Operator("norm", "normalised", None, False, onnx.instance_norm),
 }
 
 _UNKNOWN = Operator("other", None, None, False, None)
@@ -94,7 +109,9 @@ def operator_of(node: fx.Node) -> Operator | None:
     if node.op != "call_function":
         return None
     row = OPERATORS.get(node.target, _UNKNOWN)
-    if row.kind == "pad" and node.args[2] == "constant" and node.args[3]:  # a value that scales do not reach
+    if (
+        row.kind == "pad" and node.args[2] == "constant" and node.args[3] not in (None, 0, -math.inf)
+    ):  # no scale reaches it
         return Operator("pad", "each", None, False, row.onnx)
     return row
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.graph.layers import make_layer
-from utils.graph.translate import Size, Translator, is_constant, size_of
+from utils.graph.translate import Size, Translator, is_constant, is_free, size_of
 
 aten = torch.ops.aten
 Rule = Callable[..., Any]
@@ -102,7 +102,7 @@ def _batch_norm(t: Translator, node: fx.Node, x, weight, bias, mean, variance, *
         return None
     norm = batch_norm_module(dims, weight, bias, mean, variance, eps)
     name = t.layer_name(mean)
-    size = tuple((node.meta["val"][0] if several else node.meta["val"]).shape)
+    size = t.sizes(node.meta["val"][0] if several else node.meta["val"])
     made = t.layer(norm, x, name, size)
     return (made, None, None) if several else made
 
@@ -150,7 +150,7 @@ def _slice(t: Translator, node: fx.Node, x, dim=0, start=None, end=None, step=1)
     axis, size = dim % len(size_of(x)), size_of(x)
     if t.size() == size and step == 1:
         return x
-    if isinstance(size[axis], torch.SymInt) or not is_constant((start, end)):
+    if is_free(size[axis]) or not is_constant((start, end)):
         return None
     return t.slice(x, axis, *slice(start, end, step).indices(size[axis]))
 
@@ -162,7 +162,7 @@ def _slice_scatter(t: Translator, node: fx.Node, x, source, dim=0, start=None, e
         return None
     if size_of(source)[axis] == size[axis]:
         return source
-    if isinstance(size[axis], torch.SymInt):
+    if is_free(size[axis]):
         return None
     start, end, _ = slice(start, end).indices(size[axis])
     parts = [t.slice(x, axis, 0, start)] if start else []
@@ -181,7 +181,7 @@ def _narrow(t: Translator, node: fx.Node, x, dim, start, length) -> Any:
 
 def _select(t: Translator, node: fx.Node, x, dim, index) -> Any:
     axis, size = dim % len(size_of(x)), size_of(x)
-    if isinstance(size[axis], torch.SymInt) or not isinstance(index, int):
+    if is_free(size[axis]) or not isinstance(index, int):
         return None
     index %= size[axis]
     return t.reshape(t.slice(x, axis, index, index + 1), t.size())
@@ -192,13 +192,13 @@ def _parts(t: Translator, node: fx.Node, x, *args, **kwargs) -> Any:
     name = node.target._schema.name.partition("::")[2]
     place = 0 if name == "unbind" else 1
     axis = (args[place] if len(args) > place else kwargs.get("dim", 0)) % len(size_of(x))
-    if isinstance(size_of(x)[axis], torch.SymInt):
+    if is_free(size_of(x)[axis]):
         return None
     parts, start = [], 0
     for value in node.meta["val"]:
         stop = start + (1 if name == "unbind" else value.shape[axis])
         part = t.slice(x, axis, start, stop)
-        parts.append(t.reshape(part, tuple(value.shape)) if name == "unbind" else part)
+        parts.append(t.reshape(part, t.sizes(value)) if name == "unbind" else part)
         start = stop
     return tuple(parts)
 
@@ -209,7 +209,7 @@ def _expand(t: Translator, node: fx.Node, x, *_, **__) -> Any:
     if before == after:
         return t.reshape(x, after)
     size = [-1 if a == b else b for a, b in zip(before, after, strict=True)]
-    if any(isinstance(side, torch.SymInt) for side in size):
+    if any(is_free(side) for side in size):
         return None
     return t.emit(aten.expand.default, (t.reshape(x, before), size))
 
@@ -232,7 +232,7 @@ def _roll(t: Translator, node: fx.Node, x, shifts, dims=()) -> Any:
         return None
     for shift, dim in zip(_each(shifts, len(dims)), dims, strict=True):
         axis, side = dim % len(size_of(x)), size_of(x)[dim]
-        if isinstance(side, torch.SymInt):
+        if is_free(side):
             return None
         x = (
             _joined(t, [t.slice(x, axis, (-shift) % side, side), t.slice(x, axis, 0, (-shift) % side)], axis)
@@ -322,7 +322,7 @@ def _axis_groups(before: Size, after: Size) -> dict[int, list[int]]:
             product = product * before[i]
             own.append(i)
             i += 1
-            if isinstance(side, torch.SymInt) or isinstance(product, torch.SymInt):
+            if is_free(side) or is_free(product):
                 break
         if product != side:
             return {}
@@ -386,7 +386,7 @@ def _maximum(dims: int) -> Rule:
         args = (x, *(_each(value, dims) for value in (kernel, stride, padding, dilation)), ceil_mode)
         if not isinstance(node.meta["val"], tuple | list):
             return t.emit(node.target, args)
-        size = tuple(node.meta["val"][0].shape)
+        size = t.sizes(node.meta["val"][0])
         if not _reads_second(node):
             return t.emit(getattr(aten, f"max_pool{dims}d").default, args, size=size), None
         return _items(t, node, args)
@@ -396,7 +396,7 @@ def _maximum(dims: int) -> Rule:
 
 def _adaptive_maximum(dims: int) -> Rule:
     def rule(t: Translator, node: fx.Node, x, output) -> Any:
-        size = tuple(node.meta["val"][0].shape)
+        size = t.sizes(node.meta["val"][0])
         if _reads_second(node):
             return _items(t, node, (x, output))
         for axis in range(len(size) - dims, len(size)):
@@ -415,12 +415,43 @@ def _windowed_maximum(t: Translator, x: fx.Node, axis: int, count: int) -> fx.No
     return maxima[0] if count == 1 else _joined(t, maxima, axis)
 
 
+def _glu(t: Translator, node: fx.Node, x, dim=-1) -> Any:
+    """The first half times the sigmoid of the second."""
+    axis = dim % len(size_of(x))
+    side = size_of(x)[axis]
+    if isinstance(side, torch.SymInt):
+        return None
+    values, gate = t.slice(x, axis, 0, side // 2), t.slice(x, axis, side // 2, side)
+    return t.emit(aten.mul.Tensor, (values, t.emit(aten.sigmoid.default, (gate,))))
+
+
+def _of_two(name: str) -> Rule:
+    """The larger or smaller of two tensors."""
+
+    def rule(t: Translator, node: fx.Node, x, y) -> Any:
+        if not node.meta["val"].dtype.is_floating_point:
+            return None
+        return t.emit(getattr(aten, name).default, (x, y))
+
+    return rule
+
+
+def _max(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
+    if isinstance(dim, fx.Node | Tensor):
+        return _of_two("maximum")(t, node, x, dim)
+    return _max_dim(t, node, x, dim, keepdim)
+
+
+def _min(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
+    return _of_two("minimum")(t, node, x, dim) if isinstance(dim, fx.Node | Tensor) else None
+
+
 def _max_dim(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
     if dim is None or not isinstance(node.meta["val"], tuple | list) or _reads_second(node):
         return None
     axis = dim % len(size_of(x))
     thin = tuple(1 if i == axis else side for i, side in enumerate(size_of(x)))
-    return t.reshape(t.emit(aten.amax.default, (x, [axis], True), size=thin), tuple(node.meta["val"][0].shape)), None
+    return t.reshape(t.emit(aten.amax.default, (x, [axis], True), size=thin), t.sizes(node.meta["val"][0])), None
 
 
 def _amax(t: Translator, node: fx.Node, x, dim=(), keepdim=False) -> Any:
@@ -434,7 +465,7 @@ def _amax(t: Translator, node: fx.Node, x, dim=(), keepdim=False) -> Any:
 def _items(t: Translator, node: fx.Node, args: Sequence) -> tuple[fx.Node, ...]:
     """An operator of several results, and each of them."""
     whole = t.emit(node.target, args, size=())
-    return tuple(t.emit(operator.getitem, (whole, i), size=tuple(v.shape)) for i, v in enumerate(node.meta["val"]))
+    return tuple(t.emit(operator.getitem, (whole, i), size=t.sizes(v)) for i, v in enumerate(node.meta["val"]))
 
 
 def _reads_second(node: fx.Node) -> bool:
@@ -515,7 +546,9 @@ RULES: dict[str, Rule] = {
     "mean": _mean,
     "sum": _sum,
     "amax": _amax,
-    "max": _max_dim,
+    "max": _max,
+    "min": _min,
+    "glu": _glu,
     **{f"adaptive_avg_pool{n}d": _adaptive_average(n) for n in (1, 2, 3)},
     **{f"_adaptive_avg_pool{n}d": _adaptive_average(n) for n in (2, 3)},
     **{f"avg_pool{n}d": _average(n) for n in (1, 2, 3)},

@@ -22,15 +22,26 @@ _TRANSPOSES = {
     torch.ops.aten.transpose.int,
     torch.ops.aten.permute.default,
 }
-Size = tuple[int | torch.SymInt, ...]  # of a value; symbolic where it depends on the batch
+Size = tuple[int | torch.SymInt, ...]  # of a value; symbolic, or a BatchSize, where it depends on the batch
 
 
-def translate(program: ExportedProgram, rules: dict[str, Any], wrapper: str = "") -> fx.GraphModule:
+class BatchSize(int):
+    """A size that follows from the batch, in a program that was exported for one batch."""
+
+
+def is_free(side: int | torch.SymInt) -> bool:
+    return isinstance(side, torch.SymInt | BatchSize)
+
+
+def translate(
+    program: ExportedProgram, rules: dict[str, Any], wrapper: str = "", batch: int | None = None
+) -> fx.GraphModule:
     """The program's graph in canonical form, with layers as modules.
 
-    rules: by the operator's name. wrapper: what stands before the names of the user's own modules.
+    rules: by the operator's name. wrapper: what stands before the names of the user's own modules. batch: that the program
+    was exported for, if it is to be free again.
     """
-    translator = Translator(program, rules, wrapper)
+    translator = Translator(program, rules, wrapper, batch)
     for node in program.graph.nodes:
         translator.visit(node)
     model = fx.GraphModule(translator.root, translator.graph)
@@ -56,8 +67,9 @@ class Translator:
     values: by exported node, what it became: a node, a constant, or a tuple of these.
     """
 
-    def __init__(self, program: ExportedProgram, rules: dict[str, Any], wrapper: str):
+    def __init__(self, program: ExportedProgram, rules: dict[str, Any], wrapper: str, batch: int | None):
         self.graph, self.root, self.rules, self.wrapper = fx.Graph(), nn.Module(), rules, wrapper
+        self.batch = batch
         self.values: dict[fx.Node, Any] = {}
         self.origins: dict[int, fx.Node] = {}  # of constant tensors, by identity
         self.fqns: dict[int, str] = {}  # of parameters and buffers, by identity
@@ -87,7 +99,7 @@ class Translator:
         if not isinstance(node.meta.get("val"), Tensor):
             return node.meta.get("val")  # a keyword's default
         made = self.graph.placeholder(node.name)
-        made.meta["size"] = tuple(node.meta["val"].shape)
+        made.meta["size"] = self.sizes(node.meta["val"])
         return made
 
     def _output(self, results: Any) -> None:
@@ -150,7 +162,7 @@ class Translator:
         """Another shape of the same values in the same order; None where two sizes depend on the batch."""
         if tuple(size) == size_of(source):
             return source
-        target = [-1 if isinstance(side, torch.SymInt) else side for side in size]
+        target = [-1 if is_free(side) else side for side in size]
         if target.count(-1) > 1:
             return None
         if _is_call(source, torch.ops.aten.reshape.default):  # two in a row are one
@@ -174,7 +186,7 @@ class Translator:
         parts, place = [], 0
         for part in concat.args[0]:
             side = size_of(part)[axis]
-            if isinstance(side, torch.SymInt):
+            if is_free(side):
                 return []
             if start < place + side and place < stop:
                 if place < start or place + side > stop:
@@ -183,9 +195,18 @@ class Translator:
             place += side
         return parts
 
+    def sizes(self, value: Tensor) -> Size:
+        """Of a value of the exported program. Of one batch, what is a multiple of it along the first axis is free."""
+        first, *others = tuple(value.shape) or (None,)
+        if first is None:
+            return ()
+        if self.batch and isinstance(first, int) and first % self.batch == 0:
+            first = BatchSize(first)
+        return (first, *others)
+
     def size(self) -> Size:
         """Of the value that is being written."""
-        return tuple(self.current.meta["val"].shape)
+        return self.sizes(self.current.meta["val"])
 
     def path(self) -> str:
         """The user's module in which the current node stands, '' for the network's own forward."""
@@ -215,7 +236,7 @@ class Translator:
         if size is not None:
             node.meta["size"] = tuple(size)
         elif isinstance(value, Tensor):
-            node.meta["size"] = tuple(value.shape)
+            node.meta["size"] = self.sizes(value)
         node.meta["path"], node.meta["exported"] = self.path(), self.current
         return node
 

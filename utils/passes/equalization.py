@@ -136,7 +136,8 @@ def function_range(model: fx.GraphModule, name: str, ranges: ChannelRanges) -> t
     if source is None:
         return None
     low, high = (end.view(1, -1, *[1] * (len(shape(node)) - 2)) for end in source)
-    values = torch.stack([model.get_submodule(name)(low + share * (high - low)) for share in torch.linspace(0, 1, 65)])
+    shares = torch.linspace(0, 1, 65).view(-1, *[1] * (low.dim() - 1))
+    values = model.get_submodule(name)(low + shares * (high - low))
     return values.amin(0).flatten(), values.amax(0).flatten()
 
 

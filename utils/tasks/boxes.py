@@ -1,4 +1,4 @@
-"""Boxes of single-shot detectors: the priors, coding against them, and detections from raw heads.
+"""Boxes of detectors: priors and coding against them, and how detections are chosen among scored boxes.
 
 All boxes are fractions of the image's width and height, so nothing here depends on an image's size:
 resizing scales both axes on its own, and intersection over union does not change under that.
@@ -8,18 +8,22 @@ Corner form is x1, y1, x2, y2; centre form is centre x, centre y, width, height.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from utils.core.predictions import prior_predictions
 from utils.core.torchvision_compat import torchvision
+
+SHOWS = 0.25  # score over which a place is said to show a class, where two networks are compared
 
 box_convert = torchvision.ops.box_convert  # between corner form, "xyxy", and centre form, "cxcywh"
 
 
 @dataclass(frozen=True)
 class Objects:
-    """The annotated objects of one image. boxes: [K, 4] corners; labels: [K], from 1; difficult: [K] bool.
+    """The annotated objects of one image. boxes: [K, 4] corners; labels: [K], the network's outputs; difficult: [K] bool.
 
     pixel: width and height of a pixel, where boxes are to be matched with the pixels of their far edges, as VOC's
     development kit does; (0, 0): without.
@@ -33,7 +37,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a network found in one image, by falling score. boxes: [K, 4] corners; labels: [K], from 1; scores: [K]."""
+    """What a network found in one image, by falling score. boxes: [K, 4] corners; labels: [K], the network's outputs; scores: [K]."""
 
     boxes: Tensor
     labels: Tensor
@@ -81,24 +85,83 @@ def make_priors(spec: PriorSpec, maps: Sequence[tuple[int, int]], image: tuple[i
     return torch.cat(priors).clamp(0, 1).float()
 
 
-@dataclass(frozen=True)
-class BoxCoder:
-    """Between a detector's raw heads and boxes: its priors, their variances and how detections are chosen.
+@dataclass(frozen=True, kw_only=True)
+class Coder:
+    """Between what a detector returns and boxes: how it is decoded, and how detections are chosen.
 
-    priors: [P, 4], centre form. centre_variance, size_variance: scale of the predicted offsets.
-    score_thresh: scores at or below are dropped. nms_thresh: intersection over union above which the lower
-    of two boxes of one class is dropped (NMS). topk_candidates: best boxes of a class that NMS looks at.
-    detections_per_img: at most that many; None: all. clip: cut boxes at the image's border.
+    A kind of its own says decode(). score_thresh: scores at or below are dropped. nms_thresh: intersection over union
+    above which the lower of two boxes of one class is dropped (NMS); 1: none is. topk_candidates: best boxes of a class
+    that NMS looks at. detections_per_img: at most that many; None: all.
+    """
+
+    background: ClassVar[bool] = True  # whether class 0 is none
+    expects: ClassVar[str] = "a detector must return what its coder(size) decodes"
+
+    score_thresh: float = 0.01
+    nms_thresh: float = 0.45
+    topk_candidates: int = 200
+    detections_per_img: int | None = None
+
+    def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """Class scores [N, P, classes] and boxes [N, P, 4] in corner form, on the CPU, from what the network returns."""
+        raise NotImplementedError
+
+    def fits(self, outputs: Any) -> bool:
+        """Whether the outputs are of the kind and the shapes that decode() takes."""
+        try:
+            scores, boxes = self.decode(outputs)
+        except Exception:  # whatever outputs of another kind lead to
+            return False
+        return scores.dim() == boxes.dim() == 3 and boxes.shape == (*scores.shape[:2], 4)
+
+    def predictions(self, outputs: Any) -> Tensor:
+        """What two networks are compared by: the class [N, P] that each place shows, -1 where it shows none."""
+        best = self.decode(outputs)[0].max(2)
+        return torch.where(best.values > SHOWS, best.indices, -1)
+
+    def choose(self, scores: Tensor, boxes: Tensor) -> list[Detections]:
+        """The detections of each image among its scored boxes, as decode() gives them."""
+        return [self._choose(*image) for image in zip(scores, boxes, strict=True)]
+
+    def detect(self, outputs: Any) -> list[Detections]:
+        """The detections of each image from what the network returns."""
+        return self.choose(*self.decode(outputs))
+
+    def _choose(self, scores: Tensor, boxes: Tensor) -> Detections:
+        """scores: [P, classes]; boxes: [P, 4]."""
+        chosen = [(torch.empty(0, 4), torch.empty(0, dtype=torch.long), torch.empty(0))]
+        for label in (scores > self.score_thresh).any(0).nonzero().flatten().tolist():
+            if label == 0 and self.background:
+                continue
+            passing = (scores[:, label] > self.score_thresh).nonzero().flatten()
+            best = scores[passing, label].sort(descending=True, stable=True)
+            rows = passing[best.indices[: self.topk_candidates]]
+            rows = rows[torchvision.ops.nms(boxes[rows], scores[rows, label], self.nms_thresh)]
+            chosen.append((boxes[rows], torch.full((len(rows),), label), scores[rows, label]))
+        boxes, labels, scores = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        order = scores.argsort(descending=True, stable=True)[: self.detections_per_img]
+        return Detections(boxes[order], labels[order], scores[order])
+
+
+@dataclass(frozen=True)
+class BoxCoder(Coder):
+    """Of single-shot detectors: class logits [N, P, classes], class 0 the background, and offsets [N, P, 4] from priors.
+
+    priors: [P, 4], centre form. centre_variance, size_variance: scale of the predicted offsets. clip: cut boxes at the
+    image's border.
     """
 
     priors: Tensor = field(repr=False)
     centre_variance: float = 0.1
     size_variance: float = 0.2
-    score_thresh: float = 0.01
-    nms_thresh: float = 0.45
-    topk_candidates: int = 200
-    detections_per_img: int | None = None
     clip: bool = False
+
+    @property
+    def expects(self) -> str:
+        return (
+            f"a detector must return class logits [N, {len(self.priors)}, classes] and box offsets "
+            f"[N, {len(self.priors)}, 4], for the priors of its coder(size) or SSD-Lite's 3,000 at 300 pixels"
+        )
 
     def boxes(self, offsets: Tensor) -> Tensor:
         """Predicted offsets [..., P, 4] as boxes in corner form."""
@@ -132,30 +195,10 @@ class BoxCoder:
             boxes = torch.where((best >= iou_thresh)[:, None], objects.boxes[which], boxes)
         return labels, self.offsets(boxes)
 
-    def decode(self, heads: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Class scores [N, P, classes] and boxes [N, P, 4] from class logits, class 0 the background, and offsets."""
-        logits, offsets = (head.float().cpu() for head in heads)
+    def decode(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        logits, offsets = (head.float().cpu() for head in outputs)
         return logits.softmax(-1), self.boxes(offsets)
 
-    def choose(self, scores: Tensor, boxes: Tensor) -> list[Detections]:
-        """The detections of each image among its scored boxes, as decode() gives them."""
-        return [self._choose(*image) for image in zip(scores, boxes, strict=True)]
-
-    def detect(self, heads: tuple[Tensor, Tensor]) -> list[Detections]:
-        """The detections of each image from what the network returns."""
-        return self.choose(*self.decode(heads))
-
-    def _choose(self, scores: Tensor, boxes: Tensor) -> Detections:
-        """scores: [P, classes]; boxes: [P, 4]."""
-        chosen = [(torch.empty(0, 4), torch.empty(0, dtype=torch.long), torch.empty(0))]
-        for label in (scores > self.score_thresh).any(0).nonzero().flatten().tolist():
-            if label == 0:
-                continue
-            passing = (scores[:, label] > self.score_thresh).nonzero().flatten()
-            best = scores[passing, label].sort(descending=True, stable=True)
-            rows = passing[best.indices[: self.topk_candidates]]
-            rows = rows[torchvision.ops.nms(boxes[rows], scores[rows, label], self.nms_thresh)]
-            chosen.append((boxes[rows], torch.full((len(rows),), label), scores[rows, label]))
-        boxes, labels, scores = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-        order = scores.argsort(descending=True, stable=True)[: self.detections_per_img]
-        return Detections(boxes[order], labels[order], scores[order])
+    def predictions(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
+        """Class indices [N, P] of the class logits, the background among them."""
+        return prior_predictions(outputs)

@@ -19,8 +19,9 @@ from utils.core.torchvision_compat import torchvision
 from utils.tasks import pictures
 from utils.tasks.annotations import Annotation, BadAnnotation, read_annotation
 from utils.tasks.base import Data, Task
-from utils.tasks.boxes import BoxCoder, Objects
+from utils.tasks.boxes import BoxCoder, Coder, Objects
 from utils.tasks.data import BadSample, Guarded, evenly, tell
+from utils.tasks.distribution_focal import DistributionFocalCoder
 from utils.tasks.images import check_channels, load_image
 from utils.tasks.metrics import MeanAveragePrecision
 from utils.tasks.voc import CLASSES, VocSplit, open_voc
@@ -30,6 +31,46 @@ _SHOWN = 0.3  # score from which a detection is drawn
 # What COCO calls those of VOC's classes that have another name there.
 _COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle"}
 _COCO_NAMES |= {"pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv"}
+
+
+# Those that --save writes, by their names.
+CODERS = {kind.__name__: kind for kind in (BoxCoder, DistributionFocalCoder)}
+
+
+def coder_as_data(coder: Coder) -> Any:
+    """The coder as plain data, which coder_from() reads; one of the user's own class as it is."""
+    kind = type(coder).__name__
+    return {"kind": kind, **vars(coder)} if CODERS.get(kind) is type(coder) else coder
+
+
+def coder_from(content: Any) -> Coder:
+    """The coder that coder_as_data() wrote; files of before there were several kinds name none."""
+    if not isinstance(content, Mapping):
+        return content
+    values = dict(content)
+    return CODERS[values.pop("kind", BoxCoder.__name__)](**values)
+
+
+def count_classes(model: nn.Module, spec: InputSpec, coder: Coder) -> int:
+    """How many classes a network distinguishes, the background among them where it has one.
+
+    A network that fails on an image of its input, or does not return what its coder decodes, is a UserError.
+    """
+    images = spec.probe(1)
+    try:
+        with torch.inference_mode():
+            outputs = model(images)
+    except Exception as error:  # the user's network may raise anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}; check --image_size"
+        ) from error
+    if not coder.fits(outputs):
+        several = isinstance(outputs, tuple | list) and all(isinstance(one, Tensor) for one in outputs)
+        tensors = outputs if several else [outputs] if isinstance(outputs, Tensor) else []
+        found = " and ".join(str(tuple(one.shape)) for one in tensors) or type(outputs).__name__
+        raise UserError(f"the network returns {found}; {coder.expects}")
+    return coder.decode(outputs)[0].shape[2]
 
 
 class VocDetection(Dataset):
@@ -80,26 +121,36 @@ class VocDetection(Dataset):
 
 
 def voc_detection(
-    voc: VocSplit, spec: InputSpec, outputs: int, skip_bad: bool = False, pixel_inclusive: bool = False
+    voc: VocSplit,
+    spec: InputSpec,
+    outputs: int,
+    skip_bad: bool = False,
+    pixel_inclusive: bool = False,
+    background: bool = True,
 ) -> tuple[Guarded, dict[str, int]]:
     """The images and objects of a split, and the network's output for each class name.
 
-    Class names are the split's labels, otherwise VOC's 20. outputs: the network's, background included. skip_bad:
-    whether annotations may be bad. pixel_inclusive: match boxes as VOC's development kit does, with the pixels of
+    Class names are the split's labels, otherwise VOC's 20. outputs: the network's; background: whether
+    class 0 is that. skip_bad: whether annotations may be bad. pixel_inclusive: match boxes as VOC's development kit does, with the pixels of
     their far edges.
     """
     check_channels(spec)
-    labels = class_labels(voc.labels or CLASSES, outputs)
+    labels = class_labels(voc.labels or CLASSES, outputs, background)
     samples = VocDetection(voc, spec, labels, skip_bad, pixel_inclusive)
     return Guarded(samples, [str(file) for file in voc.images], [*voc.notes, *samples.notes]), labels
 
 
-def class_labels(names: tuple[str, ...], outputs: int) -> dict[str, int]:
-    """The network's output for each class name: 1, 2, ..., or COCO's, by name, for a network trained on COCO."""
+def class_labels(names: tuple[str, ...], outputs: int, background: bool = True) -> dict[str, int]:
+    """The network's output for each class name: in order, or COCO's, by name, for a network trained on COCO.
+
+    background: whether output 0 is the background; networks without it number COCO's 80 classes without gaps.
+    """
+    first = int(background)
     names = tuple(name for name in names if name.lower() not in ("background", "__background__"))
-    if outputs == len(names) + 1:
-        return {name: label for label, name in enumerate(names, 1)}
+    if outputs == len(names) + first:
+        return {name: label for label, name in enumerate(names, first)}
     coco = torchvision.models.detection.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"]
+    coco = coco if background else [name for name in coco if name not in ("__background__", "N/A")]
     labels = {name: coco.index(_COCO_NAMES.get(name, name)) for name in names if _COCO_NAMES.get(name, name) in coco}
     if outputs == len(coco) and len(labels) == len(names):
         return labels
@@ -109,7 +160,7 @@ def class_labels(names: tuple[str, ...], outputs: int) -> dict[str, int]:
         else ""
     )
     raise UserError(
-        f"the network has {outputs} outputs, background included, "
+        f"the network has {outputs} outputs{', background included,' if background else ''} "
         f"but the data have {len(names)} classes ({', '.join(names)}){why}; "
         "pass data of the network's own classes, or name them in labels.txt of the VOC folder"
     )
@@ -141,7 +192,7 @@ def add_flags(parser: ArgumentParser) -> None:
         default="ssd_lite_mobilenet_v2",
         metavar="NAME",
         help="ssd_lite_mobilenet_v2 (default), torchvision:ssdlite320_mobilenet_v3_large, torchvision:ssd300_vgg16, "
-        "package.module:factory",
+        "yolo:NAME.yaml, package.module:factory",
     )
     parser.add_argument("--split", help="list in ImageSets/Main (default: test of VOC2007, otherwise val)")
     parser.add_argument(
@@ -164,10 +215,10 @@ def read_image(file: Path, spec: InputSpec) -> Tensor:
 
 
 def open_data(args: Namespace, spec: InputSpec, classes: int, extras: Mapping[str, Any]) -> Data:
-    """extras: "coder", the fields of the network's BoxCoder."""
-    coder = BoxCoder(**extras["coder"])
+    """extras: "coder", of the network, as coder_as_data() gives it."""
+    coder = coder_from(extras["coder"])
     split = open_voc(args.data, "Main", args.split, args.classes, args.skip_bad_images)
-    samples, labels = voc_detection(split, spec, classes, args.skip_bad_images, args.pixel_inclusive)
+    samples, labels = voc_detection(split, spec, classes, args.skip_bad_images, args.pixel_inclusive, coder.background)
     samples = evenly(tell(samples), args.limit)
     rule = args.metric or ("voc07" if split.year == 2007 else "voc12")
 
@@ -184,7 +235,7 @@ def draw(
     metrics: Mapping[str, MeanAveragePrecision],
     device: torch.device,
     samples: Dataset,
-    coder: BoxCoder,
+    coder: Coder,
     labels: Mapping[str, int],
     spec: InputSpec,
     count: int = 8,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from utils.core.errors import UserError
-from utils.core.predictions import first_output
+from utils.core.predictions import Outputs, first_output
 from utils.core.torchvision_compat import torchvision
-from utils.tasks.boxes import BoxCoder, Detections, Objects
+from utils.tasks.boxes import Coder, Detections, Objects
 
 VOID = 255  # the label of pixels that do not count
 
@@ -77,6 +77,18 @@ class TopK:
         return 100 * (weights.double() @ hits) / weights.sum(1)
 
 
+def upsampled(outputs: Outputs, size: Sequence[int]) -> Tensor:
+    """Logits [N, classes, H, W] of that height and width, from a network's first output: smaller ones bilinearly.
+
+    This is outside the network, and so in float. Larger ones are left as they are.
+    """
+    logits = first_output(outputs)
+    own = logits.shape[2:]
+    if own == tuple(size) or any(mine > wanted for mine, wanted in zip(own, size, strict=True)):
+        return logits
+    return torch.nn.functional.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
 class ConfusionMatrix:
     """Mean IoU over classes and pixel accuracy in percent, from one confusion matrix of all pixels.
 
@@ -89,12 +101,12 @@ class ConfusionMatrix:
         self.records: list[Tensor] = []
 
     def update(self, logits: Tensor, masks: Tensor) -> None:
-        """logits: [N, classes, H, W]; masks: [N, H, W] class indices and VOID."""
-        logits = first_output(logits)
+        """logits: [N, classes, H, W], or smaller maps; masks: [N, H, W] class indices and VOID."""
+        logits = upsampled(logits, masks.shape[1:])
         images, classes, *size = logits.shape
         if [images, *size] != [*masks.shape]:
             raise UserError(
-                f"the network's output is {tuple(logits.shape)} for masks of {tuple(masks.shape)}; it must be as large as the image"
+                f"the network's output is {tuple(logits.shape)} for masks of {tuple(masks.shape)}; it must be as large as the image, or smaller"
             )
         masks = masks.to(logits.device)
         image = torch.arange(images, device=logits.device)[:, None, None]
@@ -121,7 +133,7 @@ class ConfusionMatrix:
             raise UserError(f"every pixel of the masks is void ({VOID}), so there is nothing to score")
         return {
             "miou": 100 * float(iou(counts).nanmean()),
-            "pixel_accuracy": 100 * float(counts.capture() / counts.sum()),
+            "pixel_accuracy": 100 * float(counts.trace() / counts.sum()),
         }
 
     def per_class(self) -> dict[str, float]:
@@ -184,7 +196,7 @@ class MeanAveragePrecision:
     def __init__(
         self,
         labels: Mapping[str, int],
-        coder: BoxCoder,
+        coder: Coder,
         rule: str = "voc12",
         reference: MeanAveragePrecision | None = None,
         keep: bool = False,
@@ -194,7 +206,7 @@ class MeanAveragePrecision:
         self._batches = 0
         self.decoded: dict[int, tuple[Tensor, Tensor]] = {}  # scores and boxes by batch: the last one, or all
 
-    def update(self, heads: tuple[Tensor, Tensor], targets: list[Objects]) -> None:
+    def update(self, heads: Any, targets: list[Objects]) -> None:
         """heads: what the network returns for N images; targets: their N annotations."""
         decoded = self.coder.decode(heads)
         shifts = [None] * len(targets)

@@ -22,7 +22,7 @@ from utils.tasks.base import Data, Task
 from utils.tasks.data import Guarded, evenly, tell
 from utils.tasks.images import check_channels, cover, load_image
 from utils.tasks.masks import MOST_CLASSES, MaskValues, check_binary, load_mask, parse_mask_values, parse_void
-from utils.tasks.metrics import VOID, ConfusionMatrix
+from utils.tasks.metrics import VOID, ConfusionMatrix, upsampled
 from utils.tasks.voc import CLASSES, open_voc
 
 
@@ -106,7 +106,7 @@ def add_flags(parser: ArgumentParser) -> None:
         "--model",
         default="deeplabv3plus_mobilenet_v2",
         metavar="NAME",
-        help="deeplabv3plus_mobilenet_v2 (default), torchvision:NAME, package.module:factory",
+        help="deeplabv3plus_mobilenet_v2 (default), torchvision:NAME, smp:ARCH/ENCODER, package.module:factory",
     )
     parser.add_argument("--split", help="list in ImageSets/Segmentation (default: test of VOC2007, otherwise val)")
     parser.add_argument(
@@ -170,7 +170,7 @@ def draw(
             panels = {"image": pictures.denormalise(image, spec), "truth": pictures.paint_classes(mask)}
             for name, model, score in zip(networks, networks.values(), scores[:, position], strict=True):
                 with torch.inference_mode():
-                    prediction = channel_predictions(model(image[None].to(device)))[0]
+                    prediction = upsampled(model(image[None].to(device)), mask.shape).argmax(1)[0]
                 panels[f"{name}: mIoU {score:.1f}"] = pictures.paint_classes(prediction)
             files.append(folder / f"{kind}_{rank}_{pictures.sample_name(samples, scored[position])}.png")
             sheet = [pictures.captioned(panel, [caption]) for caption, panel in panels.items()]

@@ -17,7 +17,7 @@ from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.core.input_spec import InputSpec
 from utils.core.predictions import Predictions, channel_predictions
-from utils.graph.nodes import module_of
+from utils.graph.nodes import first_line, module_of
 from utils.passes.result import Quantized
 from utils.quantization.quantizer import Quantizer
 
@@ -31,20 +31,27 @@ class Exported:
     file: Path
     size: int
     float_size: int
+    opset: int
     parity: Parity
     kernels: Kernels
 
     def __str__(self) -> str:
         size = (
-            f"exported {self.file}: {self.size / 1e6:.2f} MB, {self.size / self.float_size:.2f} of its float32 weights"
+            f"exported {self.file}: ONNX opset {self.opset}, {self.size / 1e6:.2f} MB, "
+            f"{self.size / self.float_size:.2f} of its float32 weights"
         )
         return f"{size}\n{self.kernels}\n  {self.parity}"
 
 
-def build(quantized: Quantized, spec: InputSpec, metadata: Mapping[str, Any]) -> onnx.ModelProto:
-    """The model, checked: by ONNX's own checker, shapes included, and by running it against the simulation."""
-    model = onnx_model(quantized.simulated, spec, metadata)
-    onnx.checker.check_model(model, full_check=True)
+def build(
+    quantized: Quantized, spec: InputSpec, metadata: Mapping[str, Any], opset: int | None = None
+) -> onnx.ModelProto:
+    """The model, checked by ONNX's own checker, shapes included. opset: the lowest that will do, if None."""
+    model = onnx_model(quantized.simulated, spec, metadata, opset)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UserError(f"the network has no form in ONNX: {first_line(error)}; nothing was exported") from error
     return model
 
 
@@ -77,14 +84,16 @@ def export(
     metadata: Mapping[str, Any],
     images: Tensor | None = None,
     predictions: Predictions = channel_predictions,
+    opset: int | None = None,
 ) -> Exported:
     """Write the file, read it back, check it and run it; a file of that name stays as it is until all is well.
 
-    images: to compare engine and simulation on (default: random ones). predictions: of the network's outputs. Too large a difference, bits or
-    operators that the file cannot hold, and a file that cannot be written are UserErrors.
+    images: to compare engine and simulation on (default: random ones). predictions: of the network's outputs. opset: of
+    ONNX (default: the lowest that will do). Too large a difference, bits, operators or an opset that the file cannot have,
+    and a file that cannot be written are UserErrors.
     """
     images = spec.probe(PROBES) if images is None else images
-    model = build(quantized, spec, metadata)
+    model = build(quantized, spec, metadata, opset)
     parity = check_parity(model, quantized.simulated, images, predictions)
     kernels = describe_kernels(model, quantized)
     with atomic_write(file) as beside:
@@ -95,4 +104,4 @@ def export(
             raise UserError(f"{str(file)!r} reads back otherwise than it was written; is the disk sound?")
         size = beside.stat().st_size
     float_size = sum(4 * tensor.numel() for tensor in quantized.simulated.parameters())
-    return Exported(file, size, float_size, parity, kernels)
+    return Exported(file, size, float_size, model.opset_import[0].version, parity, kernels)

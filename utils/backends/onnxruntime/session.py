@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.backends.onnx_writer import INPUT
-from utils.graph.nodes import module_of, weighted_nodes
+from utils.core.errors import UserError
+from utils.graph.nodes import first_line, module_of, weighted_nodes
 
 _PROVIDERS = ["CPUExecutionProvider"]
 
@@ -26,14 +27,23 @@ class OnnxNetwork(nn.Module):
         options = _options()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         source = model if isinstance(model, bytes) else str(model)
-        self.session = onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
+        try:
+            self.session = onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
+        except Exception as error:  # its exceptions have no base of their own
+            raise UserError(
+                f"ONNX Runtime {onnxruntime.__version__} refuses the network: {first_line(error)[:240]}; nothing was exported"
+            ) from error
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         outputs = tuple(self.tensors(images).values())
         return outputs if len(outputs) > 1 else outputs[0]
 
     def tensors(self, images: Tensor) -> dict[str, Tensor]:
-        """The model's outputs by name."""
+        """The model's outputs by name; of a model that fixes its batch, of so many images at a time."""
+        batch = self.session.get_inputs()[0].shape[0]
+        if isinstance(batch, int) and len(images) > batch:
+            parts = [self.tensors(part) for part in images.split(batch)]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         names = [output.name for output in self.session.get_outputs()]
         arrays = self.session.run(names, {INPUT: images.cpu().contiguous().numpy()})
         return {name: torch.from_numpy(array).to(images.device) for name, array in zip(names, arrays, strict=True)}
@@ -41,9 +51,6 @@ class OnnxNetwork(nn.Module):
 
 def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    if not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_vnni", "avx_vnni")):
-        # Before VNNI, x86 kernels for uint8 times int8 saturate at 16 bits unless asked to be exact, and slower.
-        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # errors: warnings are about files optimised for one machine, as below
     return options
 

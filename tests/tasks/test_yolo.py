@@ -1,0 +1,204 @@
+"""YOLO's raw heads: boxes from distributions of distances, class scores without a background, and ultralytics' networks."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from networks import randomise
+from PIL import Image
+from torch import Tensor, nn
+
+import main_det
+from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
+from utils.tasks.boxes import BoxCoder, Coder
+from utils.tasks.detection import class_labels, coder_as_data, coder_from, count_classes
+from utils.tasks.distribution_focal import DistributionFocalCoder
+
+SIZE, STRIDES, BINS = (32, 64), (8, 16), 4
+SPEC = InputSpec(size=SIZE, resize=32, mean=(0.0,) * 3, std=(1.0,) * 3)
+CODER = DistributionFocalCoder(strides=STRIDES, size=SIZE, reg_max=BINS)
+
+
+class Head(nn.Module):
+    """A stride's convolution with BatchNorm before its map of distances and classes."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(inputs, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU()
+        self.boxes, self.classes = nn.Conv2d(8, 4 * BINS, 1), nn.Conv2d(8, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn(self.conv(x)))
+        return torch.cat([self.boxes(x), self.classes(x)], 1)
+
+
+class TinyYolo(nn.Module):
+    """A detector with YOLO's raw heads at strides 8 and 16, and its coder."""
+
+    def __init__(self, classes: int = 2):
+        super().__init__()
+        widths = (3, 4, 8, 8, 8)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.SiLU())
+            for a, b in pairwise(widths)
+        )
+        self.heads = nn.ModuleList(Head(8, classes) for _ in STRIDES)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return [head(x) for head, x in zip(self.heads, maps[2:], strict=True)]
+
+    def coder(self, size: tuple[int, int]) -> Coder:
+        return DistributionFocalCoder(strides=STRIDES, size=size, reg_max=BINS)
+
+
+def tiny_yolo() -> nn.Module:
+    return randomise(TinyYolo())
+
+
+def maps(images: int = 2, classes: int = 3) -> list[Tensor]:
+    return [torch.randn(images, 4 * BINS + classes, SIZE[0] // s, SIZE[1] // s) * 3 for s in STRIDES]
+
+
+def decoded_by_hand(outputs: list[Tensor], image: int) -> list[tuple[list[float], list[float]]]:
+    """Scores and box of each cell, with nothing but numbers."""
+    found = []
+    for cells, stride in zip(outputs, STRIDES, strict=True):
+        for row in range(cells.shape[2]):
+            for column in range(cells.shape[3]):
+                values = cells[image, :, row, column].tolist()
+                sides = []
+                for side in range(4):
+                    powers = [math.exp(value) for value in values[side * BINS : (side + 1) * BINS]]
+                    sides.append(stride * sum(i * power for i, power in enumerate(powers)) / sum(powers))
+                x, y = stride * (column + 0.5), stride * (row + 0.5)
+                edges = (x - sides[0]) / 64, (y - sides[1]) / 32, (x + sides[2]) / 64, (y + sides[3]) / 32
+                scores = [1 / (1 + math.exp(-value)) for value in values[4 * BINS :]]
+                found.append((scores, [min(max(edge, 0.0), 1.0) for edge in edges]))
+    return found
+
+
+def test_maps_are_decoded_as_by_hand():
+    outputs = maps()
+    scores, boxes = CODER.decode(outputs)
+    for image in range(2):
+        by_hand = decoded_by_hand(outputs, image)
+        torch.testing.assert_close(scores[image], torch.tensor([score for score, _ in by_hand]))
+        torch.testing.assert_close(boxes[image], torch.tensor([box for _, box in by_hand]))
+
+
+def test_one_bin_is_the_distance_itself():
+    coder = replace(CODER, reg_max=1)
+    cells = [torch.zeros(1, 6, SIZE[0] // s, SIZE[1] // s) for s in STRIDES]
+    cells[0][0, :4, 2, 3] = torch.tensor([0.5, 1.0, 1.5, 0.25])  # its centre is at x 28, y 20
+    box = coder.decode(cells)[1][0, 2 * 8 + 3]
+    torch.testing.assert_close(box, torch.tensor([24 / 64, 12 / 32, 40 / 64, 22 / 32]))
+
+
+def sure(places: dict[tuple[int, int, int], int], classes: int = 2) -> list[Tensor]:
+    """Maps in which only the cells (map, row, column) show an object, of that class, two strides around their centre."""
+    outputs = [torch.full((1, 4 * BINS + classes, SIZE[0] // s, SIZE[1] // s), -9.0) for s in STRIDES]
+    for (level, row, column), label in places.items():
+        outputs[level][0, 1 : 4 * BINS : BINS, row, column] = 30.0  # bin 1 of each side
+        outputs[level][0, 4 * BINS + label, row, column] = 5.0
+    return outputs
+
+
+def test_detections_hold_the_first_class_which_is_no_background():
+    found = replace(CODER, score_thresh=0.5).detect(sure({(0, 1, 1): 0, (1, 0, 2): 1}))[0]
+    assert found.labels.tolist() == [0, 1]
+    torch.testing.assert_close(found.scores, torch.full((2,), 5.0).sigmoid())
+    expected = torch.tensor([[4 / 64, 4 / 32, 20 / 64, 20 / 32], [24 / 64, 0, 56 / 64, 24 / 32]])
+    torch.testing.assert_close(found.boxes, expected, rtol=0, atol=1e-5)
+    predicted = CODER.predictions(sure({(0, 1, 1): 0, (1, 0, 2): 1}))[0]
+    assert predicted[8 + 1] == 0 and predicted[32 + 2] == 1 and (predicted >= 0).sum() == 2
+
+
+def test_overlapping_boxes_of_a_class_are_one_unless_all_are_to_be_kept():
+    outputs = sure({(0, 1, 1): 0})
+    outputs[1][0, :, 0, 0] = outputs[0][0, :, 1, 1]  # 16 pixels around (8, 8): overlaps by less than 0.7
+    outputs[0][0, :, 1, 2] = outputs[0][0, :, 1, 1]
+    outputs[0][0, 0 : 4 * BINS : BINS, 1, 2], outputs[0][0, 2, 1, 2] = -9.0, 31.5  # reaches further to the left
+    boxes = replace(CODER, score_thresh=0.5, nms_thresh=0.3).detect(outputs)[0].boxes
+    every = replace(CODER, score_thresh=0.5, nms_thresh=1.0).detect(outputs)[0].boxes
+    assert len(every) == 3 > len(boxes)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda outputs: outputs[0], r"\(2, 19, 4, 8\)"),
+        (lambda outputs: outputs[::-1], r"\(2, 19, 2, 4\) and \(2, 19, 4, 8\)"),
+        (lambda outputs: [one[:, : 4 * BINS] for one in outputs], r"\(2, 16, 4, 8\)"),
+        (lambda outputs: {"maps": outputs}, "dict"),
+    ],
+)
+def test_other_outputs_are_one_line(spoil, found):
+    class Spoilt(nn.Module):
+        def forward(self, images: Tensor):
+            return spoil(maps())
+
+    wanted = r"must return a list of 2 maps \[N, 16 \+ classes, height, width\] of 4x8, 2x4 cells"
+    with pytest.raises(UserError, match=f"returns {found}.*{wanted}"):
+        count_classes(Spoilt(), SPEC, CODER)
+
+
+def test_labels_start_at_0_and_cocos_have_no_gaps():
+    assert class_labels(("helmet", "head"), 2, background=False) == {"helmet": 0, "head": 1}
+    assert class_labels(("person", "sofa", "tvmonitor"), 80, background=False) == {
+        "person": 0,
+        "sofa": 57,
+        "tvmonitor": 62,
+    }
+    with pytest.raises(UserError, match="has 3 outputs but the data have 2 classes"):
+        class_labels(("helmet", "head"), 3, background=False)
+
+
+@pytest.mark.parametrize("coder", [CODER, BoxCoder(torch.rand(5, 4), score_thresh=0.2, clip=True)])
+def test_a_coder_survives_as_plain_data(coder):
+    content = coder_as_data(coder)
+    assert coder_from(content) == coder and type(coder_from(content)) is type(coder)
+    del content["kind"]
+    if isinstance(coder, BoxCoder):  # as files had it while it was the only one
+        assert coder_from(content) == coder
+
+
+# ------------------------------------------------------------------------- through the script
+
+
+BOX = "<object><name>{}</name><bndbox><xmin>9</xmin><ymin>5</ymin><xmax>40</xmax><ymax>24</ymax></bndbox></object>"
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    """Four noisy images with an object each, of two classes."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i in range(4):
+        noise = (torch.rand(32, 64, 3) * 255).to(torch.uint8).numpy()
+        Image.fromarray(noise).save(tmp_path / "JPEGImages" / f"{i}.jpg")
+        size = "<size><width>64</width><height>32</height></size>"
+        text = f"<annotation>{size}{BOX.format(('near', 'far')[i % 2])}</annotation>"
+        (tmp_path / "Annotations" / f"{i}.xml").write_text(text)
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("0\n1\n2\n3\n")
+    (tmp_path / "labels.txt").write_text("near\nfar\n")
+    return tmp_path
+
+
+def test_a_network_with_yolos_heads_is_scored_saved_and_loaded(voc, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["--data", str(voc), "--image_size", "32", "64", "--results", str(tmp_path / "lines.jsonl")]
+    passes = ["--quantize", "--equalize", "--correction", "--engine", "onnxruntime"]
+    main_det.main(["--model", f"{__name__}:tiny_yolo", *passes, "--save", "tiny.pt", *common])
+    first = capsys.readouterr().out
+    assert "agree" in first and "map" in first.lower()
+    main_det.main(["--load", "tiny.pt", *common[:2], *common[-2:]])
+    lines = (tmp_path / "lines.jsonl").read_text().splitlines()
+    assert len(lines) == 2
