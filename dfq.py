@@ -45,6 +45,7 @@ from utils.calibration.ranges import (
     batchnorm_ranges,
     describe_contradictions,
     observed_ranges,
+    width_ratios,
 )
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -302,7 +303,8 @@ def _activation_ranges(
         extremes = image_extremes(network, calibration)
         observed = extreme_ranges(spec, extremes)
     if contradictions := describe_contradictions(told, observed, analytic, whose(images.real)):
-        log.warn(contradictions + other_ranges(recipe, images.real))
+        cut = any(ratio > 1 for ratio in width_ratios(told, observed, analytic).values())
+        (log.warn if cut else log.note)(contradictions + (other_ranges(recipe, images.real) if cut else ""))
     if not recipe.distill_range:
         return guesses_replaced(analytic, observed, guessed, clip_bounds(network))
     if recipe.range_method != "minmax":

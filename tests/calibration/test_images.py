@@ -39,7 +39,7 @@ def test_pictures_of_all_folders_come_as_the_evaluation_resizes_them(folder):
 
 def test_so_many_are_spread_over_the_folder(folder):
     assert load_images(folder, READ, count=4).judging.shape == SPEC.shape(2)
-    assert load_images(folder, READ, count=40).calibration.shape == SPEC.shape(5)
+    assert load_images(folder, READ, count=40).calibration[:, 0, 0, 0].unique().shape == (5,)
 
 
 def test_networks_get_pictures_of_their_channels(folder):

@@ -99,7 +99,7 @@ def test_guesses_come_from_images_without_being_asked_and_are_named():
     for layer in (model.lateral, model.smooth, model.out):  # channels that agree reach further than independent ones
         layer.weight.copy_(layer.weight.abs() * 3)
     result = quantize_data_free(model, SPEC, Recipe(quantize=True))
-    assert any("that no BatchNorm tells of" in note for note in result.log.notes)
+    assert any("that no BatchNorm tells of" in note for note in result.log.warnings)
     images = SPEC.probe(16, seed=4)
     extremes = rules.image_extremes(result.float, images)
     found = quantizers(result)

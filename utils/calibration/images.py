@@ -69,7 +69,8 @@ def load_images(
     be read, unless skip_bad_images, which leaves it out and says so.
     """
     files = picture_files(folder)
-    wanted = files if count is None else [files[i * len(files) // count] for i in range(min(count, len(files)))]
+    count = min(len(files), count or len(files))
+    wanted = [files[i * len(files) // count] for i in range(count)]
     images, skipped = [], []
     for file in wanted:
         try:

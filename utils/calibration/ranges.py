@@ -61,14 +61,7 @@ def describe_contradictions(
 
     source: what the images are called.
     """
-    ratios = {}
-    for node in nodes:
-        pair = observed(node), analytic(node)
-        if any(isinstance(known, Unknown) for known in pair):
-            continue
-        ratio = (pair[0][1] - pair[0][0]) / max(pair[1][1] - pair[1][0], 1e-30)
-        if not 1 / factor < ratio < factor:
-            ratios[node.name] = ratio
+    ratios = width_ratios(nodes, observed, analytic, factor)
     if not ratios:
         return None
     worst = sorted(ratios.items(), key=lambda item: -abs(math.log(max(item[1], 1e-30))))[:3]
@@ -77,3 +70,18 @@ def describe_contradictions(
         f"on {source} {len(ratios)} ranges are over {factor:g} times as wide as those from BatchNorm, "
         f"or as narrow: {named}"
     )
+
+
+def width_ratios(
+    nodes: Iterable[fx.Node], observed: RangeOf, analytic: RangeOf, factor: float = CONTRADICTED
+) -> dict[str, float]:
+    """By node, how many times as wide its range is on images as from BatchNorm; where by over factor, or under 1 / factor."""
+    ratios = {}
+    for node in nodes:
+        pair = observed(node), analytic(node)
+        if any(isinstance(known, Unknown) for known in pair):
+            continue
+        ratio = (pair[0][1] - pair[0][0]) / max(pair[1][1] - pair[1][0], 1e-30)
+        if not 1 / factor < ratio < factor:
+            ratios[node.name] = ratio
+    return ratios

@@ -7,23 +7,19 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from utils.calibration.distillation import Distillation, distilled
-from utils.calibration.images import Images, load_images
 from utils.core import distributed
 from utils.core.arguments import Number, Parser, at_least
-from utils.core.cache import cache_folder
 from utils.core.errors import UserError
 from utils.core.files import check_target, make_folder
 from utils.core.input_spec import InputSpec
 from utils.experiment.evaluation import tune_allocator
+from utils.experiment.images import OF_IMAGES, add_distillation_flags, add_image_flags, check_image_flags
 from utils.experiment.records import Loaded, check_writable
 from utils.quantization.recipe import DISTILLED, OF_A_ROW, SETTINGS, add_recipe_flags, check_settings, given
 from utils.tasks.base import Task
@@ -55,8 +51,8 @@ def parse(task: Task, argv: Sequence[str] | None) -> Namespace:
     """The flags of a task's script; combinations that mean nothing end it."""
     parser = parser_of(task)
     args = parser.parse_args(argv)
-    typed = parser.parse_args(argv, Namespace(**dict.fromkeys(_OF_IMAGES)))  # None where the default holds
-    check_image_flags(parser, args, [flag for flag in _OF_IMAGES if getattr(typed, flag) is not None])
+    typed = parser.parse_args(argv, Namespace(**dict.fromkeys(OF_IMAGES)))  # None where the default holds
+    check_image_flags(parser, args, [flag for flag in OF_IMAGES if getattr(typed, flag) is not None])
     return check(parser, args)
 
 
@@ -120,76 +116,6 @@ def check_data_flags(parser: ArgumentParser, args: Namespace) -> None:
         parser.error(f"--load takes the network, its input and its passes from the file; leave out --{said[0]}")
     if args.checkpoint_key and not args.weights:
         parser.error("--checkpoint_key needs --weights")
-
-
-def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--fidelity",
-        action="store_true",
-        help="compare the quantized network with the float one on held-out images, layer by layer; needs --quantize",
-    )
-    group.add_argument(
-        "--distill_images",
-        type=at_least(1),
-        default=Distillation.images,
-        metavar="N",
-        help="images to distill (default: %(default)s)",
-    )
-    group.add_argument(
-        "--distill_batch",
-        type=at_least(1),
-        default=Distillation.batch,
-        metavar="N",
-        help="images that are distilled together; bounds the memory (default: %(default)s)",
-    )
-    group.add_argument(
-        "--distill_steps",
-        type=at_least(1),
-        default=Distillation.steps,
-        metavar="N",
-        help="steps of the optimizer (default: %(default)s)",
-    )
-    group.add_argument(
-        "--distill_cache",
-        type=Path,
-        metavar="DIR",
-        help="folder to keep distilled images in (default: distilled in $DFQ_CACHE or the user's cache folder)",
-    )
-
-
-def add_image_flags(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("your own images: in the place of distilled ones, for every purpose")
-    group.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder of pictures without labels, at least 2: half for ranges and corrections, half to judge by",
-    )
-    group.add_argument(
-        "--images_count",
-        type=at_least(2),
-        default=64,
-        metavar="N",
-        help="take at most N of them, evenly spread over the folder (default: %(default)s)",
-    )
-
-
-# Flags that say which images there are.
-_OF_IMAGES = ("distill_images", "distill_batch", "distill_steps", "images_count")
-
-
-def check_image_flags(parser: ArgumentParser, args: Namespace, typed: Sequence[str]) -> None:
-    """Refuse what says how images are made, beside pictures or without a use. typed: of _OF_IMAGES those given."""
-    if args.images is None:
-        if "images_count" in typed:
-            parser.error("--images_count needs --images")
-        return
-    if distilling := [flag for flag in typed if flag != "images_count"]:
-        parser.error(f"--images takes the place of distilled images; leave out --{distilling[0]}, or --images")
-    if args.load:
-        parser.error("--load takes the network, its input and its passes from the file; leave out --images")
-    if not (args.quantize or args.equalize or args.table):
-        parser.error("--images needs --quantize or --equalize")
 
 
 def add_deployment_flags(parser: ArgumentParser) -> None:
@@ -332,26 +258,6 @@ def changed_spec(
                 "pass one number for each"
             )
     return replace(spec, mean=tuple(mean or spec.mean), std=tuple(std or spec.std))
-
-
-def images_of(
-    args: Namespace, task: Task, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
-) -> Images | None:
-    """The user's own, or distilled ones for the recipe or for --fidelity; None where neither needs any.
-
-    Distilled images to judge by are of another seed, and a quarter as many.
-    """
-    if args.images:
-        own = load_images(args.images, partial(task.read_image, spec=spec), args.images_count, args.skip_bad_images)
-        if distributed.is_main_process():
-            print(f"images: {_short(str(args.images))} gives {own.description}")
-        return own
-    if not (needed or args.fidelity):
-        return None
-    settings = Distillation(args.distill_images, args.distill_batch, args.distill_steps, args.seed)
-    other = replace(settings, images=max(2, settings.images // 4), seed=args.seed + 1)
-    folder = args.distill_cache or cache_folder() / "distilled"
-    return Images(*(distilled(model, spec, one, device, folder) for one in (settings, other)))
 
 
 def with_demo(task: Task, args: Namespace, open_demo: Callable[[str], Demo]) -> Namespace:

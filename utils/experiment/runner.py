@@ -20,6 +20,7 @@ from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
 from utils.experiment import cli, deployment, page, records, scores
 from utils.experiment.evaluation import Evaluator, agreement
+from utils.experiment.images import images_of
 from utils.graph.capture import capture
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
@@ -96,7 +97,7 @@ def run_rows(
         print(f"{len(recipes)} rows, {len(recipes) - len(missing)} of them in {args.results} already")
     needed = any(recipes[i].needs_images for i in missing)
     model, spec = run.network.model, run.spec
-    images = cli.images_of(args, run.task, model, spec, run.device, needed) if missing else None
+    images = images_of(args, run.task, model, spec, run.device, needed) if missing else None
     sources = (images.calibration, images.judging, images.real) if images else (None, None, False)
     sources = dict(zip(("images", "judging", "real"), sources, strict=True))
     captured = capture(run.network.model, run.spec)

@@ -1,0 +1,108 @@
+"""The images that a run's passes look at: distilled ones, or the user's own; their flags, and what these give."""
+
+import argparse
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.calibration.distillation import Distillation, distilled
+from utils.calibration.images import Images, load_images
+from utils.core import distributed
+from utils.core.arguments import at_least
+from utils.core.cache import cache_folder
+from utils.core.input_spec import InputSpec
+from utils.tasks.base import Task
+
+# Flags that say which images there are.
+OF_IMAGES = ("distill_images", "distill_batch", "distill_steps", "images_count")
+
+
+def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fidelity",
+        action="store_true",
+        help="compare the quantized network with the float one on held-out images, layer by layer; needs --quantize",
+    )
+    group.add_argument(
+        "--distill_images",
+        type=at_least(1),
+        default=Distillation.images,
+        metavar="N",
+        help="images to distill (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distill_batch",
+        type=at_least(1),
+        default=Distillation.batch,
+        metavar="N",
+        help="images that are distilled together; bounds the memory (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distill_steps",
+        type=at_least(1),
+        default=Distillation.steps,
+        metavar="N",
+        help="steps of the optimizer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distill_cache",
+        type=Path,
+        metavar="DIR",
+        help="folder to keep distilled images in (default: distilled in $DFQ_CACHE or the user's cache folder)",
+    )
+
+
+def add_image_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("your own images: in the place of distilled ones, for every purpose")
+    group.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of pictures without labels, at least 2: half for ranges and corrections, half to judge by",
+    )
+    group.add_argument(
+        "--images_count",
+        type=at_least(2),
+        default=64,
+        metavar="N",
+        help="take at most N of them, evenly spread over the folder (default: %(default)s)",
+    )
+
+
+def check_image_flags(parser: ArgumentParser, args: Namespace, typed: Sequence[str]) -> None:
+    """Refuse what says how images are made, beside pictures or without a use. typed: of OF_IMAGES those given."""
+    if args.images is None:
+        if "images_count" in typed:
+            parser.error("--images_count needs --images")
+        return
+    if distilling := [flag for flag in typed if flag != "images_count"]:
+        parser.error(f"--images takes the place of distilled images; leave out --{distilling[0]}, or --images")
+    if args.load:
+        parser.error("--load takes the network, its input and its passes from the file; leave out --images")
+    if not (args.quantize or args.equalize or args.table):
+        parser.error("--images needs --quantize or --equalize")
+
+
+def images_of(
+    args: Namespace, task: Task, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
+) -> Images | None:
+    """The user's own, or distilled ones for the recipe or for --fidelity; None where neither needs any.
+
+    Distilled images to judge by are of another seed, and a quarter as many.
+    """
+    if args.images:
+        own = load_images(args.images, partial(task.read_image, spec=spec), args.images_count, args.skip_bad_images)
+        if distributed.is_main_process():
+            print(f"images: {args.images} gives {own.description}")
+        return own
+    if not (needed or args.fidelity):
+        return None
+    settings = Distillation(args.distill_images, args.distill_batch, args.distill_steps, args.seed)
+    other = replace(settings, images=max(2, settings.images // 4), seed=args.seed + 1)
+    folder = args.distill_cache or cache_folder() / "distilled"
+    return Images(*(distilled(model, spec, one, device, folder) for one in (settings, other)))
