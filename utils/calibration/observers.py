@@ -11,7 +11,6 @@ from utils.graph.nodes import module_of
 
 BATCH = 16  # images that run at once; on every network's activations at full size, a few hundred megabytes
 BINS = 2048
-METHODS = ("minmax", "percentile", "mse")
 
 
 class Observer(fx.Interpreter):

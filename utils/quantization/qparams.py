@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from utils.graph.layers import grouped_weight
 
+METHODS = ("minmax", "percentile", "mse")  # of choosing a range from a histogram
+
 
 @dataclass(frozen=True)
 class QParams:

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.calibration.observers import METHODS
 from utils.core.arguments import POSITIVE, Number
 from utils.core.errors import UserError
+from utils.quantization.qparams import METHODS
 
 Value = bool | int | float | str | None
 
