@@ -29,7 +29,7 @@ def test_a_noisy_output_says_what_to_try():
 def test_cut_tensors_are_counted_and_the_worst_is_named():
     near = Fidelity(30.0, {}, {"a": 2.0, "b": 7.5, "c": 0.5})
     (line,) = fidelity_warnings(near, PLAIN, 16, real=True)
-    assert "values of 2 tensors" in line and "(most: b 7.5 %); try --distill_range" in line
+    assert "values of 2 of 3 tensors" in line and "(most: b 7.5 %); try --distill_range" in line
     assert other_ranges(Recipe(quantize=True, distill_range=True), real=True) == ""
 
 

@@ -31,7 +31,7 @@ def fidelity_warnings(near: Fidelity, recipe: Recipe, images: int, real: bool) -
     if cut:
         worst = max(cut, key=cut.__getitem__)
         warnings.append(
-            f"ranges cut more than {MOST_SATURATED:g} % of the values of {len(cut)} tensors on {held_out(images, real)} "
+            f"ranges cut more than {MOST_SATURATED:g} % of the values of {len(cut)} of {len(near.saturation)} tensors on {held_out(images, real)} "
             f"(most: {worst} {cut[worst]:.2g} %){other_ranges(recipe, real)}"
         )
     return warnings
