@@ -2,7 +2,7 @@
 
 Chen et al., Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation
 (ECCV 2018, arXiv 1802.02611). Every activation and padding is a module called once, and sizes come
-from the tensors, so that torch.fx traces it for images of any size.
+from the tensors, so that torch.export captures it for images of any size.
 """
 
 import re

@@ -143,7 +143,7 @@ def _check_forward(model: nn.Module, images: Tensor) -> None:
 
 
 def _refused(error: Exception) -> UserError:
-    text = first_line(error)
+    text = re.sub(r" \((unhinted|Size-like)[^)]*\)+\.?", "", first_line(error)).strip()
     if re.search(r"data-dependent|GuardOnData|\.item\(\)|unbacked", str(error), re.IGNORECASE):
         return UserError(
             f"the network's control flow depends on its values (at {place(error)}): {text[:160]}; "

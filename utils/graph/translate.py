@@ -5,6 +5,7 @@ What does is written by the operator's rule (utils/graph/rules.py), or as it is.
 """
 
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -211,7 +212,7 @@ class Translator:
     def path(self) -> str:
         """The user's module in which the current node stands, '' for the network's own forward."""
         stack = self.current.meta.get("nn_module_stack") or {}
-        path = list(stack.values())[-1][0] if stack else ""
+        path = re.sub(r"[^\w.]+", "_", list(stack.values())[-1][0]) if stack else ""  # of layers[:-1], say
         return f"{path}.".removeprefix(self.wrapper).removesuffix(".")
 
     def layer_name(self, weight: Tensor) -> str:
