@@ -250,7 +250,7 @@ def test_every_opset_computes_the_same_on_integers(opset):
     result = quantized(nn.Sequential(*middles, nn.MaxPool2d(2), nn.GroupNorm(2, 8)))
     model = checked(result, opset)
     assert model.opset_import[0].version == opset
-    assert not find_kernels(model, result.simulated).floating
+    assert set(find_kernels(model, result.simulated).floating) == {"last.0"}  # which hands out the network's output
     if opset >= 18:
         checked(quantized(BY_TORCH["cumsum"]), opset)
 

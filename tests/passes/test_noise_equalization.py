@@ -22,6 +22,7 @@ from torch import fx, nn
 from dfq import Recipe, quantize, quantize_data_free
 from utils.calibration.distillation import as_pixels, natural_noise
 from utils.calibration.fidelity import Fidelity
+from utils.calibration.images import Images
 from utils.calibration.moments import Gaussian, Statistics
 from utils.calibration.ranges import batchnorm_ranges
 from utils.graph.capture import capture
@@ -69,7 +70,7 @@ def fidelity_after(model: fx.GraphModule, statistics: Statistics, scales_of: Sca
     """In dB, of the network quantized after an equalization."""
     scaled = capture(model, SPEC)
     known = equalize(scaled, statistics, scales_of, PassLog())
-    return quantize(scaled, SPEC, known, recipe, IMAGES, PassLog()).fidelity.output
+    return quantize(scaled, SPEC, known, recipe, Images(IMAGES, IMAGES), PassLog()).fidelity.output
 
 
 FLAGS = dict.fromkeys(("quantize", "equalize", "correction", "distill_correction", "distill_range"), True)

@@ -25,6 +25,7 @@ from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
+from utils.core.networks import to_fast_format
 from utils.graph.capture import capture
 
 REGIONS = 4  # along a side of a map of logits, each of one class
@@ -129,7 +130,7 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
         raise UserError(
             "the network has no BatchNorm with running statistics, from which --distill_* would make images; pass --images DIR with pictures, or use a network trained with BatchNorm"
         )
-    network = network.to(device, memory_format=torch.channels_last)
+    network = to_fast_format(network, device)
     firsts = distributed.shard(range(0, settings.images, settings.batch))
     made = []
     with tqdm(

@@ -41,6 +41,13 @@ def _computed(model: nn.Module) -> dict[int, Tensor]:
     return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
 
 
+def to_fast_format(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network on its device, its parameters in the memory format that 2d convolutions are fastest in."""
+    if any(tensor.dim() == 5 for tensor in (*model.parameters(), *model.buffers())):  # of 3d ones, which have another
+        return model.to(device)
+    return model.to(device=device, memory_format=torch.channels_last)
+
+
 def other_type(model: nn.Module) -> str | None:
     """The data type of the network's parameters where it is not float32."""
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from utils.core import distributed
 from utils.core.errors import UserError
+from utils.core.networks import to_fast_format
 from utils.core.predictions import Agreement, Predictions
 from utils.tasks.base import Data
 from utils.tasks.data import BadSample, Batch, Batches
@@ -38,7 +39,7 @@ def tune_allocator() -> None:
 
 def deploy(model: nn.Module, device: torch.device) -> nn.Module:
     """The network on its device, in the memory format that convolutions are fastest in."""
-    return _InFastFormat(model.eval().to(device=device, memory_format=torch.channels_last))
+    return _InFastFormat(to_fast_format(model.eval(), device))
 
 
 class _InFastFormat(nn.Module):
