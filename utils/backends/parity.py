@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from utils.core.errors import UserError
 from utils.core.predictions import Agreement, Predictions, channel_predictions
 from utils.graph.layers import WEIGHTED, grouped_weight, per_channel
-from utils.graph.nodes import module_of
+from utils.graph.nodes import module_of, outputs_of
 from utils.quantization.quantizer import Quantizer
 
 # Steps from halfway within which both neighbours are right. Float32 strays by 0.0003, or by its resolution where
@@ -136,7 +136,7 @@ def compare(
     with torch.inference_mode():
         for part in images.split(simulated.meta["batch"] or batch):
             tensors = engine(part)
-            outputs = results(simulated(part))
+            outputs = outputs_of(simulated(part))
             if any(output.isnan().any() for output in outputs):
                 raise UserError(
                     "the quantized network gives values that are no numbers (NaN), so that no engine can be held to it; "
@@ -189,7 +189,7 @@ class _Alone(fx.Interpreter):
         return found * quantizer.scale
 
     def output(self, target, args, kwargs):
-        for i, (result, found) in enumerate(zip(results(args[0]), self.tensors.values(), strict=False)):
+        for i, (result, found) in enumerate(zip(outputs_of(args[0]), self.tensors.values(), strict=False)):
             layer = self._layer(f"output {i}")
             layer.values += result.numel()
             layer.far += int((~(_output_steps(found, result) <= OUTPUT_STEPS)).sum())
@@ -197,10 +197,6 @@ class _Alone(fx.Interpreter):
 
     def _layer(self, name: str) -> LayerParity:
         return self.layers.setdefault(name, LayerParity(name))
-
-
-def results(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
-    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
 
 def _output_steps(found: Tensor, expected: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from utils.calibration.observers import BATCH, Observer
 from utils.graph.layers import WEIGHTED
-from utils.graph.nodes import module_of
+from utils.graph.nodes import module_of, outputs_of
 from utils.quantization.quantizer import Quantizer
 
 LEAST_SATURATION = 0.01  # percent of a tensor's values, below which a report does not name it
@@ -90,7 +90,7 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
     with torch.inference_mode():
         for some in images.split(reference.meta["batch"] or BATCH):
             expected, found = (
-                _outputs(Observer(model, see).run(some)) for model, see in ((reference, keep), (quantized, compare))
+                outputs_of(Observer(model, see).run(some)) for model, see in ((reference, keep), (quantized, compare))
             )
             for before, after in zip(expected, found, strict=True):
                 output.add(before, after)
@@ -109,7 +109,3 @@ def _quantized_ranges(reference: fx.GraphModule, quantized: fx.GraphModule) -> d
                 quantizer.scale * step for step in (quantizer.step_min - 0.5, quantizer.step_max + 0.5)
             )
     return ranges
-
-
-def _outputs(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return list(result) if isinstance(result, tuple | list) else [result]

@@ -12,12 +12,12 @@ from torch import Tensor, fx
 
 from utils.backends.onnx_writer import onnx_model
 from utils.backends.onnxruntime.session import Kernels, OnnxNetwork, find_kernels
-from utils.backends.parity import Parity, compare, integers_of, results
+from utils.backends.parity import Parity, compare, integers_of
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.core.input_spec import InputSpec
 from utils.core.predictions import Predictions, channel_predictions
-from utils.graph.nodes import first_line, module_of
+from utils.graph.nodes import first_line, module_of, outputs_of
 from utils.passes.result import Quantized
 from utils.quantization.quantizer import Quantizer
 
@@ -99,8 +99,8 @@ def export(
     with atomic_write(file) as beside:
         onnx.save(model, beside)
         onnx.checker.check_model(str(beside), full_check=True)
-        expected = results(OnnxNetwork(model.SerializeToString())(images))
-        if not all(map(torch.equal, results(OnnxNetwork(beside)(images)), expected)):
+        expected = outputs_of(OnnxNetwork(model.SerializeToString())(images))
+        if not all(map(torch.equal, outputs_of(OnnxNetwork(beside)(images)), expected)):
             raise UserError(f"{str(file)!r} reads back otherwise than it was written; is the disk sound?")
         size = beside.stat().st_size
     float_size = sum(4 * tensor.numel() for tensor in quantized.simulated.parameters())
