@@ -108,7 +108,12 @@ def _weight_reaches(layer: nn.Module, symmetric: bool) -> list[Tensor]:
 
 
 class _Noise:
-    """The quantization noise at the output, times 12, as a function of the logarithms of the regions' scales."""
+    """The quantization noise at the output, times 12, as a function of the logarithms of the regions' scales.
+
+    The logarithms are one vector [X], the regions' channels one after the other. What the layers read and make are
+    vectors too, layer by layer: for each channel the place of its logarithm behind a leading 0, which stands for all
+    channels of no region. So all layers take few operations together.
+    """
 
     def __init__(
         self,
@@ -118,58 +123,97 @@ class _Noise:
         observed: Observed,
         scheme: QuantScheme,
     ):
+        self.scheme, self.sizes = scheme, [region.channels for region in regions]
         layers = {node.target: module_of(model, node) for node in weighted_nodes(model)}
-        names = (n for region in regions for n in (*region.sources, *(s.name for s in region.sinks)) if n in layers)
-        self.weights = {name: _weight_reaches(layers[name], scheme.symmetric) for name in dict.fromkeys(names)}
-        self.activations = [  # by the region's number, its sensitivity and how far it reaches below and above 0
-            (k, observed.sensitivity.activations[name], reaches[name])
-            for k, region in enumerate(regions)
+        names = [n for region in regions for n in (*region.sources, *(s.name for s in region.sinks)) if n in layers]
+        names = list(dict.fromkeys(names))
+        self.power = [observed.sensitivity.weights[name] for name in names]  # [groups, out, in] of each layer
+        reach = [_weight_reaches(layers[name], scheme.symmetric) for name in names]
+        self.reach = list(zip(*reach, strict=True))  # by side, of each layer
+        places = torch.arange(1, sum(self.sizes) + 1).split(self.sizes)
+        read, made = _places(regions, places, dict(zip(names, self.power, strict=True)))
+        self.reads, self.makes = [len(place) for place in read], [len(place) for place in made]
+        self.read, self.made = torch.cat(read), torch.cat(made)
+        self.layer_of = torch.arange(len(names)).repeat_interleave(torch.tensor(self.makes))
+        stored = [
+            (place, observed.sensitivity.activations[name], *reaches[name])
+            for region, place in zip(regions, places, strict=True)
             for name in stored_nodes(model, region)
             if name in observed.sensitivity.activations
         ]
-        self.regions, self.sensitivity, self.scheme = regions, observed.sensitivity.weights, scheme
+        empty = (torch.zeros(0, dtype=torch.long), *[torch.zeros(0)] * 3)
+        self.stored, *self.activations = (torch.cat(parts) for parts in zip(empty, *stored, strict=True))
+        self.tensor_of = torch.arange(len(stored)).repeat_interleave(
+            torch.tensor([len(one[0]) for one in stored], dtype=torch.long)
+        )
 
-    def __call__(self, logs: Sequence[Tensor]) -> Tensor:
-        """logs: [C] for every region."""
-        read = {name: torch.zeros(self.sensitivity[name].shape[::2]) for name in self.weights}  # [groups, in]
-        made = {name: torch.zeros(self.sensitivity[name].shape[:2]) for name in self.weights}  # [groups, out]
-        for region, log in zip(self.regions, logs, strict=True):
-            for name in region.sources:
-                if name in made:  # a layer
-                    made[name] = made[name] + log.view(made[name].shape)
-            for sink in region.sinks:
-                inputs = read[sink.name]
-                read[sink.name] = inputs + sink.gather(log, elsewhere=0).view_as(inputs)
-        terms = [self._of_weights(name, read[name], made[name]) for name in self.weights]
-        terms += [self._of_activation(logs[k], *tensor) for k, *tensor in self.activations]
-        return torch.stack(terms).sum()
+    def __call__(self, logs: Tensor) -> Tensor:
+        """logs: [X]."""
+        padded = torch.cat([logs.new_zeros(1), logs])
+        return self._of_weights(padded[self.read], padded[self.made]) + self._of_activations(padded[self.stored])
 
-    def _of_weights(self, name: str, read: Tensor, made: Tensor) -> Tensor:
-        sides = [_largest(side, read, made, self.scheme.per_channel) for side in self.weights[name]]
-        step = torch.stack(sides).logsumexp(0) - math.log(self.scheme.weight_steps)
-        power = self.sensitivity[name] @ (-2 * read).exp()[:, :, None]
-        return ((2 * (step + made)).exp() * power[:, :, 0]).sum()
+    def _of_weights(self, read: Tensor, made: Tensor) -> Tensor:
+        """read, made: the logarithms of what all layers read, and of what they make."""
+        step = torch.stack([self._largest(side, read, made) for side in self.reach]).logsumexp(0)
+        step = step if self.scheme.per_channel else step[self.layer_of]
+        inputs = [
+            one.view(len(power), -1, 1)
+            for one, power in zip((-2 * read).exp().split(self.reads), self.power, strict=True)
+        ]
+        heard = torch.cat([(power @ one).flatten() for power, one in zip(self.power, inputs, strict=True)])
+        return ((2 * (step - math.log(self.scheme.weight_steps) + made)).exp() * heard).sum()
 
-    def _of_activation(self, log: Tensor, sensitivity: Tensor, reaches: tuple[Tensor, Tensor]) -> Tensor:
-        low, high = (reach * (-log).exp() for reach in reaches)
-        step = (low.amax() + high.amax()) / (2**self.scheme.bits_activation - 1)
-        return step.square() * (sensitivity * (2 * log).exp()).sum()
+    def _largest(self, reach: Sequence[Tensor], read: Tensor, made: Tensor) -> Tensor:
+        """Logarithm of the largest scaled weight of every layer, or of every channel that is made.
+
+        reach: logarithms [groups, out, in] of each layer's weights.
+        """
+        values, columns, rows = [], [], []
+        first_read = first_made = 0
+        with torch.no_grad():  # the place alone: the maximum's gradient is that of what stands there
+            for side, inputs, outputs in zip(reach, read.split(self.reads), made.split(self.makes), strict=True):
+                groups, out, into = side.shape
+                largest, column = (part.flatten() for part in (side + inputs.view(groups, 1, into)).max(2))
+                row = torch.arange(groups * out)
+                row = row if self.scheme.per_channel else (largest - outputs).argmax().view(1)
+                column = column[row]
+                values.append(side.flatten(0, 1)[row, column])
+                columns.append(first_read + row // out * into + column)
+                rows.append(first_made + row)
+                first_read, first_made = first_read + groups * into, first_made + groups * out
+        return torch.cat(values) + read[torch.cat(columns)] - made[torch.cat(rows)]
+
+    def _of_activations(self, log: Tensor) -> Tensor:
+        """log: the logarithms of the channels of all stored tensors."""
+        heard, *reaches = self.activations
+        tensors = log.new_zeros(int(self.tensor_of[-1]) + 1 if len(log) else 0)
+        ends = [tensors.scatter_reduce(0, self.tensor_of, reach * (-log).exp(), "amax") for reach in reaches]
+        step = sum(ends) / (2**self.scheme.bits_activation - 1)
+        return (step.square() * tensors.index_add(0, self.tensor_of, heard * (2 * log).exp())).sum()
 
 
-def _largest(weights: Tensor, read: Tensor, made: Tensor, per_channel: bool) -> Tensor:
-    """Logarithm of the largest scaled weight: [] of all, or [groups, out]. weights: logarithms [groups, out, in]."""
-    with torch.no_grad():  # the place alone: the maximum's gradient is that of what stands there
-        place = (weights + read[:, None] - made[:, :, None]).flatten(0 if not per_channel else 2).argmax(-1)
-    if per_channel:
-        return weights.gather(2, place[:, :, None])[:, :, 0] + read.gather(1, place) - made
-    group, out, column = torch.unravel_index(place, weights.shape)
-    return weights[group, out, column] + read[group, column] - made[group, out]
+def _places(
+    regions: Sequence[Region], places: Sequence[Tensor], power: dict[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each layer, the places of the channels that it reads and of those that it makes; 0 for channels of no region.
+
+    places: [C] of each region. power: [groups, out, in] of each layer, by name.
+    """
+    read = {name: torch.zeros(one.shape[0] * one.shape[2], dtype=torch.long) for name, one in power.items()}
+    made = {name: torch.zeros(one.shape[0] * one.shape[1], dtype=torch.long) for name, one in power.items()}
+    for region, place in zip(regions, places, strict=True):
+        for name in region.sources:
+            if name in made:  # a layer
+                made[name] = made[name] + place
+        for sink in region.sinks:
+            read[sink.name] = read[sink.name] + sink.gather(place, elsewhere=0).flatten()
+    return list(read.values()), list(made.values())
 
 
 def _minimise(noise: _Noise) -> tuple[list[Tensor], tuple[float, float]]:
     """The scales of least noise by gradient descent, and the noise without scales and with them in dB."""
-    logs = [torch.zeros(region.channels, requires_grad=True) for region in noise.regions]
-    optimizer = torch.optim.Adam(logs, lr=LEARNING_RATE)
+    logs = torch.zeros(sum(noise.sizes), requires_grad=True)
+    optimizer = torch.optim.Adam([logs], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ITERATIONS)
     before = float(noise(logs).detach())
     for _ in range(ITERATIONS):
@@ -181,7 +225,7 @@ def _minimise(noise: _Noise) -> tuple[list[Tensor], tuple[float, float]]:
         schedule.step()
     after = float(noise(logs).detach())
     decibels = tuple(10 * math.log10(max(power / 12, 1e-30)) for power in (before, after))
-    return [log.detach().exp() for log in logs], decibels
+    return list(logs.detach().exp().split(noise.sizes)), decibels
 
 
 # ------------------------------------------------------------------------------------------- choice
