@@ -66,7 +66,7 @@ from utils.passes.insert_quantizers import averaged_into_output, insert_quantize
 from utils.passes.log import PassLog
 from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_optimal_scales, observe_on_images
 from utils.passes.quantize_bias import quantize_biases
-from utils.passes.quantize_weights import quantizable_layers, quantize_weights, weight_ranges
+from utils.passes.quantize_weights import keep_in_float, quantizable_layers, quantize_weights, weight_ranges
 from utils.passes.relu6 import replace_relu6
 from utils.passes.result import Quantized
 from utils.quantization import serialization as artifact
@@ -108,6 +108,7 @@ def quantize_data_free(
 
     # Fold BatchNorm, and keep what it knew of every layer's output.
     statistics = fold_batchnorm(network, log)
+    keep_in_float(network, recipe.float_layers)
     for node in weighted_nodes(network):
         log.applied("found layers", node.target, str(module_of(network, node)))
     check_unchanged("BatchNorm folding", network, reference, log)

@@ -187,6 +187,22 @@ class _Writer:
             self.add("Min", [f"{name}_uncapped", bounds], integers)
         return _Value(self.add("DequantizeLinear", [integers, scale, zero], name), grid)
 
+    def layer_input(self, node: fx.Node, layer: nn.Module) -> str:
+        """What a layer reads. For one that is kept in float, dequantized with the same scale for every channel.
+
+        ONNX Runtime rounds the float weights of a layer to int8 where its input has a single scale (its transformer
+        WeightBiasQuantization, on by default).
+        """
+        value = self.values[node]
+        if value.grid is None or layer.weight_qparams is not None or (channels := shape(node)[1]) == 1:
+            return value.name
+        name = f"{value.name}_by_channel"
+        if name not in {tensor.output[0] for tensor in self.nodes}:
+            scales = self.constant(f"{name}_scale", np.full(channels, value.grid[0], np.float32))
+            zeros = self.constant(f"{name}_zero_point", np.full(channels, value.grid[1], np.uint8))
+            self.add("DequantizeLinear", [f"{value.name}_uint8", scales, zeros], name, axis=1)
+        return name
+
     def parameter(self, name: str, values: Tensor, qparams: QParams | None, kind: torch.dtype, axis: int = 0) -> str:
         """A weight or bias: integers behind their DequantizeLinear, or floats where it is not quantized."""
         if qparams is None:
@@ -299,7 +315,7 @@ def _layer(w: _Writer, node: fx.Node, layer: nn.Module) -> str:
         "group": layer.groups,
     }
     options |= {"output_padding": layer.output_padding} if transposed else {}
-    inputs = [w.name(source), *_parameters(w, node, layer, axis=1 if transposed else 0)]
+    inputs = [w.layer_input(source, layer), *_parameters(w, node, layer, axis=1 if transposed else 0)]
     kind = "ConvTranspose" if transposed else "Conv"
     return w.add(kind, inputs, node.name, pads=[*before, *after], **options)
 
@@ -315,7 +331,7 @@ def _pads_zeros(node: fx.Node) -> bool:
 def _linear(w: _Writer, node: fx.Node, layer: nn.Linear) -> str:
     weight, bias = _parameters(w, node, layer)
     if len(shape(node)) == 2:
-        return w.add("Gemm", [w.name(node.args[0]), weight, bias], node.name, transB=1)
+        return w.add("Gemm", [w.layer_input(node.args[0], layer), weight, bias], node.name, transB=1)
     if (size := w.full_shape(node)) is not None:
         rows = w.sizes(f"{node.name}_rows_shape", [-1, layer.in_features])
         x = w.add("Reshape", [w.name(node.args[0]), rows], f"{node.name}_rows")

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-WEIGHTED = (_ConvNd, nn.Linear)  # layers with weights that are quantized; each has weight_qparams and bias_qparams
+# Layers with weights; each has weight_qparams and bias_qparams, and in_float, which says that it is not to be quantized.
+WEIGHTED = (_ConvNd, nn.Linear)
+
+
+def on_integers(module: nn.Module | None) -> bool:
+    """Whether a module is a layer that is to be quantized."""
+    return isinstance(module, WEIGHTED) and not module.in_float
 
 
 class Clip(nn.Module):
@@ -178,6 +184,7 @@ def make_layer(kind: type[nn.Module], weight: Tensor, bias: Tensor | None, **opt
     )
     layer.bias = nn.Parameter(bias, requires_grad=False)
     layer.weight_qparams = layer.bias_qparams = None
+    layer.in_float = False
     return layer.eval()
 
 

@@ -5,7 +5,7 @@ from torch import fx
 
 from utils.calibration.moments import Unknown
 from utils.calibration.ranges import RangeOf
-from utils.graph.layers import WEIGHTED, Clip
+from utils.graph.layers import WEIGHTED, Clip, on_integers
 from utils.graph.nodes import insert_module, is_tensor, module_of, shape, tidy
 from utils.graph.ops import keeps_grid, operator_of
 from utils.passes.log import PassLog
@@ -81,7 +81,7 @@ def _by_integers(model: fx.GraphModule, node: fx.Node, written: list[fx.Node]) -
     """Whether an integer kernel computes a node: a layer with its clip, and what engines do to integers."""
     module, row = module_of(model, node), operator_of(node)
     if module is not None:
-        return isinstance(module, WEIGHTED) or (isinstance(module, Clip) and _by_integers(model, node.args[0], written))
+        return on_integers(module) or (isinstance(module, Clip) and _by_integers(model, node.args[0], written))
     if row is None or row.kind not in ("sum", "product", "average", "resize"):
         return False
     operands = [source for source in node.all_input_nodes if source.op != "get_attr"]
@@ -95,7 +95,7 @@ def _for_integers(model: fx.GraphModule, node: fx.Node) -> bool:
         return False  # engines have a softmax of integers, and each rounds it in its own way
     for user in node.users:
         row = operator_of(user)
-        if isinstance(module_of(model, user), WEIGHTED) or (row is not None and row.kind in ("sum", "product")):
+        if on_integers(module_of(model, user)) or (row is not None and row.kind in ("sum", "product")):
             return True
         if (is_concat(user) or keeps_grid(user)) and _for_integers(model, user):
             return True

@@ -1,12 +1,15 @@
 """Weight quantization: every layer's weights get their parameters and are rounded to the nearest steps."""
 
+from collections.abc import Collection
+from difflib import get_close_matches
+
 import torch
 from torch import Tensor, fx
 
 from utils.calibration.moments import Unknown
 from utils.calibration.ranges import RangeOf
 from utils.core.errors import UserError
-from utils.graph.layers import grouped_weight
+from utils.graph.layers import grouped_weight, on_integers
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.log import PassLog
 from utils.quantization.placement import quantizer_before
@@ -20,13 +23,25 @@ def quantizable_layers(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -
     chosen = set()
     for node in weighted_nodes(model):
         known = range_of(node.args[0])
-        if isinstance(known, Unknown):
+        if not on_integers(module_of(model, node)):
+            log.skipped(ACTION, node.target, "kept in float, as asked for")
+        elif isinstance(known, Unknown):
             log.skipped(ACTION, node.target, f"nothing is known of its input {known.reason}")
         else:
             chosen.add(node.target)
     if not chosen:
         raise UserError("no layer of the network can be quantized: see the reasons above with --verbose")
     return chosen
+
+
+def keep_in_float(model: fx.GraphModule, names: Collection[str]) -> None:
+    """Mark the layers of these names, which then get no quantizer; a name of no layer is a UserError."""
+    layers = [node.target for node in weighted_nodes(model)]
+    for name in names:
+        if name not in layers:
+            near = get_close_matches(name, layers, 3, 0) or layers[:3]
+            raise UserError(f"--float_layers: the network has no layer {name!r}; nearest are {', '.join(near)} (--doctor lists all)")
+        model.get_submodule(name).in_float = True
 
 
 def quantize_weights(

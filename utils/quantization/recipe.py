@@ -18,7 +18,7 @@ from utils.core.arguments import POSITIVE, Number
 from utils.core.errors import UserError
 from utils.quantization.qparams import METHODS
 
-Value = bool | int | float | str | None
+Value = bool | int | float | str | tuple[str, ...] | None
 
 PASSES = "passes, in the order in which they run"
 DISTILLED = "distilled data: images made from BatchNorm statistics, see docs/method.md"
@@ -147,6 +147,15 @@ class Recipe:
     asymmetric: bool = setting(
         "weights with a zero point instead of a symmetric range", QUANTIZERS, requires=("quantize",)
     )
+    float_layers: tuple[str, ...] = setting(
+        "layers that stay in float, by name, where their noise dominates",
+        QUANTIZERS,
+        default=(),
+        requires=("quantize",),
+        abbreviation=Abbreviation(" +float_{}", 9),
+        nargs="+",
+        metavar="NAME",
+    )
     distill_equalize: bool = setting(
         "noise-optimal scales: equalize to minimise quantization noise at the output on distilled images, where that is "
         "closer to float",
@@ -188,6 +197,7 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "float_layers", tuple(self.float_layers))  # a command line's is a list
         check_settings(asdict(self))
 
     @classmethod
@@ -207,7 +217,8 @@ class Recipe:
             about = SETTINGS[name].metadata
             if about["chosen_per_row"]:
                 bare = value is True or value == about["argument"].get("const")
-                words += [f"--{name}"] if bare else [f"--{name}", f"{value:g}" if name == "clip_weight" else str(value)]
+                values = value if isinstance(value, tuple) else [f"{value:g}" if name == "clip_weight" else str(value)]
+                words += [f"--{name}"] if bare else [f"--{name}", *values]
         return words
 
     @property
@@ -268,7 +279,7 @@ def _name(given: dict[str, Value]) -> str:
     for name, value in given.items():
         part: Abbreviation | None = SETTINGS[name].metadata["abbreviation"]
         if part and part.unless not in given:
-            parts.append((part.place, part.text.format(value)))
+            parts.append((part.place, part.text.format(len(value) if isinstance(value, tuple) else value)))
     return "".join(text for _, text in sorted(parts)).strip() or "Original"
 
 
