@@ -9,20 +9,16 @@ behind, the moments of every activation that follow from them, and images distil
 from __future__ import annotations
 
 import copy
-from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
-from utils.backends.lowering import lower_to_integers
-from utils.calibration.distillation import Distillation, describe_fit, distill, statistics_fit
+from utils.calibration.distillation import Distillation, describe_fit, distill, for_search, statistics_fit
 from utils.calibration.fidelity import fidelity
-from utils.calibration.images import Images, whose
+from utils.calibration.images import Images, halves, unseen, whose
 from utils.calibration.moments import Moments, Statistics, Unknown, propagate
 from utils.calibration.observers import layer_extremes, layer_means
 from utils.calibration.range_rules import (
@@ -50,6 +46,7 @@ from utils.calibration.ranges import (
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.networks import plain
+from utils.core.predictions import Predictions
 from utils.graph.capture import capture
 from utils.graph.in_place import run_in_place
 from utils.graph.nodes import module_of, weighted_nodes
@@ -69,12 +66,9 @@ from utils.passes.quantize_bias import quantize_biases
 from utils.passes.quantize_weights import keep_in_float, quantizable_layers, quantize_weights, weight_ranges
 from utils.passes.relu6 import replace_relu6
 from utils.passes.result import Quantized
-from utils.quantization import serialization as artifact
-from utils.quantization.recipe import Recipe, recipes_of
-
-if TYPE_CHECKING:
-    from modeling import Network
-
+from utils.quantization.recipe import Recipe, Value
+from utils.search.auto import check_near, find_recipe
+from utils.search.search import Found
 
 FEW = Distillation(images=16, steps=20)  # for ranges that nothing else tells of: seconds, for a small network
 
@@ -329,32 +323,30 @@ def _refuse_without_statistics(recipe: Recipe) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------- for the scripts
+# ------------------------------------------------------------------------------------------- auto
 
 
-def prepared(
-    args: Namespace, task: str, build: Callable[[], Network]
-) -> tuple[Network | artifact.Saved, list[Recipe], Callable[..., Quantized]]:
-    """The network, its recipes and what quantizes it: as the flags say, or out of a file that --save wrote."""
-    if not args.load:
-        recipes = recipes_of(args)
-        return build(), recipes, quantize_data_free
-    saved = artifact.load(args.load, task)
-    strange = saved.recipe.keys() ^ {field.name for field in fields(Recipe)}
-    if strange:
-        raise UserError(
-            f"{str(args.load)!r} is of another version (its recipe differs by {min(strange)!r}); save it again"
-        )
-    quantized = Quantized(saved.float, saved.simulated, PassLog())
-    quantized.log.note(f"loaded from {args.load}")
-    return saved, [Recipe(**saved.recipe)], lambda *_, **__: quantized
+def quantize_auto(
+    model: nn.Module,
+    spec: InputSpec,
+    images: Tensor | None = None,
+    max_noise: float | None = None,
+    predictions: Predictions | None = None,
+    **settings: Value,
+) -> Found:
+    """The recipe whose network is nearest to float, of all that can differ on this one, with the network that it makes.
 
-
-def to_evaluate(loaded: nn.Module, quantized: Quantized, recipe: Recipe) -> dict[str, nn.Module]:
-    """The networks of a row, the loaded one first, by the names of Recipe.labels; in the form that runs fastest."""
-    networks = {"fp32_original": loaded}
-    if recipe.changes_float or quantized.simulated is None:
-        networks["fp32"] = quantized.float
-    if quantized.simulated is not None:
-        networks["quantized"] = lower_to_integers(quantized.simulated)
-    return networks
+    images: [N, C, H, W] of your own, 8 or more, half of which are to judge by; None: distilled ones. max_noise: the dB that
+    the output must be over its noise; the noisiest layers stay in float until it is. predictions: class indices of the
+    outputs, to compare. settings: of Recipe, that every candidate has, such as bits_weight=4.
+    """
+    if images is None:
+        shown = Images(*(distill(model, spec, one, torch.device("cpu")) for one in for_search(Distillation())))
+    else:
+        shown = Images(*halves(images), real=True)
+    captured = capture(model, spec)
+    quantize = partial(quantize_data_free, model, spec, captured=captured)
+    shown, judging = unseen(shown)
+    found, _ = find_recipe(captured, shown, judging, quantize, settings, predictions, max_noise)
+    check_near(found, shown)
+    return found

@@ -11,6 +11,7 @@ from modeling import build_model
 from utils.core.networks import scored
 from utils.core.predictions import count_classes
 from utils.experiment import cli
+from utils.experiment.loading import opened
 from utils.experiment.runner import Run, run_rows
 from utils.tasks.classification import TASK
 
@@ -24,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = cli.prepare(args)
 
     build = partial(build_model, args.model, args.weights, TASK.name, args.checkpoint_key)
-    network, recipes, quantize = dfq.prepared(args, TASK.name, build)
+    network, recipes, quantize = opened(args, TASK.name, build, dfq.quantize_data_free)
     spec = cli.input_spec(args, network.spec)
     network = replace(network, model=scored(network.model, spec, TASK.output_dims))
     data = None
     if args.data:
         data = TASK.open_data(args, spec, count_classes(network.model, spec, TASK.class_axis), {})
 
-    run_rows(Run(TASK, argv, args, network, spec, device), data, recipes, quantize, dfq.to_evaluate)
+    run_rows(Run(TASK, argv, args, network, spec, device), data, recipes, quantize)
 
 
 def run() -> None:

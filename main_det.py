@@ -10,6 +10,7 @@ import dfq
 from modeling import box_coder, build_model
 from utils.core.networks import scored
 from utils.experiment import cli
+from utils.experiment.loading import opened
 from utils.experiment.runner import Run, run_rows
 from utils.tasks.detection import TASK, coder_as_data, coder_from, count_classes
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = cli.prepare(args)
 
     build = partial(build_model, args.model, args.weights, TASK.name, args.checkpoint_key)
-    network, recipes, quantize = dfq.prepared(args, TASK.name, build)
+    network, recipes, quantize = opened(args, TASK.name, build, dfq.quantize_data_free)
     spec = cli.input_spec(args, network.spec)
     network = replace(network, model=scored(network.model, spec, TASK.output_dims))
     coder = coder_from(network.extras["coder"]) if args.load else box_coder(network.model, spec)
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.data:
         data = task.open_data(args, spec, classes, extras)
 
-    run_rows(Run(task, argv, args, network, spec, device, extras), data, recipes, quantize, dfq.to_evaluate)
+    run_rows(Run(task, argv, args, network, spec, device, extras), data, recipes, quantize)
 
 
 def run() -> None:

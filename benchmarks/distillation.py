@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from dfq import Recipe, quantize_data_free, to_evaluate
+from dfq import Recipe, quantize_data_free
 from modeling import build_model
 from utils.calibration.distillation import Distillation, distill, statistics_fit
 from utils.calibration.fidelity import fidelity
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace, settings: Mapping[str, Distillation]) -> d
         for row, recipe in RECIPES.items():
             quantized = quantize_data_free(network.model, spec, recipe, images)
             figures[name][f"{row} dB"] = fidelity(quantized.float, quantized.simulated, real).output
-            networks[name, row] = to_evaluate(network.model, quantized, recipe)["quantized"]
+            networks[name, row] = engine.networks_of(network.model, quantized, recipe)["quantized"]
     networks = {"": network.model} | networks
     metrics = {name: TopK() for name in networks}
     engine.evaluate(networks, Batches(samples, args.batch_size, 1, 0), metrics, CPU)

@@ -84,7 +84,7 @@ def _unlike(network: Callable[[], nn.Module], seed: int) -> tuple[fx.GraphModule
 def spread_gains(model: nn.Module) -> nn.Module:
     """Channels with unlike ranges, as trained ones have."""
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.weight.mul_(torch.logspace(-1, 1, len(norm.weight)))
+        norm.weight.data.mul_(torch.logspace(-1, 1, len(norm.weight)))
     return model
 
 

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +26,7 @@ from utils.core.errors import UserError
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
 from utils.core.networks import to_fast_format
+from utils.core.predictions import class_axis
 from utils.graph.capture import capture
 
 REGIONS = 4  # along a side of a map of logits, each of one class
@@ -52,6 +53,17 @@ class Distillation:
     jitter: bool = False
     evidence: float = 0.05
     margin: float = 10.0
+
+
+def for_judging(settings: Distillation) -> Distillation:
+    """Images to judge results by: of another seed, and a quarter as many."""
+    return replace(settings, images=max(2, settings.images // 4), seed=settings.seed + 1)
+
+
+def for_search(settings: Distillation) -> tuple[Distillation, Distillation]:
+    """Images to calibrate on, and to judge by: twice as many as else, since recipes choose by half of them themselves."""
+    other = for_judging(settings)
+    return settings, replace(other, images=2 * other.images)
 
 
 @dataclass(frozen=True)
@@ -218,7 +230,7 @@ def class_targets(logits: Tensor, margin: float, generator: torch.Generator) -> 
     each, and a map's have one in each of 4 x 4 regions. Returns both without the axis of classes. Margins are uniform
     from 0, as photographs are of every clearness. A class of -1 asks for nothing.
     """
-    axis = _class_axis(logits)
+    axis = class_axis(logits)
     shape = [size for i, size in enumerate(logits.shape) if i != axis]
     regions = [shape[0], *(min(REGIONS, side) for side in shape[1:])] if logits.dim() > 3 else shape
     wanted = torch.randint(logits.shape[axis], regions, generator=generator)
@@ -237,7 +249,7 @@ def evidence_loss(logits: Tensor, wanted: Tensor, margin: Tensor) -> Tensor:
     logits: [N, C] of images, [N, C, H, W] of pixels or [N, P, C] of a detector's priors. wanted, margin: the same without
     C, as class_targets gives them. An answer's margin is its logit over the logsumexp of the others.
     """
-    axis = _class_axis(logits)
+    axis = class_axis(logits)
     place = wanted.clamp_min(0).unsqueeze(axis)
     others = logits.scatter(axis, place, -torch.inf).logsumexp(axis)
     missing = (margin - (logits.gather(axis, place).squeeze(axis) - others)).clamp_min(0).log1p()
@@ -246,11 +258,7 @@ def evidence_loss(logits: Tensor, wanted: Tensor, margin: Tensor) -> Tensor:
 
 def _tells_classes(output: Tensor) -> bool:
     """Whether an output can be logits of several classes."""
-    return output.dim() in (2, 3, 4) and output.shape[_class_axis(output)] > 1
-
-
-def _class_axis(logits: Tensor) -> int:
-    return 2 if logits.dim() == 3 else 1
+    return output.dim() in (2, 3, 4) and output.shape[class_axis(output)] > 1
 
 
 @torch.no_grad()

@@ -18,6 +18,20 @@ def first_output(outputs: Outputs) -> Tensor:
     return outputs[0] if isinstance(outputs, tuple | list) else outputs
 
 
+def class_axis(logits: Tensor) -> int:
+    """Along which axis logits tell of classes: of images [N, C], of pixels [N, C, H, W] and of priors [N, P, C]."""
+    return 2 if logits.dim() == 3 else 1
+
+
+def margins(logits: Tensor) -> Tensor:
+    """How far the largest logit is over the second, without the axis of classes; infinite where there is one class."""
+    axis = class_axis(logits)
+    if logits.shape[axis] < 2:
+        return torch.full_like(logits.select(axis, 0), torch.inf)
+    first, second = logits.topk(2, axis).values.unbind(axis)
+    return first - second
+
+
 def channel_predictions(outputs: Outputs) -> Tensor:
     """Class indices [N, ...] of logits [N, C, ...]: one for an image, or one for each of its pixels."""
     return first_output(outputs).argmax(1)

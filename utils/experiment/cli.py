@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from utils.core import distributed
-from utils.core.arguments import Number, Parser, at_least
+from utils.core.arguments import POSITIVE, Number, Parser, at_least
 from utils.core.errors import UserError
 from utils.core.files import check_target, make_folder
 from utils.core.input_spec import InputSpec
@@ -41,6 +41,7 @@ def parser_of(task: Task) -> Parser:
     add_input_flags(parser)
     add_distillation_flags(add_recipe_flags(parser)[DISTILLED])
     add_image_flags(parser)
+    add_search_flags(parser)
     add_deployment_flags(parser)
     add_run_flags(parser)
     task.add_flags(parser)
@@ -106,6 +107,40 @@ def data_flags(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="names of the network's classes in its order, one a line (default: classes.txt or labels.txt beside the data)",
     )
+
+
+def add_search_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("search: the passes that suit this network")
+    group.add_argument(
+        "--auto",
+        action="store_true",
+        help="try the recipes that can differ on this network, judge each on images that it has not seen, and take the "
+        "nearest to float",
+    )
+    group.add_argument(
+        "--max_noise",
+        type=POSITIVE,
+        metavar="DB",
+        help="keep the noisiest layers in float until the output is at least DB over its quantization noise; needs --auto",
+    )
+    group.add_argument(
+        "--force",
+        action="store_true",
+        help="go on where no recipe of --auto comes near to float; needs --auto",
+    )
+
+
+def check_search_flags(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse, beside --auto, what it chooses itself; and what only it reads without it."""
+    chosen = [name for name in given({name: getattr(args, name) for name in OF_A_ROW}) if args.auto]
+    if chosen:
+        parser.error(f"--auto chooses the passes itself; leave out --{chosen[0]}, or --auto")
+    for flag in ("table", "load"):
+        if args.auto and getattr(args, flag):
+            parser.error(f"--auto quantizes one network anew; leave out --{flag}, or --auto")
+    for flag in ("max_noise", "force"):
+        if getattr(args, flag) and not args.auto:
+            parser.error(f"--{flag} needs --auto")
 
 
 def check_data_flags(parser: ArgumentParser, args: Namespace) -> None:
@@ -182,6 +217,7 @@ def add_run_flags(parser: ArgumentParser) -> None:
 
 def check(parser: ArgumentParser, args: Namespace) -> Namespace:
     """Refuse combinations of the shared flags that mean nothing."""
+    check_search_flags(parser, args)
     if args.rows and not args.table:
         parser.error("--rows needs --table")
     settings = {name: getattr(args, name) for name in SETTINGS}
@@ -194,10 +230,10 @@ def check(parser: ArgumentParser, args: Namespace) -> Namespace:
     check_data_flags(parser, args)
     _check_engine(parser, args)
     try:
-        check_settings(settings, there=("quantize",) if args.table else ())
+        check_settings(settings, there=("quantize",) if args.table or args.auto else ())
     except UserError as error:
         parser.error(str(error))
-    if args.fidelity and not (args.quantize or args.table):
+    if args.fidelity and not (args.quantize or args.table or args.auto):
         parser.error("--fidelity needs --quantize")
     _check_input(parser, args)
     return args
@@ -209,8 +245,8 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
     if to_int8 and args.table:
         parser.error(f"--{to_int8[0]} writes one network; leave out --table")
     to_int8 += ["engine onnxruntime"] if args.engine != "simulate" else []
-    if to_int8 and not (args.quantize or args.load or args.table):
-        parser.error(f"--{to_int8[0]} needs --quantize or --load")
+    if to_int8 and not (args.quantize or args.load or args.table or args.auto):
+        parser.error(f"--{to_int8[0]} needs --quantize, --auto or --load")
     if args.opset and not args.export and args.engine == "simulate":
         parser.error("--opset needs --export or --engine onnxruntime")
     bits = args.bits_weight, args.bits_activation, args.bits_bias
@@ -325,21 +361,28 @@ def open_device(name: str) -> torch.device:
 
 
 def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | None = None) -> str:
-    """The command line that started this run, to be typed again; or of one row of its table, with that row's passes."""
+    """The command line that started this run, to be typed again; or that of one of its rows, with that row's passes in
+    the place of what chose them."""
     words = list(sys.argv[1:] if argv is None else argv)
     if passes is not None:
-        words.remove("--table")
-        if "--rows" in words:
-            first = words.index("--rows")
-            rest = [i for i in range(first + 1, len(words)) if words[i].startswith("--")]
-            del words[first : rest[0] if rest else None]
-        words += passes
+        words = [*_without(words, ("--table", "--rows", "--auto", "--max_noise", "--force")), *passes]
     start = (
         ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
         if distributed.world_size() > 1
         else ["python"]
     )
     return shlex.join([*start, program, *words])
+
+
+def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The words of a command line without these flags and their values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in flags
+        if not dropping:
+            kept.append(word)
+    return kept
 
 
 def headline(args: Namespace, network: Loaded, samples: int, recipe: str) -> str:

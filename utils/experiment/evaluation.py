@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.backends.lowering import lower_to_integers
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.networks import to_fast_format
 from utils.core.predictions import Agreement, Predictions
+from utils.passes.result import Quantized
+from utils.quantization.recipe import Recipe
 from utils.tasks.base import Data
 from utils.tasks.data import BadSample, Batch, Batches
 from utils.tasks.metrics import Metric
@@ -121,6 +124,16 @@ def _feed(
             torch.cuda.synchronize(device)
         seconds[name] += time.perf_counter() - start
         metrics[name].update(outputs, batch.targets)
+
+
+def networks_of(loaded: nn.Module, quantized: Quantized, recipe: Recipe) -> dict[str, nn.Module]:
+    """The networks of a row, the loaded one first, by the names of Recipe.labels; in the form that runs fastest."""
+    networks = {"fp32_original": loaded}
+    if recipe.changes_float or quantized.simulated is None:
+        networks["fp32"] = quantized.float
+    if quantized.simulated is not None:
+        networks["quantized"] = lower_to_integers(quantized.simulated)
+    return networks
 
 
 class Evaluator:

@@ -3,14 +3,13 @@
 import argparse
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from utils.calibration.distillation import Distillation, distilled
+from utils.calibration.distillation import Distillation, distilled, for_judging, for_search
 from utils.calibration.images import Images, load_images
 from utils.core import distributed
 from utils.core.arguments import at_least
@@ -84,8 +83,8 @@ def check_image_flags(parser: ArgumentParser, args: Namespace, typed: Sequence[s
         parser.error(f"--images takes the place of distilled images; leave out --{distilling[0]}, or --images")
     if args.load:
         parser.error("--load takes the network, its input and its passes from the file; leave out --images")
-    if not (args.quantize or args.equalize or args.table):
-        parser.error("--images needs --quantize or --equalize")
+    if not (args.quantize or args.equalize or args.table or args.auto):
+        parser.error("--images needs --quantize, --equalize or --auto")
 
 
 def images_of(
@@ -93,7 +92,7 @@ def images_of(
 ) -> Images | None:
     """The user's own, or distilled ones for the recipe or for --fidelity; None where neither needs any.
 
-    Distilled images to judge by are of another seed, and a quarter as many.
+    Distilled images to judge by are of another seed, and a quarter as many, or half as many for --auto.
     """
     if args.images:
         own = load_images(args.images, partial(task.read_image, spec=spec), args.images_count, args.skip_bad_images)
@@ -103,6 +102,6 @@ def images_of(
     if not (needed or args.fidelity):
         return None
     settings = Distillation(args.distill_images, args.distill_batch, args.distill_steps, args.seed)
-    other = replace(settings, images=max(2, settings.images // 4), seed=args.seed + 1)
+    both = for_search(settings) if args.auto else (settings, for_judging(settings))
     folder = args.distill_cache or cache_folder() / "distilled"
-    return Images(*(distilled(model, spec, one, device, folder) for one in (settings, other)))
+    return Images(*(distilled(model, spec, one, device, folder) for one in both))

@@ -3,32 +3,31 @@
 import json
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from utils.calibration.fidelity import held_out
-from utils.calibration.images import Images
+from utils.calibration.images import Images, unseen
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
-from utils.experiment import cli, deployment, page, records, scores
-from utils.experiment.evaluation import Evaluator, agreement
+from utils.experiment import auto, cli, deployment, page, records, scores
+from utils.experiment.evaluation import Evaluator, agreement, networks_of
 from utils.experiment.images import images_of
+from utils.experiment.loading import Quantize
 from utils.graph.capture import capture
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
 from utils.tasks.base import Data, Task
 from utils.tasks.metrics import Metric
-
-Quantize = Callable[..., Quantized]  # as dfq.quantize_data_free
-ToEvaluate = Callable[[nn.Module, Quantized, Recipe], dict[str, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Run:
         """The part of a row's line that is known before it runs."""
         args = Namespace(**vars(self.args) | recipe.settings)
         command = cli.command(self.task.program, self.argv, recipe.words if args.table else None)
-        return records.settings(self.task.name, args, command, self.network, self.weights_sha256, str(recipe))
+        name = f"auto: {recipe}" if args.auto else str(recipe)
+        return records.settings(self.task.name, args, command, self.network, self.weights_sha256, name)
 
     def float_keys(self, recipe: Recipe) -> dict[str, str]:
         """What decides what a row's float networks compute: the weights, and the passes on them."""
@@ -81,15 +81,33 @@ class Row:
     line: Mapping[str, Any]
 
 
-def run_rows(
-    run: Run, data: Data | None, recipes: Sequence[Recipe], quantize: Quantize, to_evaluate: ToEvaluate
-) -> None:
+def run_rows(run: Run, data: Data | None, recipes: Sequence[Recipe], quantize: Quantize) -> None:
     """Quantize, evaluate and record a row for every recipe; of a table, for every one that is not recorded yet.
 
     data: None where the network is only to be written.
     """
+    evaluator = Evaluator(data, run.args, run.device) if data else None
+    if run.args.auto:
+        _run_auto(run, evaluator, quantize)
+    else:
+        _run_recipes(run, evaluator, recipes, quantize)
+
+
+def _run_auto(run: Run, evaluator: Evaluator | None, quantize: Quantize) -> None:
+    """The row of the recipe that a search finds."""
+    images = images_of(run.args, run.task, run.network.model, run.spec, run.device, True)
+    captured = _captured(run, evaluator)
+    images, judging = unseen(images)
+    found, ranking = auto.find(run, captured, images, judging, quantize)
+    recipe, quantized = found.chosen.recipe, found.quantized
+    _write_files(run, recipe, quantized, evaluator)
+    if evaluator is not None:
+        row = evaluate_row(run, evaluator, recipe, quantized, images, {"ranking": ranking})
+        _keep(run, evaluator, row)
+
+
+def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe], quantize: Quantize) -> None:
     args, defaults = run.args, cli.defaults(run.task)
-    evaluator = Evaluator(data, args, run.device) if data else None
     lines = [run.line(recipe) for recipe in recipes]
     done = _recorded(run, defaults)
     missing = [i for i, line in enumerate(lines) if records.identity(line, defaults) not in done]
@@ -100,23 +118,16 @@ def run_rows(
     images = images_of(args, run.task, model, spec, run.device, needed) if missing else None
     sources = (images.calibration, images.judging, images.real) if images else (None, None, False)
     sources = dict(zip(("images", "judging", "real"), sources, strict=True))
-    captured = capture(run.network.model, run.spec)
-    if captured.meta["batch"] not in (None, args.batch_size) and evaluator is not None:
-        raise UserError(
-            f"the network takes {captured.meta['batch']} image(s) at a time; pass --batch_size {captured.meta['batch']}"
-        )
+    captured = _captured(run, evaluator)
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
         quantized = quantize(run.network.model, run.spec, recipes[i], captured=captured, **sources)
         _write_files(run, recipes[i], quantized, evaluator)
         if evaluator is None:
             return
-        networks = to_evaluate(run.network.model, quantized, recipes[i])
-        row = evaluate_row(run, evaluator, recipes[i], quantized, networks, images)
+        row = evaluate_row(run, evaluator, recipes[i], quantized, images)
         lines[i] = row.line
-        if distributed.is_main_process():
-            _report(run, evaluator, row)
-            records.record(args.results, row.line)
+        _keep(run, evaluator, row)
         if args.table and count < len(missing):
             seconds = time.monotonic() - start
             left = seconds / count * (len(missing) - count)
@@ -125,16 +136,34 @@ def run_rows(
         _finish_table(run, [done.get(records.identity(line, defaults), line) for line in lines])
 
 
+def _captured(run: Run, evaluator: Evaluator | None) -> fx.GraphModule:
+    """The network's graph, whose batch the evaluation must be able to feed."""
+    captured = capture(run.network.model, run.spec)
+    if captured.meta["batch"] not in (None, run.args.batch_size) and evaluator is not None:
+        raise UserError(
+            f"the network takes {captured.meta['batch']} image(s) at a time; pass --batch_size {captured.meta['batch']}"
+        )
+    return captured
+
+
+def _keep(run: Run, evaluator: Evaluator, row: Row) -> None:
+    """The row's page, if one was asked for, and its line."""
+    if distributed.is_main_process():
+        _report(run, evaluator, row)
+        records.record(run.args.results, row.line)
+
+
 def evaluate_row(
     run: Run,
     evaluator: Evaluator,
     recipe: Recipe,
     quantized: Quantized,
-    networks: dict[str, nn.Module],
     images: Images | None,
+    known: Mapping[str, Any] = MappingProxyType({}),
 ) -> Row:
-    """Score a recipe's networks and print what was found. networks: by the names of recipe.labels."""
-    args, labels, line = run.args, dict(recipe.labels), run.line(recipe)
+    """Score a recipe's networks and print what was found. known: what else its line says."""
+    args, labels, line = run.args, dict(recipe.labels), run.line(recipe) | known
+    networks = networks_of(run.network.model, quantized, recipe)
     print(cli.headline(args, run.network, len(evaluator.data.samples), str(recipe)))
     if args.verbose or not args.table:
         print(quantized.log.report(args.verbose))

@@ -354,7 +354,9 @@ TABLE = {
 
 
 def recipes_of(args: Namespace) -> list[Recipe]:
-    """The recipe that the flags ask for; with --table those of its rows, or of --rows, at the bits that the flags say."""
+    """The recipe that the flags ask for, none with --auto; with --table those of its rows, or of --rows, at the bits that the flags say."""
+    if args.auto:
+        return []
     if not args.table:
         return [Recipe.from_args(args)]
     unknown = [name for name in args.rows or () if name not in TABLE]

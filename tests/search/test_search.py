@@ -1,0 +1,124 @@
+"""The search: which candidates it tries, and which it takes."""
+
+import pytest
+import torch
+from networks import SPEC, chain, made, randomise, relu_chain, settle, spread_gains
+
+from dfq import quantize_auto
+from utils.calibration.images import halves
+from utils.core.errors import UserError
+from utils.passes.log import PassLog
+from utils.passes.result import Quantized
+from utils.quantization.recipe import Recipe
+from utils.search.candidates import IMAGES_GAIN, SAME, Stage, stages, start
+from utils.search.float_layers import layer_noise
+from utils.search.judge import Judgement
+from utils.search.search import search
+
+
+class Rule:
+    """Judges recipes by a rule, without running them."""
+
+    def __init__(self, noise):
+        self.noise, self.seen = noise, []
+
+    def quantize(self, recipe: Recipe) -> Quantized:
+        self.seen.append(recipe)
+        result = Quantized(None, None, PassLog())
+        result.log.notes.append(recipe)
+        return result
+
+    def judge(self, quantized: Quantized) -> Judgement:
+        return Judgement(self.noise(quantized.log.notes[0]), 100.0, 0.0)
+
+
+def found(noise, graph=None, real=False):
+    rule = Rule(noise)
+    graph = made(chain, settle)[1] if graph is None else graph
+    return search(start({}), stages(graph, True, real), rule.quantize, rule.judge), rule
+
+
+def test_among_equals_it_takes_the_simplest():
+    result, rule = found(lambda recipe: 20.0 + SAME / 2 * recipe.per_channel)
+    assert result.chosen.recipe == start({"relu": True})  # as good, and faster
+    assert "simpler" in result.why
+    assert len(set(rule.seen)) == len(rule.seen), "a candidate was tried twice"
+
+
+def test_relu_in_the_place_of_relu6_must_cost_nothing():
+    result, _ = found(lambda recipe: 20.0 - 2 * recipe.relu)
+    assert result.chosen.recipe == start({})
+    assert not any(one.recipe.relu for one in found(lambda recipe: 20.0, made(relu_chain, settle)[1])[0].candidates)
+
+
+def test_stages_add_up():
+    result, _ = found(lambda r: 20.0 + 3 * r.per_channel + 4 * r.distill_range + 5 * r.distill_rounding - 9 * r.relu)
+    chosen = result.chosen.recipe
+    assert chosen.per_channel and chosen.distill_range and chosen.distill_rounding and chosen.distill_correction
+    assert result.candidates[0] is result.chosen
+    assert [one.noise for one in result.candidates] == sorted((one.noise for one in result.candidates), reverse=True)
+
+
+def test_what_was_fitted_to_distilled_images_must_win_by_more():
+    gain = (SAME + IMAGES_GAIN) / 2
+
+    def noise(recipe):
+        return 20.0 + gain * recipe.distill_range - 9 * recipe.relu
+
+    assert not found(noise)[0].chosen.recipe.distill_range
+    assert found(noise, real=True)[0].chosen.recipe.distill_range
+
+
+def test_a_candidate_that_cannot_run_is_no_end():
+    rule = Rule(lambda recipe: 20.0)
+
+    def quantize(recipe):
+        if recipe.per_channel:
+            raise UserError("no scales per channel here")
+        return rule.quantize(recipe)
+
+    result = search(start({}), [Stage(({"per_channel": True},), 0.5)], quantize, rule.judge)
+    assert result.candidates[-1].reason == "no scales per channel here" and not result.chosen.recipe.per_channel
+
+    def refuse(recipe):
+        raise UserError("the network cannot be run")
+
+    with pytest.raises(UserError, match="cannot be run"):
+        search(start({}), [], refuse, rule.judge)
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """A network whose channels have unlike ranges, that equalization helps."""
+    return made(chain, randomise, settle, spread_gains, settle)
+
+
+def test_on_a_network_it_takes_what_is_nearest(uneven):
+    model, _ = uneven
+    result = quantize_auto(model, SPEC, SPEC.probe(16, seed=4), bits_weight=4)
+    assert result.chosen.recipe.bits_weight == 4 and result.chosen.recipe.quantize
+    assert result.chosen.noise >= max(one.noise for one in result.candidates) - IMAGES_GAIN
+    images = SPEC.probe(32, seed=9)
+    with torch.no_grad():
+        expected, ours = model(images), result.quantized.simulated(images)
+    plain = {one.recipe: one.noise for one in result.candidates}[start({"bits_weight": 4})]
+    measured = 10 * float((expected.square().sum() / (expected - ours).square().sum()).log10())
+    assert measured > plain - 3, "it is not as near on other images as it was judged"
+
+
+def test_layers_stay_in_float_until_the_noise_is_low_enough(uneven):
+    model, _ = uneven
+    images = SPEC.probe(16, seed=4)
+    plain = quantize_auto(model, SPEC, images, bits_weight=4, bits_activation=6)
+    wanted = plain.chosen.noise + 3
+    result = quantize_auto(model, SPEC, images, max_noise=wanted, bits_weight=4, bits_activation=6)
+    assert result.chosen.noise >= wanted
+    shares = layer_noise(plain.quantized, halves(images)[0])
+    assert result.chosen.recipe.float_layers == tuple(shares)[: len(result.chosen.recipe.float_layers)]
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
+def test_a_network_far_from_float_is_refused(uneven):
+    model, _ = uneven
+    with pytest.raises(UserError, match=r"no candidate comes near to float: .* --max_noise"):
+        quantize_auto(model, SPEC, SPEC.probe(8, seed=4), bits_weight=2, bits_activation=2)

@@ -1,0 +1,70 @@
+"""--auto in a run: the search, as it is printed and recorded."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from utils.calibration.fidelity import held_out
+from utils.calibration.images import Images
+from utils.core import distributed
+from utils.core.errors import UserError
+from utils.experiment import cli
+from utils.experiment.loading import Quantize
+from utils.quantization.recipe import OF_A_ROW, SETTINGS
+from utils.search.auto import check_near, find_recipe
+from utils.search.float_layers import describe_noise
+from utils.search.search import HEAD, Found, name_of
+
+if TYPE_CHECKING:
+    from utils.experiment.runner import Run
+
+
+def find(
+    run: "Run", captured: fx.GraphModule, images: Images, judging: Tensor, quantize: Quantize
+) -> tuple[Found, dict[str, Any]]:
+    """The recipe that --auto takes, and the ranking as a line of results holds it; both printed.
+
+    judging: [N, C, H, W], which no candidate has seen.
+    Where none comes near to float, a UserError, unless --force was given.
+    """
+    args, model = run.args, run.network.model
+    settings = {name: getattr(args, name) for name in SETTINGS if name not in OF_A_ROW}
+    say = print if distributed.is_main_process() else lambda line: None
+    judged = len(judging)
+    say(f"candidates, judged on {held_out(judged, images.real)} that none has seen:\n{HEAD}")
+    found, shares = find_recipe(
+        captured,
+        images,
+        judging,
+        partial(quantize, model, run.spec, captured=captured),
+        settings,
+        run.task.predictions,
+        args.max_noise,
+        say,
+    )
+    say(f"auto: {name_of(found.chosen.recipe)}, {found.why}")
+    say(
+        f"  noisiest layers: {describe_noise(shares)} of the noise"
+        + ("" if args.max_noise else "; --float_layers NAME ... keeps layers in float")
+    )
+    say(f"  the same by: {cli.command(run.task.program, run.argv, found.chosen.recipe.words)}")
+    try:
+        check_near(found, images)
+    except UserError:
+        if not args.force:
+            raise
+        say("  warning: far from float, and taken as it is because of --force")
+    return found, ranking_of(found, judged)
+
+
+def ranking_of(found: Found, judged: int) -> dict[str, Any]:
+    """The candidates as plain data, the nearest to float first. judged: on how many images."""
+
+    def plain(one: Any) -> Mapping[str, Any]:
+        figures = {name: round(value, 4) for name, value in asdict(one.judgement).items()} if one.judgement else {}
+        return {"recipe": name_of(one.recipe), "flags": one.recipe.words, **figures, "reason": one.reason}
+
+    return {"images": judged, "why": found.why, "candidates": [plain(one) for one in found.candidates]}

@@ -1,0 +1,31 @@
+"""What a run quantizes: a network and its recipes, as the flags say, or as a file that --save wrote has them."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields
+
+from utils.core.errors import UserError
+from utils.experiment.records import Loaded
+from utils.passes.log import PassLog
+from utils.passes.result import Quantized
+from utils.quantization import serialization as artifact
+from utils.quantization.recipe import Recipe, recipes_of
+
+Quantize = Callable[..., Quantized]  # as dfq.quantize_data_free
+
+
+def opened(
+    args: Namespace, task: str, build: Callable[[], Loaded], quantize: Quantize
+) -> tuple[Loaded | artifact.Saved, list[Recipe], Quantize]:
+    """The network, its recipes and what quantizes it. build: the network of --model and --weights."""
+    if not args.load:
+        return build(), recipes_of(args), quantize
+    saved = artifact.load(args.load, task)
+    strange = saved.recipe.keys() ^ {field.name for field in fields(Recipe)}
+    if strange:
+        raise UserError(
+            f"{str(args.load)!r} is of another version (its recipe differs by {min(strange)!r}); save it again"
+        )
+    quantized = Quantized(saved.float, saved.simulated, PassLog())
+    quantized.log.note(f"loaded from {args.load}")
+    return saved, [Recipe(**saved.recipe)], lambda *_, **__: quantized

@@ -1,0 +1,63 @@
+"""Recipes for a network that nobody chose one for, judged on images that none of them has seen."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+
+from utils.calibration.images import Images
+from utils.core.errors import UserError
+from utils.core.predictions import Predictions
+from utils.passes.result import Quantized
+from utils.quantization.recipe import Recipe
+from utils.search.candidates import stages, start
+from utils.search.float_layers import add_until, layer_noise
+from utils.search.judge import Judge
+from utils.search.search import Found, search
+
+FAR = 10.0  # dB of the output over its noise, below which nothing is written without --force
+
+
+def find_recipe(
+    network: fx.GraphModule,
+    images: Images,
+    unseen: Tensor,
+    quantize: Callable[..., Quantized],
+    settings: Mapping[str, Any],
+    predictions: Predictions | None = None,
+    max_noise: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Found, dict[str, float]]:
+    """The search on a captured network; and by layer, what share of the output's power its quantization adds.
+
+    images: for the recipes, which choose among equalizations by those to judge by. unseen: [N, C, H, W], on which the search
+    judges them. quantize: recipe, and images, judging and real as quantize_data_free takes them, to the quantized network. settings: of Recipe, that
+    every candidate has, such as bits. max_noise: the dB that the output must be over its noise; layers stay in float
+    until it is. say: is told of every candidate.
+    """
+    run = partial(quantize, images=images.calibration, judging=images.judging, real=images.real)
+    judge = Judge(network, unseen, predictions)
+    found = search(start(settings), stages(network, True, images.real), run, judge, say)
+    shares = layer_noise(found.quantized, images.calibration)
+    if max_noise is not None and found.chosen.noise < max_noise:
+        found = add_until(found, shares, max_noise, run, judge, say)
+    return found, shares
+
+
+def check_near(found: Found, images: Images) -> None:
+    """Refuse a network that is far from float in the best of all recipes."""
+    if found.chosen.noise < FAR:
+        tries = [] if images.real else ["--images DIR with pictures of your own"]
+        tries += ["more bits (--bits_weight, --bits_activation)"] * (min(bits_of(found.chosen.recipe)) < 16)
+        tries += [f"--max_noise {FAR + 5:g}, which keeps the noisiest layers in float"] * (
+            not found.chosen.recipe.float_layers
+        )
+        raise UserError(
+            f"no candidate comes near to float: the best output is {found.chosen.noise:.1f} dB over its noise, and {FAR:g} "
+            f"are asked for; try {', or '.join(tries)}; --force takes it as it is"
+        )
+
+
+def bits_of(recipe: Recipe) -> tuple[int, int]:
+    return recipe.bits_weight, recipe.bits_activation

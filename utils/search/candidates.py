@@ -1,0 +1,59 @@
+"""The recipes that can differ on a network, in the stages in which they are tried."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from utils.core.errors import UserError
+from utils.graph.layers import Clip
+from utils.quantization.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Changes to the best recipe so far, of which each is tried.
+
+    changes: settings of Recipe by name; what they require is given with them. gain: by how many dB one must be nearer
+    to float than the best so far to take its place, since that is simpler, or was fitted to fewer images.
+    """
+
+    changes: tuple[dict[str, Any], ...]
+    gain: float
+
+
+NOTHING = {"equalize": False}
+IMAGES_GAIN = 1.0  # dB: what looks at distilled images does better on other distilled ones than on photographs
+SAME = 0.5  # dB that decide nothing
+RELU_LOSS = 0.3  # dB that ReLU in the place of ReLU6 may cost, since engines run it faster
+
+# Per channel and per tensor cost engines the same; per tensor is what more of them have.
+PER_CHANNEL = {"per_channel": True}
+WEIGHTS = Stage((NOTHING, PER_CHANNEL, NOTHING | PER_CHANNEL), SAME)
+WEIGHTS_PER_TENSOR = Stage((NOTHING,), SAME)
+
+
+def start(bits: dict[str, int]) -> Recipe:
+    """The recipe that all others are changes of. bits: the settings that the user chose."""
+    return Recipe(quantize=True, equalize=True, correction=True, **bits)
+
+
+def stages(network: fx.GraphModule, per_channel: bool, real: bool) -> Iterator[Stage]:
+    """The stages for a network. per_channel: whether the target has scales per channel. real: whether images are photographs."""
+    gain = SAME if real else IMAGES_GAIN
+    yield WEIGHTS if per_channel else WEIGHTS_PER_TENSOR
+    yield Stage(({"distill_range": True},), gain)
+    yield Stage(({"distill_correction": True},), gain)
+    yield Stage(({"equalize": True, "distill_equalize": True},), gain)
+    yield Stage(({"distill_correction": True, "distill_rounding": True},), gain)
+    if any(isinstance(module, Clip) and module.rectifies and module.capped for module in network.modules()):
+        yield Stage(({"relu": True},), -RELU_LOSS)
+
+
+def changed(recipe: Recipe, change: dict[str, Any]) -> Recipe | None:
+    """The recipe with a change; None where that means nothing."""
+    try:
+        return replace(recipe, **change)
+    except UserError:
+        return None

@@ -1,0 +1,79 @@
+"""How near a candidate comes to the network as it was loaded, on images that it was not fitted to."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from utils.calibration.observers import BATCH
+from utils.core.predictions import Predictions, margins
+from utils.graph.nodes import outputs_of
+from utils.passes.result import Quantized
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was measured of one candidate.
+
+    noise: output power over error power, in dB, of all outputs; the larger, the nearer to float. agreement: percent of
+    the predictions that are the float network's, each weighted by how sure that is of it. saturation: the largest share
+    of a tensor's values that its range cuts, in percent.
+    """
+
+    noise: float
+    agreement: float
+    saturation: float
+
+
+class Judge:
+    """Holds candidates to a network on images; its own outputs are computed once.
+
+    network: as captured, before any pass. images: [N, C, H, W], of which no candidate has seen any. predictions: the
+    class indices that are compared; None where the outputs tell of none.
+    """
+
+    def __init__(self, network: fx.GraphModule, images: Tensor, predictions: Predictions | None = None):
+        self.images, self.batch, self.predictions = images, network.meta["batch"] or BATCH, predictions
+        self.expected = self._outputs(network)
+
+    def __call__(self, quantized: Quantized) -> Judgement:
+        found = self._outputs(quantized.simulated)
+        shares = [noise_share(before, after) for before, after in zip(self.expected, found, strict=True)]
+        near = quantized.fidelity
+        saturation = max(near.saturation.values(), default=0.0) if near else 0.0
+        return Judgement(decibels(sum(shares) / len(shares)), self._agreement(found), saturation)
+
+    def _agreement(self, found: list[Tensor]) -> float:
+        if self.predictions is None:
+            return 100.0
+        before, after = (self.predictions(tuple(outputs)) for outputs in (self.expected, found))
+        return 100 * weighted_agreement(before == after, margins(self.expected[0]))
+
+    def _outputs(self, network: nn.Module) -> list[Tensor]:
+        """The network's outputs on all images."""
+        with torch.inference_mode():
+            parts = [outputs_of(network(some)) for some in self.images.split(self.batch)]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def weighted_agreement(same: Tensor, margin: Tensor) -> float:
+    """The share of predictions that are the same, each counted by its margin: a tie that goes the other way is no loss.
+
+    same: whether they are, of any shape. margin: of the float network's, at least 0; of another shape it does not count.
+    """
+    weight = margin.double() if margin.shape == same.shape else torch.ones(same.shape, dtype=torch.double)
+    weight = weight.clamp(max=1e6)
+    return float((weight * same).sum() / weight.sum().clamp_min(1e-30))
+
+
+def noise_share(expected: Tensor, found: Tensor) -> float:
+    """Power of the error as a share of the output's; 1 where the output is no number."""
+    error = (expected.double() - found.double()).square().sum()
+    share = float(error / expected.double().square().sum().clamp_min(1e-30))
+    return share if math.isfinite(share) else 1.0
+
+
+def decibels(share: float) -> float:
+    """A share of power as the ratio of the whole to it, in dB."""
+    return -10 * math.log10(max(share, 1e-30))

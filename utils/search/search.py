@@ -1,0 +1,111 @@
+"""The search: stage by stage from one recipe to the one whose network is nearest to float."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from utils.core.errors import UserError
+from utils.passes.result import Quantized
+from utils.quantization.recipe import Recipe
+from utils.search.candidates import Stage, changed
+from utils.search.judge import Judge, Judgement
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe, and how near it came. reason: why it could not be run, where it could not; then judgement is None."""
+
+    recipe: Recipe
+    judgement: Judgement | None
+    reason: str = ""
+
+    @property
+    def noise(self) -> float:
+        return self.judgement.noise if self.judgement else float("-inf")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    candidates: all that were tried, the nearest first. chosen: the one that was taken, with what quantized it made. why:
+    what decided, in a few words.
+    """
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    quantized: Quantized
+    why: str
+
+
+def search(
+    start: Recipe,
+    stages: Iterable[Stage],
+    quantize: Callable[[Recipe], Quantized],
+    judge: Judge,
+    say: Callable[[str], None] = lambda line: None,
+) -> Found:
+    """Try every stage's changes on the best recipe of the stages before, and take the nearest where it is so by the stage's gain.
+
+    say: is told of each candidate as it is judged. A first recipe that cannot be run is a UserError, as is any that
+    stops for another reason than its own settings.
+    """
+    tried: dict[Recipe, Candidate] = {}
+
+    def attempt(recipe: Recipe) -> tuple[Candidate, Quantized | None]:
+        try:
+            quantized = quantize(recipe)
+        except UserError as error:
+            if not tried:
+                raise
+            made = Candidate(recipe, None, str(error)), None
+        else:
+            made = Candidate(recipe, judge(quantized)), quantized
+        tried[recipe] = made[0]
+        say(line_of(made[0]))
+        return made
+
+    best, kept = attempt(start)
+    for stage in stages:
+        nearest, found = None, None
+        for recipe in filter(None, (changed(best.recipe, change) for change in stage.changes)):
+            if recipe not in tried:
+                candidate, quantized = attempt(recipe)
+                if nearest is None or candidate.noise > nearest.noise:
+                    nearest, found = candidate, quantized
+        if nearest is not None and found is not None and nearest.noise >= best.noise + stage.gain:
+            best, kept = nearest, found
+    ranked = sorted(tried.values(), key=lambda one: -one.noise)
+    return Found(tuple(ranked), best, kept, reason(ranked, best))
+
+
+def name_of(recipe: Recipe) -> str:
+    """A recipe as a row of a table is called."""
+    return f"{recipe}{' per channel' if recipe.per_channel else ''}"
+
+
+def line_of(candidate: Candidate) -> str:
+    """A candidate in a line of the ranking."""
+    name = f"{name_of(candidate.recipe):<36}"
+    if candidate.judgement is None:
+        return f"{name} not run: {candidate.reason}"
+    found = candidate.judgement
+    return f"{name} {found.noise:6.1f} dB {found.agreement:9.2f} % {found.saturation:9.3f} %"
+
+
+HEAD = f"{'candidate':<36} {'noise':>9} {'agreement':>11} {'most cut':>11}"
+
+
+def reason(ranked: list[Candidate], best: Candidate) -> str:
+    """What decided for the best, in words."""
+    first = ranked[0]
+    if first is best:
+        others = [one for one in ranked[1:] if one.judgement]
+        return (
+            f"nearest to float, {first.noise - others[0].noise:.1f} dB before the next"
+            if others
+            else "the only candidate"
+        )
+    return (
+        f"{first.noise - best.noise:.1f} dB behind {name_of(first.recipe)}, which is no more than what differs by chance or by the images; "
+        "it is the simpler of the two"
+    )
