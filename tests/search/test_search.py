@@ -95,13 +95,13 @@ def uneven():
 
 def test_on_a_network_it_takes_what_is_nearest(uneven):
     model, _ = uneven
-    result = quantize_auto(model, SPEC, SPEC.probe(16, seed=4), bits_weight=4)
-    assert result.chosen.recipe.bits_weight == 4 and result.chosen.recipe.quantize
+    result = quantize_auto(model, SPEC, SPEC.probe(16, seed=4), bits_weight=6)
+    assert result.chosen.recipe.bits_weight == 6 and result.chosen.recipe.quantize
     assert result.chosen.noise >= max(one.noise for one in result.candidates) - IMAGES_GAIN
     images = SPEC.probe(32, seed=9)
     with torch.no_grad():
         expected, ours = model(images), result.quantized.simulated(images)
-    plain = {one.recipe: one.noise for one in result.candidates}[start({"bits_weight": 4})]
+    plain = {one.recipe: one.noise for one in result.candidates}[start({"bits_weight": 6})]
     measured = 10 * float((expected.square().sum() / (expected - ours).square().sum()).log10())
     assert measured > plain - 3, "it is not as near on other images as it was judged"
 
@@ -109,9 +109,9 @@ def test_on_a_network_it_takes_what_is_nearest(uneven):
 def test_layers_stay_in_float_until_the_noise_is_low_enough(uneven):
     model, _ = uneven
     images = SPEC.probe(16, seed=4)
-    plain = quantize_auto(model, SPEC, images, bits_weight=4, bits_activation=6)
+    plain = quantize_auto(model, SPEC, images, bits_weight=6)
     wanted = plain.chosen.noise + 3
-    result = quantize_auto(model, SPEC, images, max_noise=wanted, bits_weight=4, bits_activation=6)
+    result = quantize_auto(model, SPEC, images, max_noise=wanted, bits_weight=6)
     assert result.chosen.noise >= wanted
     shares = layer_noise(plain.quantized, halves(images)[0])
     assert result.chosen.recipe.float_layers == tuple(shares)[: len(result.chosen.recipe.float_layers)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.calibration.observers import BATCH
-from utils.core.predictions import Predictions, margins
+from utils.core.predictions import Predictions, class_axis, margins
 from utils.graph.nodes import outputs_of
 from utils.passes.result import Quantized
 
@@ -16,7 +16,7 @@ from utils.passes.result import Quantized
 class Judgement:
     """What was measured of one candidate.
 
-    noise: output power over error power, in dB, of all outputs; the larger, the nearer to float. agreement: percent of
+    noise: how much the outputs vary over how far they are from float, both as power, in dB; the larger, the nearer. agreement: percent of
     the predictions that are the float network's, each weighted by how sure that is of it. saturation: the largest share
     of a tensor's values that its range cuts, in percent.
     """
@@ -68,9 +68,15 @@ def weighted_agreement(same: Tensor, margin: Tensor) -> float:
 
 
 def noise_share(expected: Tensor, found: Tensor) -> float:
-    """Power of the error as a share of the output's; 1 where the output is no number."""
-    error = (expected.double() - found.double()).square().sum()
-    share = float(error / expected.double().square().sum().clamp_min(1e-30))
+    """Power of the error as a share of how much the output varies; 1 where it is no number.
+
+    expected, found: [N, C], [N, P, C] or [N, C, H, W]. About its mean over images and positions for each class: what
+    every image shares tells nothing of it.
+    """
+    expected, found = expected.double(), found.double()
+    others = [axis for axis in range(expected.dim()) if axis != class_axis(expected)]
+    varied = (expected - expected.mean(others, keepdim=True)).square().sum()
+    share = float((expected - found).square().sum() / varied.clamp_min(1e-30))
     return share if math.isfinite(share) else 1.0
 
 
