@@ -375,6 +375,31 @@ ROWS: dict[str, list[Row]] = {
             flags(main_det, "--load", "f", "--model", "x"),
         ),
         Row(
+            "--auto with passes",
+            "refused: --auto chooses the passes itself; leave out --equalize, or --auto",
+            flags(main_cls, "--auto", "--equalize"),
+        ),
+        Row(
+            "--auto with --table",
+            "refused: --auto quantizes one network anew; leave out --table, or --auto",
+            flags(main_seg, "--auto", "--table"),
+        ),
+        Row(
+            "--max_noise without --auto",
+            "refused: --max_noise needs --auto",
+            flags(main_cls, "--quantize", "--max_noise", "30"),
+        ),
+        Row(
+            "--doctor with --export",
+            "refused: --doctor quantizes nothing; leave out --export, or --doctor",
+            flags(main_det, "--doctor", "--export", "x.onnx"),
+        ),
+        Row(
+            "--float_layers without --quantize",
+            "refused: --float_layers needs --quantize",
+            flags(main_cls, "--float_layers", "features.0.0"),
+        ),
+        Row(
             "--checkpoint_key without --weights",
             "refused: --checkpoint_key needs --weights",
             flags(main_seg, "--checkpoint_key", "ema"),

@@ -118,6 +118,11 @@ def add_search_flags(parser: ArgumentParser) -> None:
         "nearest to float",
     )
     group.add_argument(
+        "--doctor",
+        action="store_true",
+        help="quantize nothing: say what was captured, what will run on integers, what stands in the way, and what to type next",
+    )
+    group.add_argument(
         "--max_noise",
         type=POSITIVE,
         metavar="DB",
@@ -138,6 +143,10 @@ def check_search_flags(parser: ArgumentParser, args: Namespace) -> None:
     for flag in ("table", "load"):
         if args.auto and getattr(args, flag):
             parser.error(f"--auto quantizes one network anew; leave out --{flag}, or --auto")
+    others = [flag for flag in ("auto", "table", "load", "export", "save", "images", "fidelity") if getattr(args, flag)]
+    others += list(given({name: getattr(args, name) for name in OF_A_ROW}))
+    if args.doctor and others:
+        parser.error(f"--doctor quantizes nothing; leave out --{others[0]}, or --doctor")
     for flag in ("max_noise", "force"):
         if getattr(args, flag) and not args.auto:
             parser.error(f"--{flag} needs --auto")
@@ -303,7 +312,7 @@ def with_demo(task: Task, args: Namespace, open_demo: Callable[[str], Demo]) -> 
     args.demo says which it was.
     """
     own = args.weights is not None or args.model != defaults(task)["model"]
-    args.demo = args.data is None and not ((own or args.load) and (args.export or args.save))
+    args.demo = args.data is None and not ((own or args.load) and (args.export or args.save or args.doctor))
     if not args.demo:
         return args
     if own:
@@ -365,7 +374,10 @@ def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | No
     the place of what chose them."""
     words = list(sys.argv[1:] if argv is None else argv)
     if passes is not None:
-        words = [*_without(words, ("--table", "--rows", "--auto", "--max_noise", "--force")), *passes]
+        words = [
+            *_without(words, ("--table", "--rows", "--auto", "--max_noise", "--force", "--doctor", "--report")),
+            *passes,
+        ]
     start = (
         ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
         if distributed.world_size() > 1

@@ -71,6 +71,16 @@ def write(
     return file
 
 
+def write_findings(file: Path, title: str, findings: Mapping[str, Sequence[str]]) -> Path:
+    """Write a page of lines by heading; a line's part before its first colon is what it is about."""
+    parts = [f"<h1>{escape(title)}</h1>"]
+    for heading, lines in findings.items():
+        items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+        parts.append(f"<h2>{escape(heading)}</h2><ul>{items}</ul>")
+    file.write_text(_document(title, "\n".join(parts)), encoding="utf-8")
+    return file
+
+
 def write_index(file: Path, title: str, lead: str, table: Sequence[Sequence[str]], links: Sequence[str]) -> Path:
     """The page of a table whose rows have pages of their own. links: to each row's page."""
     head, *rows = table

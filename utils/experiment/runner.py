@@ -19,7 +19,7 @@ from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
-from utils.experiment import auto, cli, deployment, page, records, scores
+from utils.experiment import auto, cli, deployment, doctor, page, records, scores
 from utils.experiment.evaluation import Evaluator, agreement, networks_of
 from utils.experiment.images import images_of
 from utils.experiment.loading import Quantize
@@ -86,6 +86,9 @@ def run_rows(run: Run, data: Data | None, recipes: Sequence[Recipe], quantize: Q
 
     data: None where the network is only to be written.
     """
+    if run.args.doctor:
+        doctor.examine(run, quantize)
+        return
     evaluator = Evaluator(data, run.args, run.device) if data else None
     if run.args.auto:
         _run_auto(run, evaluator, quantize)

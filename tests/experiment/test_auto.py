@@ -1,0 +1,94 @@
+"""--auto and --doctor as one types them: what they print, record and write, and what ends them."""
+
+import json
+import shlex
+
+import pytest
+from networks import SPEC, chain, folded, randomise, settle, spread_gains
+from test_cli import failure, flags, images  # noqa: F401
+
+import main_cls
+from utils.calibration.moments import Gaussian
+from utils.experiment.doctor import FAR, coarse_share, contradictions
+from utils.graph.nodes import module_of, weighted_nodes
+
+FEW = ("--distill_images", "8", "--distill_steps", "3")
+
+
+def uneven():
+    """A network that equalization helps, for --model test_auto:uneven."""
+    return settle(spread_gains(settle(randomise(chain()))))
+
+
+def test_a_search_is_recorded_with_its_ranking_and_repeated_by_its_flags(images, tmp_path, capsys):  # noqa: F811
+    own = ("--distill_cache", str(tmp_path / "cache"), *FEW)
+    main_cls.main(
+        flags(images, tmp_path, "--auto", *own, "--export", str(tmp_path / "x.onnx"), model="test_auto:uneven")
+    )
+    printed = capsys.readouterr().out
+    line = json.loads((tmp_path / "runs.jsonl").read_text())
+    assert line["recipe"].startswith("auto: +") and (tmp_path / "x.onnx").exists()
+    noise = [one["noise"] for one in line["ranking"]["candidates"] if "noise" in one]
+    assert noise == sorted(noise, reverse=True) and len(noise) >= 6
+    again = next(text for text in printed.splitlines() if "the same by: " in text).partition("main_cls.py ")[2]
+    words = shlex.split(again)
+    assert "--auto" not in words and "--quantize" in words
+    main_cls.main(words)
+    repeated = json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[1])
+    assert f"auto: {repeated['recipe']}" == line["recipe"]
+    assert repeated["quantized"] == line["quantized"]
+
+
+def test_a_network_far_from_float_writes_nothing_unless_forced(images, tmp_path, capsys):  # noqa: F811
+    bits = ("--bits_weight", "2", "--bits_activation", "2", "--distill_cache", str(tmp_path / "cache"), *FEW)
+    argv = flags(images, tmp_path, "--auto", *bits, "--save", str(tmp_path / "x.dfq"), model="test_auto:uneven")
+    assert "no candidate comes near to float" in failure(argv, capsys)
+    assert not (tmp_path / "x.dfq").exists()
+    main_cls.main([*argv, "--force"])
+    assert (tmp_path / "x.dfq").exists() and "because of --force" in capsys.readouterr().out
+
+
+def test_without_batchnorm_a_search_asks_for_images(images, tmp_path, capsys):  # noqa: F811
+    argv = flags(images, tmp_path, "--auto", model="test_cli:without_batchnorm")
+    assert "--images DIR" in failure(argv, capsys)
+
+
+def test_the_doctor_says_what_was_captured_and_what_to_type(images, tmp_path, capsys):  # noqa: F811
+    main_cls.main(flags(images, tmp_path, "--doctor", "--report", str(tmp_path / "page"), model="test_auto:uneven"))
+    printed = capsys.readouterr().out
+    assert "layers: 3 Conv2d, 1 Linear" in printed and "activations: 3 ReLU6" in printed
+    assert "ONNX Runtime runs 4 of 4 layers on integers" in printed
+    assert "--auto --export test_auto_uneven-int8.onnx" in printed.splitlines()[-4]
+    assert "4 of 4 layers" in (tmp_path / "page" / "doctor.html").read_text()
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_the_doctor_ends_with_2_where_nothing_can_be_quantized(images, tmp_path, capsys):  # noqa: F811
+    argv = flags(images, tmp_path, "--doctor", model="test_auto:nothing")
+    assert failure(argv, capsys)
+
+
+def nothing():
+    """A network without a layer, for --model test_auto:nothing."""
+    from torch import nn
+
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_contradicted_statistics_are_found_without_data():
+    network, statistics = folded(settle(chain()))
+    assert max(contradictions(network, SPEC, statistics).values()) < 1
+    layer = [node.target for node in weighted_nodes(network)][1]
+    known = statistics[layer]
+    statistics[layer] = Gaussian(known.mean + 5 * known.variance.sqrt(), known.variance)
+    found = contradictions(network, SPEC, statistics)
+    assert found[layer] > FAR and found[layer] == max(found.values())
+
+
+def test_channels_of_few_steps_are_counted():
+    network, _ = folded(settle(chain()))
+    layer = module_of(network, weighted_nodes(network)[0])
+    layer.weight.data /= layer.weight.data.abs().amax((1, 2, 3), keepdim=True)
+    assert coarse_share(layer) == 0
+    layer.weight.data[:2] /= 100
+    assert coarse_share(layer) == pytest.approx(0.25)

@@ -1,0 +1,256 @@
+"""--doctor: what stands in the way of a network, in one page, without data and before anything is quantized."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from utils.calibration.moments import Moments, Statistics, propagate
+from utils.calibration.range_rules import guessed_tensors
+from utils.core import distributed
+from utils.core.errors import UserError
+from utils.core.files import make_folder
+from utils.core.input_spec import InputSpec
+from utils.core.networks import plain
+from utils.experiment import cli, page
+from utils.experiment.loading import Quantize
+from utils.graph.capture import capture
+from utils.graph.layers import WEIGHTED, Clip, Elementwise, grouped_weight
+from utils.graph.nodes import module_of, shape, weighted_nodes
+from utils.graph.ops import operator_of
+from utils.passes.dead_channels import ACTION as CLEARED
+from utils.passes.dead_channels import clear_dead_channels
+from utils.passes.fold_batchnorm import fold_batchnorm
+from utils.passes.insert_quantizers import quantized_tensors
+from utils.passes.log import PassLog
+from utils.passes.result import Quantized
+from utils.quantization.recipe import Recipe
+
+if TYPE_CHECKING:
+    from utils.experiment.runner import Run
+
+SHOWN = 3  # examples that a line names
+FAR = 3.0  # deviations by which the mean that a BatchNorm remembers is off, beyond which it is said
+COARSE = 8  # steps from a channel's smallest to its largest weight, under which rounding takes most of what it says
+
+Findings = dict[str, list[str]]  # lines by heading
+
+
+def examine(run: "Run", quantize: Quantize) -> None:
+    """Print the page, and write it where --report says. A network of which nothing can be quantized is a UserError."""
+    findings, failure = diagnose(run, quantize)
+    if distributed.is_main_process():
+        for title, lines in findings.items():
+            print(f"{title}\n" + "".join(f"  {line}\n" for line in lines))
+        if run.args.report:
+            title = f"{run.network.name}: what stands in the way"
+            file = page.write_findings(make_folder(run.args.report) / "doctor.html", title, findings)
+            print(f"{file} shows it")
+    if failure is not None:
+        raise failure
+
+
+def diagnose(run: "Run", quantize: Quantize) -> tuple[Findings, UserError | None]:
+    """All that can be said of a network, and why nothing of it can be quantized, where that is so."""
+    model = plain(run.network.model)
+    captured = capture(model, run.spec)
+    findings = {"Network": _network(run, captured)}
+    folded, log = capture(captured, run.spec), PassLog()
+    statistics = fold_batchnorm(folded, log)
+    findings["Captured"] = _operators(folded)
+    findings["Channels"] = _channels(folded, run.spec, statistics)
+    findings["BatchNorm"] = _statistics(folded, run.spec, statistics)
+    try:
+        noise = run.spec.probe(2)  # in the place of images: no range that follows from it is shown
+        quantized = quantize(model, run.spec, Recipe(quantize=True), images=noise, captured=captured)
+    except UserError as error:
+        findings["Next"] = [f"nothing can be quantized as it is: {error}"]
+        return findings, error
+    findings["On integers"] = _engine(run, quantized)
+    findings["Next"] = _next(run, quantized)
+    return findings, None
+
+
+def _network(run: "Run", captured: fx.GraphModule) -> list[str]:
+    count = sum(parameter.numel() for parameter in run.network.model.parameters())
+    sides = " x ".join(map(str, run.spec.shape()[1:]))
+    batch = captured.meta["batch"]
+    outputs = [tuple(shape(node)) for node in _handed_out(captured)]
+    shown = ", ".join(" x ".join(map(str, ("N", *size[1:]))) for size in outputs)
+    return [
+        f"{run.network.name}, weights {run.network.weights}: {count:,} parameters, {4 * count / 1e6:.2f} MB in float32",
+        f"input {sides}, " + ("any batch" if batch is None else f"{batch} image(s) at a time, as its code fixes it"),
+        f"{len(outputs)} output{'s' if len(outputs) > 1 else ''}: {shown}",
+    ]
+
+
+def _handed_out(model: fx.GraphModule) -> list[fx.Node]:
+    result = next(node for node in model.graph.nodes if node.op == "output").args[0]
+    return [node for node in (result if isinstance(result, tuple | list) else [result]) if isinstance(node, fx.Node)]
+
+
+def _operators(model: fx.GraphModule) -> list[str]:
+    """What the network is made of, BatchNorm folded, and what the operator table lacks."""
+    layers, activations, functions, unknown = Counter(), Counter(), Counter(), []
+    for node in model.graph.nodes:
+        module = module_of(model, node)
+        if isinstance(module, WEIGHTED):
+            layers[type(module).__name__] += 1
+        elif isinstance(module, Clip):
+            activations[_clip_name(module)] += 1
+        elif isinstance(module, Elementwise):
+            activations[module.kind] += 1
+        elif node.op == "call_function" and "tensor_meta" in node.meta:
+            row = operator_of(node)
+            name = str(node.target).split(".")[1] if "." in str(node.target) else node.target.__name__
+            functions[name] += 1
+            if row is not None and row.onnx is None:
+                unknown.append(node.name)
+    lines = [
+        f"layers: {_counted(layers)}",
+        f"activations: {_counted(activations)}",
+        f"functions: {_counted(functions)}",
+    ]
+    if unknown:
+        lines.append(f"written by torch.onnx, and in float: {_named(unknown)}")
+    return lines
+
+
+def _clip_name(clip: Clip) -> str:
+    """ReLU, ReLU6, or clip where bounds differ or are others."""
+    if not clip.rectifies or (clip.capped and bool((clip.high != clip.high.flatten()[0]).any())):
+        return "clip"
+    return f"ReLU{float(clip.high.flatten()[0]):g}" if clip.capped else "ReLU"
+
+
+def _channels(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) -> list[str]:
+    """Dead channels, and how unevenly channels share their tensor's steps."""
+    log = PassLog()
+    cleared = capture(model, spec)
+    if statistics:
+        clear_dead_channels(cleared, spec, statistics, log)
+    dead = [entry for entry in log.entries if entry.action == CLEARED and not entry.skipped]
+    lines = (
+        [f"dead: weights that read constant channels in {len(dead)} places ({_named([one.where for one in dead])})"]
+        if dead
+        else ["dead: none"]
+    )
+    shares = {node.target: coarse_share(module_of(cleared, node)) for node in weighted_nodes(cleared)}
+    worst = sorted(shares, key=lambda name: -shares[name])[:SHOWN]
+    mean = sum(shares.values()) / max(1, len(shares))
+    lines.append(
+        f"spread: per tensor, {100 * mean:.0f} % of channels get under {COARSE} of 256 weight steps; most in "
+        + ", ".join(f"{name} {100 * shares[name]:.0f} %" for name in worst)
+    )
+    if mean > 0.05:
+        lines.append("uneven: --equalize, or --per_channel, matters for this network")
+    return lines
+
+
+def coarse_share(layer: torch.nn.Module) -> float:
+    """The share of a layer's output channels whose weights are within so few of the tensor's steps that rounding spoils them."""
+    view = grouped_weight(layer).abs()
+    reach = view.amax((2, 3)).flatten()
+    alive = reach > 0
+    coarse = alive & (2 * 127 * reach / reach.max().clamp_min(1e-30) < COARSE)
+    return float(coarse.sum() / alive.sum().clamp_min(1))
+
+
+def _statistics(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) -> list[str]:
+    """What BatchNorm tells of, what it does not, and what the network contradicts."""
+    layers = weighted_nodes(model)
+    lines = [f"statistics: of {sum(node.target in statistics for node in layers)} of {len(layers)} layers"]
+    guesses = guessed_tensors(model, statistics)
+    names = {node.name: guesses[node.name] for node in quantized_tensors(model) if node.name in guesses}
+    if names:
+        lines.append(
+            f"without: {len(names)} tensors that are quantized are behind layers that no BatchNorm tells of, up to "
+            f"{max(names.values())} in a row ({_named(list(names))}); their ranges need images, best your own: --images DIR"
+        )
+    off = contradictions(model, spec, statistics)
+    far = {name: value for name, value in off.items() if value > FAR}
+    if far:
+        worst = sorted(far, key=lambda name: -far[name])[:SHOWN]
+        lines.append(
+            f"contradicted: the means of {len(far)} layers are over {FAR:g} deviations from what the layers before make of them "
+            f"({', '.join(f'{name} {far[name]:.3g}' for name in worst)}): statistics of another state of the weights; "
+            "prefer ranges and corrections from images (--auto finds out)"
+        )
+    elif off:
+        lines.append(
+            f"consistent: means within {max(off.values()):.2g} deviations of what the layers before make of them"
+        )
+    return lines
+
+
+def contradictions(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) -> dict[str, float]:
+    """By layer, how far its BatchNorm's means are from those that follow from its input's, in deviations: the median channel's.
+
+    model: with BatchNorm folded. The mean of a layer's output is what the layer makes of its input's mean.
+    """
+    moments, off = propagate(model, spec, statistics), {}
+    with torch.no_grad():
+        for node in weighted_nodes(model):
+            known, source = statistics.get(node.target), moments.get(node.args[0].name)
+            if known is None or not isinstance(source, Moments):
+                continue
+            layer = module_of(model, node)
+            axis = len(shape(node)) - 1 if isinstance(layer, torch.nn.Linear) else 1
+            mean = layer(source.mean.contiguous()).transpose(0, axis).flatten(1).mean(1)
+            off[node.target] = float(_deviations(mean, known.mean, known.variance).median())
+    return off
+
+
+def _deviations(found: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    alive = variance > 1e-8 * variance.max().clamp_min(1e-30)
+    return ((found - mean).abs() / variance.sqrt().clamp_min(1e-15))[alive] if bool(alive.any()) else torch.zeros(1)
+
+
+def _engine(run: "Run", quantized: Quantized) -> list[str]:
+    """What ONNX Runtime makes of the quantized network, and how large its file is."""
+    from utils.backends.onnxruntime.export import build, describe_kernels
+
+    model = build(quantized, run.spec, {}, run.args.opset)
+    kernels = describe_kernels(model, quantized)
+    lines = str(kernels).replace("  ", "").splitlines()
+    lines += [
+        f"not quantized: {reason}"
+        for action in ("quantized weights", "inserted quantizers")
+        for reason in quantized.log.reasons(action)
+    ]
+    floating = {kind: count for kind, count in kernels.operators.items() if not _on_integers(kind)}
+    if floating:
+        lines.append(f"other operators in float: {_counted(floating)}")
+    return [*lines, f"file: {len(model.SerializeToString()) / 1e6:.2f} MB, ONNX opset {model.opset_import[0].version}"]
+
+
+def _on_integers(kind: str) -> bool:
+    """Whether an operator of the engine's graph computes on integers, or moves or converts values."""
+    return kind.startswith(("QLinear", "Q", "Dequantize", "Dynamic")) or kind in (
+        *("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Pad", "MaxPool"),
+        *("Identity", "Shape", "Gather", "Cast", "Constant", "Expand", "Min", "ReorderInput", "ReorderOutput"),
+    )
+
+
+def _next(run: "Run", quantized: Quantized) -> list[str]:
+    """The command to type, and what it may lack."""
+    words = cli.command(
+        run.task.program,
+        run.argv,
+        ["--auto", "--export", f"{run.network.name.replace(':', '_').replace('/', '_')}-int8.onnx"],
+    )
+    lines = [words]
+    if any("--images" in warning for warning in quantized.log.warnings):
+        lines.append("add --images DIR, a folder of 8 or more unlabelled pictures: some ranges are guesses without")
+    return lines
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])) or "none"
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
