@@ -82,7 +82,7 @@ def test_contradicted_statistics_are_found_without_data():
     known = statistics[layer]
     statistics[layer] = Gaussian(known.mean + 5 * known.variance.sqrt(), known.variance)
     found = contradictions(network, SPEC, statistics)
-    assert found[layer] > FAR and found[layer] == max(found.values())
+    assert found[layer] > FAR > min(found.values())
 
 
 def test_channels_of_few_steps_are_counted():

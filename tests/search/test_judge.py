@@ -7,7 +7,7 @@ from networks import SPEC, chain, made, settle
 from dfq import Recipe, quantize_data_free
 from utils.core.predictions import channel_predictions, margins
 from utils.graph.capture import capture
-from utils.search.judge import Judge, decibels, noise_share, weighted_agreement
+from utils.search.judge import Judge, decibels, noise_share, views, weighted_agreement
 
 
 def test_noise_of_a_hundredth_of_the_power_is_20_db():
@@ -41,7 +41,7 @@ def test_priors_have_their_classes_last():
 
 def test_more_bits_come_nearer():
     model, graph = made(chain, settle)
-    judge = Judge(graph, SPEC.probe(8, seed=3), channel_predictions)
+    judge = Judge(graph, [SPEC.probe(8, seed=3)], channel_predictions)
     found = [judge(quantize_data_free(model, SPEC, Recipe(quantize=True, bits_weight=b))) for b in (3, 5, 8)]
     assert found[0].noise < found[1].noise < found[2].noise
     assert found[2].agreement == 100.0
@@ -53,7 +53,17 @@ def test_a_judge_holds_candidates_to_the_network_as_it_came():
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.bias.data += 3  # many values beyond the cap of ReLU6
-    judge = Judge(capture(model, SPEC), SPEC.probe(8, seed=3))
+    judge = Judge(capture(model, SPEC), [SPEC.probe(8, seed=3)])
     recipes = Recipe(quantize=True, equalize=True), Recipe(quantize=True, equalize=True, relu=True)
     kept, replaced = (judge(quantize_data_free(model, SPEC, recipe)).noise for recipe in recipes)
     assert replaced + 10 < kept
+
+
+def test_sets_of_images_count_alike():
+    """Distilled images are judged in three views, and the noise is the mean of their decibels."""
+    model, graph = made(chain, settle)
+    images = SPEC.probe(8, seed=3)
+    assert len(views(images, real=True)) == 1 and len(views(images, real=False)) == 3
+    quantized = quantize_data_free(model, SPEC, Recipe(quantize=True, bits_weight=4))
+    alone = [Judge(graph, [one])(quantized).noise for one in views(images, real=False)]
+    assert Judge(graph, views(images, real=False))(quantized).noise == pytest.approx(sum(alone) / 3)

@@ -34,7 +34,8 @@ def find(
     settings = {name: getattr(args, name) for name in SETTINGS if name not in OF_A_ROW}
     say = print if distributed.is_main_process() else lambda line: None
     judged = len(judging)
-    say(f"candidates, judged on {held_out(judged, images.real)} that none has seen:\n{HEAD}")
+    changed = "" if images.real else ", as they are, mirrored and dimmed"
+    say(f"candidates, judged on {held_out(judged, images.real)} that none has seen{changed}:\n{HEAD}")
     found, shares = find_recipe(
         captured,
         images,

@@ -13,7 +13,7 @@ from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
 from utils.search.candidates import stages, start
 from utils.search.float_layers import add_until, layer_noise
-from utils.search.judge import Judge
+from utils.search.judge import Judge, views
 from utils.search.search import Found, search
 
 FAR = 10.0  # dB of the output over its noise, below which nothing is written without --force
@@ -37,7 +37,7 @@ def find_recipe(
     until it is. say: is told of every candidate.
     """
     run = partial(quantize, images=images.calibration, judging=images.judging, real=images.real)
-    judge = Judge(network, unseen, predictions)
+    judge = Judge(network, views(unseen, images.real), predictions)
     found = search(start(settings), stages(network, True, images.real), run, judge, say)
     shares = layer_noise(found.quantized, images.calibration)
     if max_noise is not None and found.chosen.noise < max_noise:

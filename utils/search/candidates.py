@@ -28,10 +28,7 @@ IMAGES_GAIN = 1.0  # dB: what looks at distilled images does better on other dis
 SAME = 0.5  # dB that decide nothing
 RELU_LOSS = 0.3  # dB that ReLU in the place of ReLU6 may cost, since engines run it faster
 
-# Per channel and per tensor cost engines the same; per tensor is what more of them have.
 PER_CHANNEL = {"per_channel": True}
-WEIGHTS = Stage((NOTHING, PER_CHANNEL, NOTHING | PER_CHANNEL), SAME)
-WEIGHTS_PER_TENSOR = Stage((NOTHING,), SAME)
 
 
 def start(bits: dict[str, int]) -> Recipe:
@@ -42,7 +39,7 @@ def start(bits: dict[str, int]) -> Recipe:
 def stages(network: fx.GraphModule, per_channel: bool, real: bool) -> Iterator[Stage]:
     """The stages for a network. per_channel: whether the target has scales per channel. real: whether images are photographs."""
     gain = SAME if real else IMAGES_GAIN
-    yield WEIGHTS if per_channel else WEIGHTS_PER_TENSOR
+    yield Stage((NOTHING, PER_CHANNEL, NOTHING | PER_CHANNEL) if per_channel else (NOTHING,), SAME)
     yield Stage(({"distill_range": True},), gain)
     yield Stage(({"distill_correction": True},), gain)
     yield Stage(({"equalize": True, "distill_equalize": True},), gain)

@@ -1,6 +1,7 @@
 """How near a candidate comes to the network as it was loaded, on images that it was not fitted to."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,15 @@ from utils.core.predictions import Predictions, class_axis, margins
 from utils.graph.nodes import outputs_of
 from utils.passes.result import Quantized
 
+DIMMED = 0.6  # of an image's contrast
+
 
 @dataclass(frozen=True)
 class Judgement:
     """What was measured of one candidate.
 
-    noise: how much the outputs vary over how far they are from float, both as power, in dB; the larger, the nearer. agreement: percent of
+    noise: how much the outputs vary over how far they are from float, both as power, in dB, on average over sets of
+    images; the larger, the nearer. agreement: percent of
     the predictions that are the float network's, each weighted by how sure that is of it. saturation: the largest share
     of a tensor's values that its range cuts, in percent.
     """
@@ -26,35 +30,53 @@ class Judgement:
     saturation: float
 
 
-class Judge:
-    """Holds candidates to a network on images; its own outputs are computed once.
+def views(images: Tensor, real: bool) -> list[Tensor]:
+    """The sets of images that candidates are judged on: photographs as they are; distilled ones also mirrored, and dimmed.
 
-    network: as captured, before any pass. images: [N, C, H, W], of which no candidate has seen any. predictions: the
+    Distilled images were made so that the network sees what it should, and flatter what was fitted to others like
+    them. Changed, they are to it what it was not shown: so the order of candidates is nearer to that on photographs
+    (results/ranges.txt).
+    """
+    return [images] if real else [images, images.flip(-1), DIMMED * images]
+
+
+class Judge:
+    """Holds candidates to a network on sets of images; its own outputs are computed once.
+
+    network: as captured, before any pass. sets: [N, C, H, W] each, of which no candidate has seen any. predictions: the
     class indices that are compared; None where the outputs tell of none.
     """
 
-    def __init__(self, network: fx.GraphModule, images: Tensor, predictions: Predictions | None = None):
-        self.images, self.batch, self.predictions = images, network.meta["batch"] or BATCH, predictions
-        self.expected = self._outputs(network)
+    def __init__(self, network: fx.GraphModule, sets: Sequence[Tensor], predictions: Predictions | None = None):
+        self.sets, self.batch, self.predictions = sets, network.meta["batch"] or BATCH, predictions
+        self.expected = [self._outputs(network, images) for images in sets]
 
     def __call__(self, quantized: Quantized) -> Judgement:
-        found = self._outputs(quantized.simulated)
-        shares = [noise_share(before, after) for before, after in zip(self.expected, found, strict=True)]
+        found = [self._outputs(quantized.simulated, images) for images in self.sets]
+        pairs = list(zip(self.expected, found, strict=True))
+        noise = sum(decibels(mean_share(*pair)) for pair in pairs) / len(pairs)
+        agreement = sum(self._agreement(*pair) for pair in pairs) / len(pairs)
         near = quantized.fidelity
         saturation = max(near.saturation.values(), default=0.0) if near else 0.0
-        return Judgement(decibels(sum(shares) / len(shares)), self._agreement(found), saturation)
+        return Judgement(noise, agreement, saturation)
 
-    def _agreement(self, found: list[Tensor]) -> float:
+    def _agreement(self, expected: list[Tensor], found: list[Tensor]) -> float:
         if self.predictions is None:
             return 100.0
-        before, after = (self.predictions(tuple(outputs)) for outputs in (self.expected, found))
-        return 100 * weighted_agreement(before == after, margins(self.expected[0]))
+        before, after = (self.predictions(tuple(outputs)) for outputs in (expected, found))
+        return 100 * weighted_agreement(before == after, margins(expected[0]))
 
-    def _outputs(self, network: nn.Module) -> list[Tensor]:
+    def _outputs(self, network: nn.Module, images: Tensor) -> list[Tensor]:
         """The network's outputs on all images."""
         with torch.inference_mode():
-            parts = [outputs_of(network(some)) for some in self.images.split(self.batch)]
+            parts = [outputs_of(network(some)) for some in images.split(self.batch)]
         return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def mean_share(expected: list[Tensor], found: list[Tensor]) -> float:
+    """noise_share of several outputs, on average."""
+    shares = [noise_share(before, after) for before, after in zip(expected, found, strict=True)]
+    return sum(shares) / len(shares)
 
 
 def weighted_agreement(same: Tensor, margin: Tensor) -> float:
