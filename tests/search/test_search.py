@@ -77,7 +77,7 @@ def test_a_candidate_that_cannot_run_is_no_end():
             raise UserError("no scales per channel here")
         return rule.quantize(recipe)
 
-    result = search(start({}), [Stage(({"per_channel": True},), 0.5)], quantize, rule.judge)
+    result = search(start({}), [Stage({"per_channel": True}, 0.5)], quantize, rule.judge)
     assert result.candidates[-1].reason == "no scales per channel here" and not result.chosen.recipe.per_channel
 
     def refuse(recipe):

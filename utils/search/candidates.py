@@ -13,22 +13,19 @@ from utils.quantization.recipe import Recipe
 
 @dataclass(frozen=True)
 class Stage:
-    """Changes to the best recipe so far, of which each is tried.
+    """A change to the best recipe so far, which is tried.
 
-    changes: settings of Recipe by name; what they require is given with them. gain: by how many dB one must be nearer
-    to float than the best so far to take its place, since that is simpler, or was fitted to fewer images.
+    change: settings of Recipe by name; what they require is given with them. gain: by how many dB it must come nearer to
+    float to take the other's place, since that is simpler, or was fitted to fewer images.
     """
 
-    changes: tuple[dict[str, Any], ...]
+    change: dict[str, Any]
     gain: float
 
 
-NOTHING = {"equalize": False}
 IMAGES_GAIN = 1.0  # dB: what looks at distilled images does better on other distilled ones than on photographs
 SAME = 0.5  # dB that decide nothing
 RELU_LOSS = 0.3  # dB that ReLU in the place of ReLU6 may cost, since engines run it faster
-
-PER_CHANNEL = {"per_channel": True}
 
 
 def start(bits: dict[str, int]) -> Recipe:
@@ -39,13 +36,15 @@ def start(bits: dict[str, int]) -> Recipe:
 def stages(network: fx.GraphModule, per_channel: bool, real: bool) -> Iterator[Stage]:
     """The stages for a network. per_channel: whether the target has scales per channel. real: whether images are photographs."""
     gain = SAME if real else IMAGES_GAIN
-    yield Stage((NOTHING, PER_CHANNEL, NOTHING | PER_CHANNEL) if per_channel else (NOTHING,), SAME)
-    yield Stage(({"distill_range": True},), gain)
-    yield Stage(({"distill_correction": True},), gain)
-    yield Stage(({"equalize": True, "distill_equalize": True},), gain)
-    yield Stage(({"distill_correction": True, "distill_rounding": True},), gain)
+    if per_channel:
+        yield Stage({"per_channel": True}, SAME)
+    yield Stage({"equalize": False}, gain)  # equalized ranges hold better on what no image shows
+    yield Stage({"distill_range": True}, gain)
+    yield Stage({"distill_correction": True}, gain)
+    yield Stage({"equalize": True, "distill_equalize": True}, gain)
+    yield Stage({"distill_correction": True, "distill_rounding": True}, gain)
     if any(isinstance(module, Clip) and module.rectifies and module.capped for module in network.modules()):
-        yield Stage(({"relu": True},), -RELU_LOSS)
+        yield Stage({"relu": True}, -RELU_LOSS)
 
 
 def changed(recipe: Recipe, change: dict[str, Any]) -> Recipe | None:

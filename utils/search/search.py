@@ -44,7 +44,7 @@ def search(
     judge: Judge,
     say: Callable[[str], None] = lambda line: None,
 ) -> Found:
-    """Try every stage's changes on the best recipe of the stages before, and take the nearest where it is so by the stage's gain.
+    """Try every stage's change on the best recipe of the stages before, and take it where it is nearer by the stage's gain.
 
     say: is told of each candidate as it is judged. A first recipe that cannot be run is a UserError, as is any that
     stops for another reason than its own settings.
@@ -66,14 +66,12 @@ def search(
 
     best, kept = attempt(start)
     for stage in stages:
-        nearest, found = None, None
-        for recipe in filter(None, (changed(best.recipe, change) for change in stage.changes)):
-            if recipe not in tried:
-                candidate, quantized = attempt(recipe)
-                if nearest is None or candidate.noise > nearest.noise:
-                    nearest, found = candidate, quantized
-        if nearest is not None and found is not None and nearest.noise >= best.noise + stage.gain:
-            best, kept = nearest, found
+        recipe = changed(best.recipe, stage.change)
+        if recipe is None or recipe in tried:
+            continue
+        candidate, quantized = attempt(recipe)
+        if candidate.noise >= best.noise + stage.gain:
+            best, kept = candidate, quantized
     ranked = sorted(tried.values(), key=lambda one: -one.noise)
     return Found(tuple(ranked), best, kept, reason(ranked, best))
 
