@@ -16,6 +16,7 @@ from utils.experiment.loading import Quantize
 from utils.quantization.recipe import OF_A_ROW, SETTINGS
 from utils.search.auto import check_near, find_recipe
 from utils.search.float_layers import describe_noise
+from utils.search.forecast import forecast, known_points
 from utils.search.search import HEAD, Found, name_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def find(
         say,
     )
     say(f"auto: {name_of(found.chosen.recipe)}, {found.why}")
+    if told := forecast(found.chosen.noise, known_points()):
+        say(f"  expected change of the score: {told} points, by rows of other networks that are as noisy")
     say(
         f"  noisiest layers: {describe_noise(shares)} of the noise"
         + ("" if args.max_noise else "; --float_layers NAME ... keeps layers in float")

@@ -26,6 +26,7 @@ from utils.experiment.loading import Quantize
 from utils.graph.capture import capture
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
+from utils.search.judge import Judge, views
 from utils.tasks.base import Data, Task
 from utils.tasks.metrics import Metric
 
@@ -178,7 +179,8 @@ def evaluate_row(
         same = agreement(quantized.float, quantized.simulated, images.judging, run.task.predictions)
         print(quantized.fidelity.report(count, args.verbose, images.real))
         print(f"  on {held_out(count, images.real)}: {same:.1f} % of predictions agree with the float network's")
-        measured = {"images": count, "agreement": same} | asdict(quantized.fidelity)
+        judge = Judge(capture(run.network.model, run.spec), views(images.judging, images.real))
+        measured = {"images": count, "agreement": same, "noise": judge(quantized).noise} | asdict(quantized.fidelity)
     if args.engine == "onnxruntime":
         name, simulated = labels["quantized"], networks.pop("quantized")
         labels |= {"simulated": f"{name}, simulated", "quantized": f"{name}, ONNX Runtime"}
