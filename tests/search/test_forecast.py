@@ -17,7 +17,7 @@ def test_nine_of_ten_lie_inside():
     told = forecast(21.0, many)
     inside = sum(told.holds(point.change) for point in many) / len(many)
     assert 0.88 <= inside <= 0.92 and told.low < told.expected < told.high
-    assert str(told) == "-1.5 (-2.8 to -0.1)"
+    assert str(told) == "-1.5 (-2.9 to -0.1)"
 
 
 def test_a_network_of_many_rows_counts_as_one_of_few():
