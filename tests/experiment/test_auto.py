@@ -23,7 +23,17 @@ def uneven():
 def test_a_search_is_recorded_with_its_ranking_and_repeated_by_its_flags(images, tmp_path, capsys):  # noqa: F811
     own = ("--distill_cache", str(tmp_path / "cache"), *FEW)
     main_cls.main(
-        flags(images, tmp_path, "--auto", *own, "--export", str(tmp_path / "x.onnx"), model="test_auto:uneven")
+        flags(
+            images,
+            tmp_path,
+            "--auto",
+            *own,
+            "--export",
+            str(tmp_path / "x.onnx"),
+            "--report",
+            str(tmp_path / "page"),
+            model="test_auto:uneven",
+        )
     )
     printed = capsys.readouterr().out
     line = json.loads((tmp_path / "runs.jsonl").read_text())
@@ -31,6 +41,8 @@ def test_a_search_is_recorded_with_its_ranking_and_repeated_by_its_flags(images,
     noise = [one["noise"] for one in line["ranking"]["candidates"] if "noise" in one]
     assert noise == sorted(noise, reverse=True) and len(noise) >= 6
     again = next(text for text in printed.splitlines() if "the same by: " in text).partition("main_cls.py ")[2]
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert all(f"<td>{one['recipe']}</td><td>{one['noise']:.1f}</td>" in page for one in line["ranking"]["candidates"])
     words = shlex.split(again)
     assert "--auto" not in words and "--quantize" in words
     main_cls.main(words)

@@ -60,6 +60,7 @@ def write(
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(lead)}</p>',
         _table(table),
+        *_ranking(line.get("ranking")),
         "<h2>Passes</h2>",
         _passes(log),
         *(_section(section) for section in sections if section.pictures),
@@ -100,6 +101,25 @@ def _document(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
+
+
+def _ranking(ranking: Mapping[str, Any] | None) -> list[str]:
+    """The candidates of a search, the nearest to float first."""
+    if ranking is None:
+        return []
+    rows = [
+        [
+            one["recipe"],
+            f"{one['noise']:.1f}",
+            f"{one['agreement']:.2f}",
+            f"{one['saturation']:.3f}",
+            " ".join(one["flags"]),
+        ]
+        for one in ranking["candidates"]
+        if "noise" in one
+    ]
+    head = ["candidate", "dB over noise", "agreement in %", "most cut in %", "flags"]
+    return ["<h2>Candidates</h2>", f"<p>{escape(ranking['why'])}</p>", _table([head, *rows])]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -32,7 +32,7 @@ FORMAT = 2  # of a line; raised when what it holds changes its meaning
 
 # Flags that change neither what is scored nor on what. "model_given" stands in older lines.
 _NEUTRAL = {
-    *("workers", "batch_size", "device", "verbose", "demo", "model_given"),
+    *("workers", "batch_size", "device", "verbose", "demo", "model_given", "fidelity"),
     *("table", "rows", "results", "report", "export", "save", "distill_cache", "force", "doctor"),
 }
 
