@@ -34,8 +34,8 @@ aten = torch.ops.aten
 class IntegerSum(nn.Module):
     """The sum of two tensors of steps, in steps of a third grid, as ONNX Runtime's QLinearAdd rounds it.
 
-    first, second, total: scale and zero point of each uint8 grid; steps are counted from the zero point. That
-    kernel multiplies and adds in float32, fused: fixed + ratio * unsigned second + ratio * unsigned first.
+    first, second, total: scale and zero point of each 8-bit grid; steps are counted from the zero point. That
+    kernel multiplies and adds in float32, fused: fixed + ratio * stored second + ratio * stored first.
     """
 
     makes_new_tensor = True
@@ -178,7 +178,7 @@ def _lower_layer(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> d
     reads_steps = _reads_steps(model, node.args[0], steps)
     after = module_of(model, user) if len(node.users) == 1 else None
     after = after if isinstance(after, Quantizer) else None
-    if reads_steps and after and layer.weight_qparams is not None and layer.bias_qparams is not None:
+    if reads_steps and after and layer.weight_qparams is not None:
         multiplier = layer.weight_qparams.scale.float() * before.scale / after.scale
         _to_integers(layer, before.scale)
         return {user: float(multiplier) if multiplier.dim() == 0 else per_channel(multiplier, len(shape(node)))}
@@ -191,11 +191,12 @@ def _lower_layer(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> d
 
 
 def _to_integers(layer: nn.Module, input_scale: float) -> None:
-    """Replace a layer's weights and biases by their integers."""
+    """Replace a layer's weights by their integers, and its bias by the steps of the accumulator, whole or not."""
     scale = layer.weight_qparams.scale.double().expand(channels_out(layer))
     view = grouped_weight(layer)
     view.copy_((view.double() / scale.view(view.shape[0], -1, 1, 1)).round())
-    layer.bias.data.copy_((layer.bias.double() / (scale * input_scale)).round())
+    steps = layer.bias.double() / (scale * input_scale)
+    layer.bias.data.copy_(steps.round() if layer.bias_qparams is not None else steps)
 
 
 def _lower_sum(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, float | Tensor]:

@@ -47,7 +47,7 @@ def keep_in_float(model: fx.GraphModule, names: Collection[str]) -> None:
 
 
 def quantize_weights(
-    model: fx.GraphModule, layers: set[str], bits: int, per_channel: bool, symmetric: bool, bits_bias: int, log: PassLog
+    model: fx.GraphModule, layers: set[str], bits: int, per_channel: bool, symmetric: bool, bits_bias: int | None, log: PassLog
 ) -> None:
     """Choose the weight parameters of the layers of these names, and round their weights.
 

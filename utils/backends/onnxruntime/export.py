@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from torch import Tensor, fx
 
 from utils.backends.onnx_writer import onnx_model
@@ -20,6 +21,7 @@ from utils.core.predictions import Predictions, channel_predictions
 from utils.graph.nodes import first_line, module_of, outputs_of
 from utils.passes.result import Quantized
 from utils.quantization.quantizer import Quantizer
+from utils.quantization.target import DEFAULT, TARGETS, Target
 
 PROBES = 8  # images that engine and simulation are compared on
 
@@ -44,10 +46,17 @@ class Exported:
 
 
 def build(
-    quantized: Quantized, spec: InputSpec, metadata: Mapping[str, Any], opset: int | None = None
+    quantized: Quantized,
+    spec: InputSpec,
+    metadata: Mapping[str, Any],
+    opset: int | None = None,
+    target: Target = TARGETS[DEFAULT],
 ) -> onnx.ModelProto:
-    """The model, checked by ONNX's own checker, shapes included. opset: the lowest that will do, if None."""
-    model = onnx_model(quantized.simulated, spec, metadata, opset)
+    """The model, checked by ONNX's own checker, shapes included.
+
+    opset: the lowest that will do, if None. target: the one that the network was quantized for.
+    """
+    model = onnx_model(quantized.simulated, spec, metadata, opset, target)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -70,8 +79,10 @@ def check_parity(
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
     for node in simulated.graph.nodes:
-        if isinstance(module_of(simulated, node), Quantizer):
-            opened.graph.output.append(helper.make_tensor_value_info(integers_of(node), TensorProto.UINT8, None))
+        if isinstance(quantizer := module_of(simulated, node), Quantizer):
+            name = integers_of(node, quantizer)
+            kind = helper.np_dtype_to_tensor_dtype(np.dtype(name.rpartition("_")[2]))
+            opened.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     parity = compare(simulated, OnnxNetwork(opened.SerializeToString()).tensors, images, predictions)
     parity.check()
     return parity
