@@ -174,7 +174,8 @@ def quantize(
         clip_weights(simulated, recipe.clip_weight, log)
     symmetric, channel_scales = not recipe.asymmetric, recipe.channel_scales
     bits_bias = recipe.bits_bias if recipe.engine.integer_biases else None
-    quantize_weights(simulated, layers, recipe.bits_weight, channel_scales, symmetric, bits_bias, log)
+    grid = recipe.bits_weight, channel_scales, symmetric, bits_bias
+    quantize_weights(simulated, layers, *grid, log, recipe.engine.bits_first)
     log.weights["quantized"] = weight_ranges(simulated)
 
     # Bias correction, section 4.2.

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from utils.backends.base import INPUT
 from utils.backends.batch_axes import BatchAxes
 from utils.backends.torch_onnx import TORCH_OPSET, Input, exported_by_torch, part_of
 from utils.core.errors import UserError
@@ -38,7 +39,6 @@ from utils.quantization.target import DEFAULT, TARGETS, Target
 
 OPSET = 13  # of 2020: the first whose DequantizeLinear knows scales per channel
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10}
-INPUT = "images"
 aten = torch.ops.aten
 
 
@@ -270,7 +270,7 @@ class _Writer:
 
 
 def _quantizer(w: _Writer, node: fx.Node, module: Quantizer) -> _Value:
-    _check_bits(module.qparams, 8, f"the activations of {node.name!r}")
+    _check_bits(module.qparams, w.target.bits_activation, f"the activations of {node.name!r}")
     source, cap, grid = w.operand(node.args[0], node.name), module.cap, (module.scale, module.zero_point)
     if module.step_min == 0 and module.rectifies:
         source = w.add("Relu", [source], f"{node.name}_relu")
@@ -286,8 +286,8 @@ def _quantizer(w: _Writer, node: fx.Node, module: Quantizer) -> _Value:
     return w.quantize(source, node.name, grid)
 
 
-def _check_bits(qparams: QParams, bits: int, what: str) -> None:
-    if qparams.bits != bits:
+def _check_bits(qparams: QParams, bits: tuple[int, ...], what: str) -> None:
+    if qparams.bits not in bits:
         raise UserError(
             f"{what} have {qparams.bits} bits; INT8 engines take weights and activations of 8 bits and biases of 32: "
             "leave out --bits_weight, --bits_activation and --bits_bias"
@@ -297,9 +297,9 @@ def _check_bits(qparams: QParams, bits: int, what: str) -> None:
 def _parameters(w: _Writer, node: fx.Node, layer: nn.Module, axis: int = 0) -> list[str]:
     weights, biases = layer.weight_qparams, layer.bias_qparams
     if weights is not None:
-        _check_bits(weights, 8, f"the weights of layer {node.target!r}")
+        _check_bits(weights, (*w.target.bits_weight, w.target.bits_first), f"the weights of layer {node.target!r}")
     if biases is not None:
-        _check_bits(biases, 32, f"the bias of layer {node.target!r}")
+        _check_bits(biases, (32,), f"the bias of layer {node.target!r}")
     return [
         w.parameter(f"{node.name}_weight", layer.weight, weights, getattr(torch, w.target.weights), axis),
         w.parameter(f"{node.name}_bias", layer.bias, biases, torch.int32),

@@ -40,9 +40,9 @@ class LayerParity:
     off: int = 0
     far: int = 0
 
-    @property
-    def failed(self) -> bool:
-        return self.far > 0 or self.off > SHARE * self.values
+    def failed(self, far: float = 0.0) -> bool:
+        """far: the share of values that may be further off than a step."""
+        return self.far > far * self.values or self.off > SHARE * self.values
 
 
 @dataclass
@@ -63,14 +63,18 @@ class Parity:
         """Where the whole networks part: up to there, a layer alone has the input that it has in both."""
         return next((layer for layer in self.layers if layer.ties or layer.off or layer.far), None)
 
-    def check(self) -> None:
-        """Refuse an engine that rounds a layer otherwise than the simulation does."""
+    def check(self, far: float = 0.0, remedy: str = "") -> None:
+        """Refuse an engine that rounds a layer otherwise than the simulation does.
+
+        far: the share of a layer's values that may be further off than a step. remedy: what to try.
+        """
         for layer in self.layers:
-            if layer.failed:
+            if layer.failed(far):
+                further = f"{far * 1e6:.0f}" if far else "none"
                 raise UserError(
                     f"the engine and the simulation disagree at {layer.name!r}: of {layer.values} values {layer.off} "
-                    f"are one step off and {layer.far} further, where {SHARE * 1e6:.0f} in a million and none are "
-                    "allowed; nothing was exported"
+                    f"are one step off and {layer.far} further, where {SHARE * 1e6:.0f} in a million and {further} are "
+                    f"allowed; nothing was exported{remedy}"
                 )
 
     def __str__(self) -> str:

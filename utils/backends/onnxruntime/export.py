@@ -11,8 +11,8 @@ import torch
 from onnx import helper
 from torch import Tensor, fx
 
+from utils.backends.base import ENGINES, Kernels, load_engine, missing_package
 from utils.backends.onnx_writer import onnx_model
-from utils.backends.onnxruntime.session import Kernels, OnnxNetwork, find_kernels
 from utils.backends.parity import Parity, compare, integers_of
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -28,7 +28,7 @@ PROBES = 8  # images that engine and simulation are compared on
 
 @dataclass(frozen=True)
 class Exported:
-    """size: of the file in bytes; float_size: of the same weights in float32."""
+    """size: of the file in bytes; float_size: of the same weights in float32. notes: on what was not checked."""
 
     file: Path
     size: int
@@ -36,13 +36,14 @@ class Exported:
     opset: int
     parity: Parity
     kernels: Kernels
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         size = (
             f"exported {self.file}: ONNX opset {self.opset}, {self.size / 1e6:.2f} MB, "
             f"{self.size / self.float_size:.2f} of its float32 weights"
         )
-        return f"{size}\n{self.kernels}\n  {self.parity}"
+        return "\n".join([size, str(self.kernels), f"  {self.parity}", *(f"  note: {note}" for note in self.notes)])
 
 
 def build(
@@ -64,17 +65,22 @@ def build(
     return model
 
 
-def describe_kernels(model: onnx.ModelProto, quantized: Quantized) -> Kernels:
-    return find_kernels(model, quantized.simulated)
+def describe_kernels(model: onnx.ModelProto, quantized: Quantized, engine: str = DEFAULT) -> Kernels:
+    return load_engine(engine).find_kernels(model, quantized.simulated)
 
 
 def check_parity(
-    model: onnx.ModelProto, simulated: fx.GraphModule, images: Tensor, predictions: Predictions = channel_predictions
+    model: onnx.ModelProto,
+    simulated: fx.GraphModule,
+    images: Tensor,
+    predictions: Predictions = channel_predictions,
+    engine: str = DEFAULT,
+    far: float = 0.0,
 ) -> Parity:
     """Engine against simulation, layer by layer; over the bounds of utils.backends.parity it is a UserError.
 
-    The engine runs a copy of the model that also hands out its uint8 tensors. In ONNX Runtime this adds
-    changes of layout between its kernels, and leaves the kernels themselves as they are.
+    The engine runs a copy of the model that also hands out its integers. This adds changes of layout between its
+    kernels, and leaves the kernels themselves as they are. far: as Target has it.
     """
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
@@ -83,9 +89,23 @@ def check_parity(
             name = integers_of(node, quantizer)
             kind = helper.np_dtype_to_tensor_dtype(np.dtype(name.rpartition("_")[2]))
             opened.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    parity = compare(simulated, OnnxNetwork(opened.SerializeToString()).tensors, images, predictions)
-    parity.check()
+    parity = compare(simulated, load_engine(engine).network(opened.SerializeToString()).tensors, images, predictions)
+    parity.check(far, _SATURATION if far else "")
     return parity
+
+
+_SATURATION = "; on processors without VNNI its kernels saturate where weights are large: pass --bits_weight 7, or run on one with VNNI"
+
+
+def checking_engine(target: Target) -> tuple[str, tuple[str, ...]]:
+    """The engine that a file for the target is held to here, and what is to be said where that is not the target's own."""
+    own = target.engines[0]
+    if missing_package(own) is not None:
+        package = missing_package(own)
+        return DEFAULT, (f"compared in ONNX Runtime: {target.title} is not installed here (pip install {package})",)
+    if ENGINES[own].title != target.title:
+        return own, (f"compared in ONNX Runtime, and held to the rules of {target.title}, but not run on its hardware",)
+    return own, ()
 
 
 def export(
@@ -96,23 +116,26 @@ def export(
     images: Tensor | None = None,
     predictions: Predictions = channel_predictions,
     opset: int | None = None,
+    target: Target = TARGETS[DEFAULT],
 ) -> Exported:
     """Write the file, read it back, check it and run it; a file of that name stays as it is until all is well.
 
     images: to compare engine and simulation on (default: random ones). predictions: of the network's outputs. opset: of
-    ONNX (default: the lowest that will do). Too large a difference, bits, operators or an opset that the file cannot have,
+    ONNX (default: the lowest that will do). target: the one that the network was quantized for. Too large a difference, bits, operators or an opset that the file cannot have,
     and a file that cannot be written are UserErrors.
     """
     images = spec.probe(PROBES) if images is None else images
-    model = build(quantized, spec, metadata, opset)
-    parity = check_parity(model, quantized.simulated, images, predictions)
-    kernels = describe_kernels(model, quantized)
+    model = build(quantized, spec, metadata, opset, target)
+    engine, notes = checking_engine(target)
+    far = target.far if engine == target.engines[0] else 0.0
+    parity = check_parity(model, quantized.simulated, images, predictions, engine, far)
+    kernels, run = describe_kernels(model, quantized, engine), load_engine(engine).network
     with atomic_write(file) as beside:
         onnx.save(model, beside)
         onnx.checker.check_model(str(beside), full_check=True)
-        expected = outputs_of(OnnxNetwork(model.SerializeToString())(images))
-        if not all(map(torch.equal, outputs_of(OnnxNetwork(beside)(images)), expected)):
+        expected = outputs_of(run(model.SerializeToString())(images))
+        if not all(map(torch.equal, outputs_of(run(beside)(images)), expected)):
             raise UserError(f"{str(file)!r} reads back otherwise than it was written; is the disk sound?")
         size = beside.stat().st_size
     float_size = sum(4 * tensor.numel() for tensor in quantized.simulated.parameters())
-    return Exported(file, size, float_size, model.opset_import[0].version, parity, kernels)
+    return Exported(file, size, float_size, model.opset_import[0].version, parity, kernels, notes)
