@@ -22,7 +22,8 @@ class Target:
     upper bound is applied to integers, or to floats before they are quantized. engines: the choices of --engine that
     run its file, the target's own first. bits_weight, bits_activation: of its integer kernels. bits_first: of the
     weights of layers that read the network's input. far: the share of a layer's values that may be more than a step
-    off, where the engine's arithmetic has flaws of its own.
+    off, where the engine's arithmetic has flaws of its own. rules: the function, as module:name, that refuses a file
+    which breaks the engine's rules, where the engine itself is not here to refuse it.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Target:
     bits_activation: tuple[int, ...] = (8,)
     bits_first: int = 8
     far: float = 0.0
+    rules: str | None = None
 
     def __str__(self) -> str:
         """Its grids in a line."""
@@ -78,7 +80,7 @@ TARGETS: Mapping[str, Target] = {
         engines=("openvino", "onnxruntime"),
         bits_weight=(8, 7),
         bits_first=7,
-        far=20e-6,
+        far=200e-6,
     ),
     "tensorrt": Target(
         title="TensorRT",
@@ -90,6 +92,7 @@ TARGETS: Mapping[str, Target] = {
         weights="int8",
         caps="floats",
         engines=("onnxruntime",),
+        rules="utils.backends.tensorrt.rules:check_tensorrt",
     ),
 }
 

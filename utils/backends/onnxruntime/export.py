@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def build(
     opset: int | None = None,
     target: Target = TARGETS[DEFAULT],
 ) -> onnx.ModelProto:
-    """The model, checked by ONNX's own checker, shapes included.
+    """The model, checked by ONNX's own checker, shapes included, and by the rules of its target.
 
     opset: the lowest that will do, if None. target: the one that the network was quantized for.
     """
@@ -62,6 +63,9 @@ def build(
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise UserError(f"the network has no form in ONNX: {first_line(error)}; nothing was exported") from error
+    if target.rules:
+        module, _, name = target.rules.partition(":")
+        getattr(import_module(module), name)(model)
     return model
 
 
