@@ -12,7 +12,7 @@ only the batch is dynamic. An operator that the table lacks is written by torch.
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from utils.backends.base import INPUT
 from utils.backends.batch_axes import BatchAxes
+from utils.backends.caps import reached_caps
 from utils.backends.torch_onnx import TORCH_OPSET, Input, exported_by_torch, part_of
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -38,6 +39,7 @@ from utils.quantization.quantizer import Quantizer
 from utils.quantization.target import DEFAULT, TARGETS, Target
 
 OPSET = 13  # of 2020: the first whose DequantizeLinear knows scales per channel
+WITH_MIN = 22  # who asks for this has an ONNX Runtime with a Min of uint8, which 1.23 still lacks
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10}
 aten = torch.ops.aten
 
@@ -51,10 +53,13 @@ def onnx_model(
 ) -> onnx.ModelProto:
     """What a file holds. metadata: by key, anything that JSON can say. opset: the lowest that will do, if None.
 
-    target: whose engine the network was quantized for.
+    target: whose engine the network was quantized for. Caps per channel are written so that any runtime takes them; from
+    opset WITH_MIN on as a Min of integers, which is faster.
     Parameters of other than 8 bits (biases: 32), and an operator that neither the table nor torch.onnx can write, are
     a UserError.
     """
+    if target.caps == "between" and opset is not None and opset >= WITH_MIN:
+        target = replace(target, caps="integers")
     writer = _Writer(simulated, spec, opset or OPSET, target)
     try:
         writer.write_all()
@@ -271,16 +276,18 @@ class _Writer:
 
 def _quantizer(w: _Writer, node: fx.Node, module: Quantizer) -> _Value:
     _check_bits(module.qparams, w.target.bits_activation, f"the activations of {node.name!r}")
-    source, cap, grid = w.operand(node.args[0], node.name), module.cap, (module.scale, module.zero_point)
+    source, grid = w.operand(node.args[0], node.name), (module.scale, module.zero_point)
     if module.step_min == 0 and module.rectifies:
         source = w.add("Relu", [source], f"{node.name}_relu")
     elif module.rectifies:
         low = w.number(f"{node.name}_low", module.step_min * module.scale)
         source = w.add("Max", [source, low], f"{node.name}_above")
-    if cap is not None and bool((cap < module.step_max).any()):
+    if (cap := reached_caps(w.model, node, module)) is not None:
         cap = per_channel(cap, len(shape(node)))[None] if cap.dim() else cap
         if w.target.caps == "integers":
             return w.quantize(source, node.name, grid, cap + module.zero_point)
+        if w.target.caps == "between":  # quantized before and after, so that the layer's kernel stays one of integers
+            source = w.quantize(source, f"{node.name}_uncapped", grid).name
         bounds = w.constant(f"{node.name}_cap", cap * module.scale)
         source = w.add("Min", [source, bounds], f"{node.name}_below")
     return w.quantize(source, node.name, grid)

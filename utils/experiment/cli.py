@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from utils.backends.base import ENGINES
+from utils.backends.torch_export import SUFFIX as PROGRAM
 from utils.core import distributed
 from utils.core.arguments import POSITIVE, Number, Parser, at_least
 from utils.core.errors import UserError
@@ -161,7 +162,8 @@ def add_deployment_flags(parser: ArgumentParser) -> None:
         "--export",
         type=Path,
         metavar="FILE",
-        help="write the INT8 network as ONNX, once it is known to run as simulated",
+        help="write the quantized network once it is known to run as simulated: as ONNX, or, in a file that ends in .pt2, as a "
+        "program of torch.export",
     )
     group.add_argument(
         "--engine",
@@ -256,11 +258,14 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
             check_engine(args.target, args.engine)
         except UserError as error:
             parser.error(str(error))
+    to_onnx = args.export is not None and args.export.suffix != PROGRAM
+    if args.opset and args.export and not to_onnx and args.engine == "simulate":
+        parser.error(f"--opset is of ONNX files, and {args.export} is to be one of torch.export; leave out --opset")
     allowed = TARGETS[args.target]
     known = args.bits_weight in allowed.bits_weight and args.bits_activation in allowed.bits_activation
-    if (args.export or args.engine != "simulate") and not (known and args.bits_bias == 32):
+    if (to_onnx or args.engine != "simulate") and not (known and args.bits_bias == 32):
         parser.error(
-            f"--{'export' if args.export else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
+            f"--{'export' if to_onnx else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
             "and biases of 32; leave out --bits_weight, --bits_activation and --bits_bias"
         )
 
@@ -331,7 +336,7 @@ def prepare(args: Namespace) -> torch.device:
     """Check what can fail early, seed, set the allocator; returns the device."""
     device = open_device(args.device)
     check_writable(args.results)
-    if args.export:
+    if args.export and args.export.suffix != PROGRAM:
         check_packages("--export", "onnx", "onnxruntime")
     if args.engine in ENGINES:
         check_packages(f"--engine {args.engine}", *ENGINES[args.engine].packages)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from utils.backends.base import load_engine
 from utils.backends.parity import AGREEMENT, Compared, Remembered
+from utils.backends.torch_export import SUFFIX as PROGRAM
+from utils.backends.torch_export import export_program
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.predictions import Agreement
@@ -41,9 +43,12 @@ def write_files(run: "Run", recipe: Recipe, quantized: Quantized, names: Mapping
         artifact.save(args.save, artifact.Saved(capture(network.model, run.spec), *parts, *about, extras))
         print(f"saved {args.save}: {args.save.stat().st_size / 1e6:.2f} MB")
     if args.export:
+        metadata = describe(run, recipe, names)
+        if args.export.suffix == PROGRAM:
+            print(export_program(quantized.simulated, run.spec, args.export, metadata, probes))
+            return
         from utils.backends.onnxruntime.export import export
 
-        metadata = describe(run, recipe, names)
         predictions = run.task.predictions
         print(export(quantized, run.spec, args.export, metadata, probes, predictions, args.opset, recipe.engine))
 

@@ -19,7 +19,7 @@ class Target:
     even without --per_channel. integer_biases: biases are int32 in the steps of the accumulator; else float.
     quantizes_summands: a layer's output is quantized before the sum that it feeds; else the engine adds in the layer's
     own kernel, before anything is rounded. weights: how a file holds them, uint8 or int8. caps: whether a channel's
-    upper bound is applied to integers, or to floats before they are quantized. engines: the choices of --engine that
+    upper bound is applied to "integers", to "floats" before they are quantized, or to floats "between" two quantizers. engines: the choices of --engine that
     run its file, the target's own first. bits_weight, bits_activation: of its integer kernels. bits_first: of the
     weights of layers that read the network's input. far: the share of a layer's values that may be more than a step
     off, where the engine's arithmetic has flaws of its own. rules: the function, as module:name, that refuses a file
@@ -65,7 +65,7 @@ TARGETS: Mapping[str, Target] = {
         integer_biases=True,
         quantizes_summands=True,
         weights="uint8",
-        caps="integers",
+        caps="between",
         engines=("onnxruntime",),
     ),
     "openvino": Target(

@@ -13,7 +13,7 @@ from onnx import helper
 from torch import Tensor, fx
 
 from utils.backends.base import ENGINES, Kernels, load_engine, missing_package
-from utils.backends.onnx_writer import onnx_model
+from utils.backends.onnx_writer import WITH_MIN, onnx_model
 from utils.backends.parity import Parity, compare, integers_of
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -29,14 +29,15 @@ PROBES = 8  # images that engine and simulation are compared on
 
 @dataclass(frozen=True)
 class Exported:
-    """size: of the file in bytes; float_size: of the same weights in float32. notes: on what was not checked."""
+    """size: of the file in bytes; float_size: of the same weights in float32. kernels: None where the target's engine is
+    not here. notes: on what was not checked."""
 
     file: Path
     size: int
     float_size: int
     opset: int
     parity: Parity
-    kernels: Kernels
+    kernels: Kernels | None
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -44,7 +45,8 @@ class Exported:
             f"exported {self.file}: ONNX opset {self.opset}, {self.size / 1e6:.2f} MB, "
             f"{self.size / self.float_size:.2f} of its float32 weights"
         )
-        return "\n".join([size, str(self.kernels), f"  {self.parity}", *(f"  note: {note}" for note in self.notes)])
+        kernels = [str(self.kernels)] if self.kernels else []
+        return "\n".join([size, *kernels, f"  {self.parity}", *(f"  note: {note}" for note in self.notes)])
 
 
 def build(
@@ -112,6 +114,17 @@ def checking_engine(target: Target) -> tuple[str, tuple[str, ...]]:
     return own, ()
 
 
+def _about_caps(model: onnx.ModelProto) -> list[str]:
+    """What a faster file would need, in words."""
+    capped = sum(node.op_type == "QuantizeLinear" and "_uncapped" in node.output[0] for node in model.graph.node)
+    if not capped:
+        return []
+    return [
+        f"{capped} layers have caps per channel, written so that an ONNX Runtime of any age runs them; --opset {WITH_MIN} "
+        "writes them for new ones, faster"
+    ]
+
+
 def export(
     quantized: Quantized,
     spec: InputSpec,
@@ -125,15 +138,16 @@ def export(
     """Write the file, read it back, check it and run it; a file of that name stays as it is until all is well.
 
     images: to compare engine and simulation on (default: random ones). predictions: of the network's outputs. opset: of
-    ONNX (default: the lowest that will do). target: the one that the network was quantized for. Too large a difference, bits, operators or an opset that the file cannot have,
-    and a file that cannot be written are UserErrors.
+    ONNX (default: the lowest that will do). target: the one that the network was quantized for. Too large a difference,
+    bits, operators or an opset that the file cannot have, and a file that cannot be written are UserErrors.
     """
     images = spec.probe(PROBES) if images is None else images
     model = build(quantized, spec, metadata, opset, target)
     engine, notes = checking_engine(target)
     far = target.far if engine == target.engines[0] else 0.0
     parity = check_parity(model, quantized.simulated, images, predictions, engine, far)
-    kernels, run = describe_kernels(model, quantized, engine), load_engine(engine).network
+    kernels = describe_kernels(model, quantized, engine) if ENGINES[engine].title == target.title else None
+    notes, run = (*notes, *_about_caps(model)), load_engine(engine).network
     with atomic_write(file) as beside:
         onnx.save(model, beside)
         onnx.checker.check_model(str(beside), full_check=True)
