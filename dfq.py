@@ -67,6 +67,7 @@ from utils.passes.quantize_weights import keep_in_float, quantizable_layers, qua
 from utils.passes.relu6 import replace_relu6
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe, Value
+from utils.quantization.target import DEFAULT
 from utils.search.auto import check_near, find_recipe
 from utils.search.search import Found
 
@@ -92,6 +93,8 @@ def quantize_data_free(
     """
     recipe.check_images(images)
     log = PassLog()
+    if recipe.quantize and recipe.target != DEFAULT:
+        log.note(str(recipe.engine))
     model = plain(model)  # as capture() takes it: in float32, evaluating
     network = capture(model if captured is None else captured, spec)
     probe = spec.probe(network.meta["batch"] or 2)
@@ -112,7 +115,8 @@ def quantize_data_free(
 
     # Layers in a row that no BatchNorm tells of: their ranges come from images, a few distilled ones if there are none.
     guesses = guessed_tensors(network, statistics)
-    names = {node.name: guesses[node.name] for node in quantized_tensors(network) if node.name in guesses}
+    written = quantized_tensors(network, recipe.engine)
+    names = {node.name: guesses[node.name] for node in written if node.name in guesses}
     if recipe.quantize and names:
         (log.note if real else log.warn)(describe_guesses(names, whose(real)) + ("" if real else "; try --images DIR"))
     few = distill(model, spec, FEW, torch.device("cpu")) if recipe.quantize and names and images is None else None
@@ -163,13 +167,15 @@ def quantize(
     range_of = _activation_ranges(network, spec, statistics, moments, recipe, at_hand, log)
     simulated = copy.deepcopy(network)
     layers = quantizable_layers(simulated, range_of, log)
-    insert_quantizers(simulated, range_of, recipe.bits_activation, log)
+    insert_quantizers(simulated, range_of, recipe.bits_activation, log, recipe.engine)
 
     # Weights: clipped, section 5.1.2, and rounded to the nearest steps.
     if recipe.clip_weight:
         clip_weights(simulated, recipe.clip_weight, log)
-    symmetric = not recipe.asymmetric
-    quantize_weights(simulated, layers, recipe.bits_weight, recipe.per_channel, symmetric, recipe.bits_bias, log)
+    symmetric, channel_scales = not recipe.asymmetric, recipe.channel_scales
+    bits_bias = recipe.bits_bias if recipe.engine.integer_biases else None
+    grid = recipe.bits_weight, channel_scales, symmetric, bits_bias
+    quantize_weights(simulated, layers, *grid, log, recipe.engine.bits_first)
     log.weights["quantized"] = weight_ranges(simulated)
 
     # Bias correction, section 4.2.
@@ -177,7 +183,7 @@ def quantize(
         _correct_biases(simulated, network, statistics, moments, recipe, images, log)
 
     # Biases: to the steps of the int32 accumulator.
-    quantize_biases(simulated, recipe.bits_bias, log)
+    quantize_biases(simulated, bits_bias, log)
     near = None if images is None else fidelity(network, simulated, images.judging)
     for warning in fidelity_warnings(near, recipe, len(images.judging), images.real) if images else ():
         log.warn(warning)
@@ -227,7 +233,13 @@ def _quantize_nearest(start: _Start) -> Quantized:
         noise_optimal_scales,
         statistics=start.statistics,
         observed=observe_on_images(network, start.images.calibration),
-        scheme=QuantScheme(recipe.bits_weight, recipe.bits_activation, recipe.per_channel, not recipe.asymmetric),
+        scheme=QuantScheme(
+            recipe.bits_weight,
+            recipe.bits_activation,
+            recipe.channel_scales,
+            not recipe.asymmetric,
+            recipe.engine.signed,
+        ),
     )
     ways = {
         "none": partial(_quantize_equalized, start, None),
@@ -287,13 +299,13 @@ def _activation_ranges(
     """
     analytic = analytic_ranges(moments)
     guessed = guessed_tensors(network, statistics)
-    written = quantized_tensors(network)
+    written, signed = quantized_tensors(network, recipe.engine), recipe.engine.signed
     told = [node for node in written if node.name not in guessed]
     if images is None or not (recipe.distill_range or images.real or len(told) < len(written)):
         return analytic
     calibration = images.calibration
     if recipe.distill_range and recipe.range_method != "minmax":
-        observed = observed_ranges(network, spec, calibration, recipe.range_method, recipe.bits_activation)
+        observed = observed_ranges(network, spec, calibration, recipe.range_method, recipe.bits_activation, signed)
     else:
         extremes = image_extremes(network, calibration)
         observed = extreme_ranges(spec, extremes)
@@ -304,11 +316,12 @@ def _activation_ranges(
         return guesses_replaced(analytic, observed, guessed, clip_bounds(network))
     if recipe.range_method != "minmax":
         return observed
-    grid = recipe.bits_weight, recipe.per_channel, not recipe.asymmetric
+    grid = recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric
     ranges = starting_ranges(written, analytic, observed, guessed, recipe.relu)
     some = measuring_images(calibration, extremes, ranges)
     last = {node.name for node in written if averaged_into_output(network, node)}
-    fitted = fit_ranges(network, ranges, some, recipe.bits_activation, weight_noise(network, some, *grid), last)
+    allowed = weight_noise(network, some, *grid)
+    fitted = fit_ranges(network, ranges, some, recipe.bits_activation, allowed, last, signed)
     log.note(describe_fitted(fitted))
     return fitted_ranges(fitted, observed)
 

@@ -1,11 +1,12 @@
-"""How fast the exported INT8 file runs, beside float and beside other ways to INT8.
+"""How fast the exported INT8 files run, beside the float network as it was loaded, in the same engine.
 
     python -m benchmarks.int8 [--model NAME --weights FILE --image_size 224] [--calibrate DIR]
 
-Seconds are medians over rounds in which every variant ran once, one after the other, with the
-quartiles beside them. quantize_static is ONNX Runtime's own quantizer on the same network, calibrated on
-real images. torch.compile needs a C++ compiler, OpenVINO (pip install openvino) its package; what is
-not there is skipped, and that is said.
+Seconds are medians over rounds in which every variant ran once, one after the other, with the quartiles beside them. The
+base of each ratio is the original float network, with its BatchNorm folded, in the same engine; "with caps" is the float copy
+that equalization leaves, whose ReLU6 have a cap per channel. quantize_static is ONNX Runtime's own quantizer on the original
+network, calibrated on real images. torch.compile needs a C++ compiler, OpenVINO (pip install openvino) its package; what is not
+there is skipped, and that is said. So is a processor without VNNI, whose INT8 is little faster than float.
 """
 
 import argparse
@@ -21,21 +22,37 @@ import numpy as np
 import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from torch import Tensor
-from utils.backends.onnxruntime.graph import INPUT, onnx_model
+from torch import Tensor, fx, nn
 
 from demo.render import rendered
-from dfq import Quantized, Recipe, quantize_data_free
+from dfq import Recipe, quantize_data_free
 from modeling import build_model
+from utils.backends.base import INPUT, load_engine
+from utils.backends.onnx_writer import WITH_MIN, onnx_model
 from utils.backends.onnxruntime.export import build
-from utils.backends.onnxruntime.session import OnnxNetwork
+from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.experiment import cli
 from utils.experiment.evaluation import deploy, tune_allocator
+from utils.graph.capture import capture
+from utils.passes.fold_batchnorm import fold_batchnorm
+from utils.passes.log import PassLog
+from utils.quantization.target import TARGETS
 from utils.tasks.images import classification_transform, load_image
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(equalize=True, quantize=True, correction=True)
+BASES = {"ONNX Runtime": "ONNX Runtime FP32", "OpenVINO": "OpenVINO FP32", "torch": "torch eager FP32"}
+# By the name of a variant, the engine that runs it and the file.
+FILES = {
+    "ONNX Runtime FP32": ("onnxruntime", "original"),
+    "ONNX Runtime FP32 with caps": ("onnxruntime", "capped"),
+    "ONNX Runtime INT8, ours": ("onnxruntime", "ours"),
+    f"ONNX Runtime INT8, --opset {WITH_MIN}": ("onnxruntime", "newest"),
+    "ONNX Runtime INT8, quantize_static": ("onnxruntime", "static"),
+    "OpenVINO FP32": ("openvino", "original"),
+    "OpenVINO INT8, ours": ("openvino", "openvino"),
+}
 
 
 class RealImages(CalibrationDataReader):
@@ -47,13 +64,29 @@ class RealImages(CalibrationDataReader):
         return None if batch is None else {INPUT: batch.numpy()}
 
 
-def files(quantized: Quantized, spec: InputSpec, images: Tensor, folder: Path) -> dict[str, Path]:
-    """The same network as float, as our INT8 file, and as quantize_static makes it from the float file."""
-    made = {name: folder / f"{name}.onnx" for name in ("float", "ours", "static")}
-    onnx.save(onnx_model(quantized.float, {}, {}, spec, {}), made["float"])
-    onnx.save(build(quantized, spec, {}), made["ours"])
+def original(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
+    """The network as it was loaded, BatchNorm folded: what an engine makes of it anyway."""
+    network = capture(model, spec)
+    fold_batchnorm(network, PassLog())
+    return network
+
+
+def files(model: nn.Module, spec: InputSpec, recipe: Recipe, images: Tensor, folder: Path) -> dict[str, Path]:
+    """The network in float as loaded and with caps, as our INT8 files, and as quantize_static makes it."""
+    ours = quantize_data_free(model, spec, recipe)
+    theirs = quantize_data_free(model, spec, replace(recipe, target="openvino"))
+    models = {
+        "original": onnx_model(original(model, spec), spec, {}),
+        "capped": onnx_model(ours.float, spec, {}),
+        "ours": build(ours, spec, {}),
+        "newest": build(ours, spec, {}, WITH_MIN),
+        "openvino": build(theirs, spec, {}, target=TARGETS["openvino"]),
+    }
+    made = {name: folder / f"{name}.onnx" for name in (*models, "static")}
+    for name, one in models.items():
+        onnx.save(one, made[name])
     quantize_static(
-        made["float"],
+        made["original"],
         made["static"],
         RealImages(images),
         quant_format=QuantFormat.QDQ,
@@ -63,42 +96,23 @@ def files(quantized: Quantized, spec: InputSpec, images: Tensor, folder: Path) -
     return made
 
 
-def variants(
-    made: dict[str, Path], quantized: Quantized, threads: int, images: Tensor
-) -> dict[str, Callable[[], object]]:
-    """What runs on the images [N, 3, H, W], by name, each warmed up."""
+def variants(made: dict[str, Path], eager: nn.Module, threads: int, images: Tensor) -> dict[str, Callable[[], object]]:
+    """What runs on the images [N, 3, H, W], by name, each warmed up. eager: the network as loaded."""
     torch.set_num_threads(threads)
-    fast, eager = images.contiguous(memory_format=torch.channels_last), deploy(quantized.float, CPU)
-    runs = {"torch eager FP32": partial(eager, fast)}
-    runs["torch.compile FP32"] = partial(torch.compile(eager), fast)
-    names = {
-        "float": "ONNX Runtime FP32",
-        "ours": "ONNX Runtime INT8, ours",
-        "static": "ONNX Runtime INT8, quantize_static",
-    }
-    runs |= {names[kind]: partial(OnnxNetwork(file, threads), images) for kind, file in made.items()}
-    runs["OpenVINO INT8, our file"] = openvino(made["ours"], threads, images)
+    fast = images.contiguous(memory_format=torch.channels_last)
+    runs = {"torch eager FP32": partial(eager, fast), "torch compile FP32": partial(torch.compile(eager), fast)}
     working = {}
-    for name, run in runs.items():
+    for name in (*runs, *FILES):
         try:
-            run()
-        except Exception as error:  # a compiler or a package that is not there
+            if name in FILES:
+                engine, file = FILES[name]
+                runs[name] = partial(load_engine(engine).network(made[file], threads), images)
+            runs[name]()
+        except (UserError, RuntimeError) as error:  # a compiler or a package that is not there
             print(f"  without {name}: {str(error).strip().splitlines()[0][:100]}")
         else:
-            working[name] = run
+            working[name] = runs[name]
     return working
-
-
-def openvino(file: Path, threads: int, images: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        if not compiled:
-            import openvino
-
-            compiled.append(openvino.Core().compile_model(file, "CPU", {"INFERENCE_NUM_THREADS": threads}))
-        return compiled[0]([images.numpy()])
-
-    compiled: list = []
-    return run
 
 
 def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -113,12 +127,21 @@ def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, lis
 
 
 def report(times: dict[str, list[float]], batch: int, threads: int) -> None:
-    print(f"\n{threads} thread(s), batch {batch:<18}{'ms':>9}{'quartiles':>18}{'images/s':>10}{'over ORT FP32':>15}")
-    base = times["ONNX Runtime FP32"]
+    """Each variant's time, and how many times as fast it is as the original float network in its own engine."""
+    print(f"\n{threads} thread(s), batch {batch:<18}{'ms':>9}{'quartiles':>18}{'images/s':>10}{'over FP32':>11}")
     for name, seconds in times.items():
         low, middle, high = (1000 * value for value in statistics.quantiles(seconds, n=4))
+        base = times[next(base for engine, base in BASES.items() if name.startswith(engine))]
         ratio = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
-        print(f"{name:<38}{middle:>9.2f}{f'{low:.2f} to {high:.2f}':>18}{1000 * batch / middle:>10.0f}{ratio:>14.2f}x")
+        print(f"{name:<38}{middle:>9.2f}{f'{low:.2f} to {high:.2f}':>18}{1000 * batch / middle:>10.0f}{ratio:>10.2f}x")
+
+
+def describe_processor() -> str:
+    """Whether the processor has VNNI, as Linux says it."""
+    about = Path("/proc/cpuinfo")
+    if not about.is_file():
+        return "VNNI: unknown"
+    return "with VNNI" if "vnni" in about.read_text() else "without VNNI: INT8 is little faster than float here"
 
 
 def calibration(folder: str | None, spec: InputSpec, count: int) -> Tensor:
@@ -136,19 +159,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calibrate", metavar="DIR", help="folder of images for quantize_static (default: the demo's)")
     parser.add_argument("--relu", action="store_true", help="replace ReLU6 by ReLU: no caps per channel to keep")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args(arguments)
     tune_allocator()
     network = build_model(args.model, args.weights)
     spec = cli.changed_spec(network.spec, args.image_size)
     recipe = replace(RECIPE, relu=args.relu)
-    quantized = quantize_data_free(network.model, spec, recipe)
-    print(f"{args.model} {spec.size[0]}x{spec.size[1]}, {recipe}")
-    with tempfile.TemporaryDirectory() as folder:
+    print(f"{args.model} {spec.size[0]}x{spec.size[1]}, {recipe}; processor {describe_processor()}")
+    eager = deploy(network.model, CPU)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         images = calibration(args.calibrate, spec, 32)
-        made = files(quantized, spec, images, Path(folder))
-        for threads in (1, 2):
+        made = files(network.model, spec, recipe, images, Path(folder))
+        for threads in args.threads:
             for batch in (1, 32):
-                runs = variants(made, quantized, threads, images[:batch])
+                runs = variants(made, eager, threads, images[:batch])
                 rounds = args.rounds if batch > 1 else 5 * args.rounds
                 report(measure(runs, rounds), batch, threads)
 

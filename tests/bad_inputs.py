@@ -405,6 +405,36 @@ ROWS: dict[str, list[Row]] = {
             flags(main_seg, "--checkpoint_key", "ema"),
         ),
         Row(
+            "--target of an engine that is not known",
+            "refused: argument --target: invalid choice: 'tflite' (choose from …onnxruntime…openvino…tensorrt…)",
+            flags(main_cls, "--quantize", "--target", "tflite"),
+        ),
+        Row(
+            "--asymmetric for TensorRT, which has no zero points",
+            "refused: --target tensorrt has no weights with zero points; leave out --asymmetric",
+            flags(main_cls, "--quantize", "--target", "tensorrt", "--asymmetric"),
+        ),
+        Row(
+            "bits that a target has no kernels for",
+            "refused: --target openvino has no kernels for --bits_weight 4, only for 8 or 7; leave it out",
+            flags(main_seg, "--quantize", "--target", "openvino", "--bits_weight", "4"),
+        ),
+        Row(
+            "--engine openvino for another target",
+            "refused: --engine openvino runs what --target openvino makes, and this is for tensorrt; pass --target openvino",
+            flags(main_det, "--quantize", "--target", "tensorrt", "--engine", "openvino"),
+        ),
+        Row(
+            "--target without --quantize",
+            "refused: --target needs --quantize",
+            flags(main_cls, "--target", "tensorrt"),
+        ),
+        Row(
+            "--opset for a program of torch.export",
+            "refused: --opset is of ONNX files, and net.pt2 is to be one of torch.export; leave out --opset",
+            flags(main_cls, "--quantize", "--export", "net.pt2", "--opset", "17"),
+        ),
+        Row(
             "--mask_values 0=0,0=1",
             "refused: argument --mask_values: '0=0,0=1' is no list of different values and their classes, such as 0=0,255=1,7=void",
             flags(main_seg, "--mask_values", "0=0,0=1"),

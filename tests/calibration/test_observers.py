@@ -18,7 +18,7 @@ from utils.calibration.observers import (
 )
 from utils.graph.capture import capture
 from utils.graph.nodes import module_of, weighted_nodes
-from utils.quantization.qparams import affine_qparams, fake_quantize
+from utils.quantization.qparams import activation_qparams, affine_qparams, fake_quantize
 
 
 def histogram_of(x: torch.Tensor) -> Histogram:
@@ -85,3 +85,16 @@ def test_layers_are_run_in_order_and_what_they_return_is_read():
     output = run_layers(traced, images, run_layer)
     assert names == [node.target for node in weighted_nodes(traced)]
     torch.testing.assert_close(output, traced.get_submodule("3.linear").bias.expand(2, -1))
+
+
+def test_the_range_of_least_error_on_a_signed_grid():
+    x = torch.cat([torch.randn(200_000).relu(), torch.tensor([40.0])])
+    histogram = histogram_of(x)
+
+    def error(low: float, high: float, bits: int) -> float:
+        qparams = activation_qparams(torch.tensor(low), torch.tensor(high), bits, signed=True)
+        return float((fake_quantize(x, qparams) - x).square().mean())
+
+    for bits in (4, 6, 8):
+        found = error(*histogram.range("mse", bits, signed=True), bits)
+        assert found < 1.1 * min(error(0.0, float(share) * 40, bits) for share in torch.linspace(0.02, 1, 60))

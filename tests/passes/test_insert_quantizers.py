@@ -1,15 +1,31 @@
 """Quantizers stand where an integer engine writes."""
 
-from networks import SPEC, Branches, Residual, made, modules_in, settle
+import pytest
+import torch
+from networks import SPEC, Branches, Head, Residual, chain, conv_bn, made, modules_in, settle
+from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.graph.layers import Clip
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.quantization.quantizer import Quantizer
 
 
-def quantized(network):
+class TwoWays(nn.Module):
+    """A block whose shortcut is a layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = conv_bn(3, 8, activation=None), conv_bn(3, 8, activation=None)
+        self.head = Head(8)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.left(x) + self.right(x)))
+
+
+def quantized(network, **settings):
     model, graph = made(network, settle)
-    return quantize_data_free(model, SPEC, Recipe(quantize=True), captured=graph)
+    return quantize_data_free(model, SPEC, Recipe(quantize=True, **settings), captured=graph)
 
 
 def quantizers(result):
@@ -21,6 +37,44 @@ def test_quantizers_stand_where_an_integer_engine_writes():
     # input; stem; inner; outer, before the add; the sum behind its ReLU; pooling; not the last linear layer
     assert len(quantizers(result)) == 6
     assert modules_in(result.simulated, Clip) == []
+
+
+@pytest.mark.parametrize("network", [chain, Residual, Branches])
+def test_activations_for_tensorrt_are_symmetric_and_keep_their_clips(network):
+    result = quantized(network, target="tensorrt")
+    for module in quantizers(result).values():
+        assert (module.zero_point, module.qparams.quant_min, module.qparams.quant_max) == (0, -128, 127)
+    rectified = [module for module in quantizers(result).values() if module.rectifies]
+    assert rectified and all(module.step_min == 0 for module in rectified)
+    assert modules_in(result.simulated, Clip) == []
+    ours = {name: module for name, module in quantizers(quantized(network)).items() if module.zero_point == 0}
+    for name, module in ours.items():  # the same range in half of the steps
+        assert quantizers(result)[name].scale == pytest.approx(module.scale * 255 / 127)
+
+
+def test_a_layer_that_openvino_adds_in_its_own_kernel_is_not_quantized():
+    result, ours = quantized(Residual, target="openvino"), quantized(Residual)
+    assert quantizers(ours).keys() - quantizers(result).keys() == {"outer_0_quantizer"}
+
+
+def test_of_two_layers_that_feed_a_sum_openvino_adds_the_later_in_float():
+    result, ours = quantized(TwoWays, target="openvino"), quantized(TwoWays)
+    assert quantizers(ours).keys() - quantizers(result).keys() == {"right_0_quantizer"}
+
+
+def test_biases_stay_in_float_where_the_engine_has_no_others():
+    result = quantized(Residual, target="tensorrt")
+    layers = [module_of(result.simulated, node) for node in weighted_nodes(result.simulated)]
+    assert all(layer.bias_qparams is None and layer.weight_qparams.per_channel for layer in layers)
+    assert any("biases stay in float" in note for note in result.log.notes)
+
+
+def test_what_reads_the_input_has_weights_of_7_bits_for_openvino():
+    result = quantized(Residual, target="openvino")
+    bits = {
+        node.target: module_of(result.simulated, node).weight_qparams.bits for node in weighted_nodes(result.simulated)
+    }
+    assert bits == {"stem.0": 7, "inner.0": 8, "outer.0": 8, "head.linear": 8}
 
 
 def test_inputs_of_a_concat_share_their_parameters():

@@ -1,5 +1,6 @@
 """Noise-optimal equalization: less noise than CLE scales leave, and no channel stretched for nothing."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from networks import (
     made,
     randomise,
     relu_chain,
+    settle,
     spread_gains,
     unlike,
 )
@@ -32,7 +34,14 @@ from utils.graph.regions import find_regions, stored_nodes
 from utils.passes.equalization import ScalesOf, activation_reach, cle_scales, equalize
 from utils.passes.exactness import outputs_of
 from utils.passes.log import PassLog
-from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_optimal_scales, observe_on_images
+from utils.passes.noise_equalization import (
+    QuantScheme,
+    _activation_reaches,
+    _Noise,
+    choose_nearest,
+    noise_optimal_scales,
+    observe_on_images,
+)
 
 IMAGES = as_pixels(natural_noise(SPEC, 16, torch.Generator().manual_seed(0)), SPEC)
 NETWORKS = [chain, Residual, Branches]
@@ -172,3 +181,23 @@ def test_distilled_equalization_is_never_further_than_the_plain_one(network):
     chosen = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True, distill_equalize=True), images, graph)
     assert chosen.fidelity.output >= plain.fidelity.output
     assert any("the nearest" in note for note in chosen.log.notes)
+
+
+def test_on_signed_grids_what_is_never_negative_has_twice_the_step():
+    """With weights all but exact, the noise is that of the activations: (255 / 127)^2 times, if all are rectified."""
+    model, statistics = unlike(relu_chain)
+    regions, observed = find_regions(model)[0], observe_on_images(model, IMAGES)
+    rectified = [region for region in regions if region.rectified]
+    reaches = _activation_reaches(model, rectified, statistics, observed)
+    schemes = (QuantScheme(16, 8, signed=signed) for signed in (True, False))
+    zeros = torch.zeros(sum(region.channels for region in rectified))
+    signed, unsigned = (float(_Noise(model, rectified, reaches, observed, scheme)(zeros)) for scheme in schemes)
+    assert signed / unsigned == pytest.approx((255 / 127) ** 2, rel=0.01)
+
+
+def test_for_tensorrt_scales_are_chosen_by_its_grids():
+    model, _ = made(chain, randomise, settle)
+    recipe = Recipe(quantize=True, equalize=True, distill_equalize=True, target="tensorrt")
+    result = quantize_data_free(model, SPEC, recipe, IMAGES)
+    plain = quantize_data_free(model, SPEC, replace(recipe, equalize=False, distill_equalize=False), IMAGES)
+    assert result.fidelity.output >= plain.fidelity.output - 0.01

@@ -29,13 +29,14 @@ from utils.quantization.placement import is_concat, quantizer_before, value_sour
 from utils.quantization.quantizer import Quantizer
 
 aten = torch.ops.aten
+Multiplier = float | Tensor | tuple[Tensor, Tensor]  # what QuantizeToSteps takes
 
 
 class IntegerSum(nn.Module):
     """The sum of two tensors of steps, in steps of a third grid, as ONNX Runtime's QLinearAdd rounds it.
 
-    first, second, total: scale and zero point of each uint8 grid; steps are counted from the zero point. That
-    kernel multiplies and adds in float32, fused: fixed + ratio * unsigned second + ratio * unsigned first.
+    first, second, total: scale and zero point of each 8-bit grid; steps are counted from the zero point. That
+    kernel multiplies and adds in float32, fused: fixed + ratio * stored second + ratio * stored first.
     """
 
     makes_new_tensor = True
@@ -55,6 +56,28 @@ class IntegerSum(nn.Module):
         return sum_.round_().sub_(self.zero_points[2])
 
 
+class LayerSum(nn.Module):
+    """A layer's accumulator and a tensor of steps, added in float for a quantizer, in OpenVINO's order of operations.
+
+    scale: [C, 1, ...] of the accumulator; bias: [C, 1, ...]. other, total: scale and zero point of the two grids.
+    """
+
+    makes_new_tensor = True
+
+    def __init__(self, scale: Tensor, bias: Tensor, other: tuple[float, int], total: tuple[float, int]):
+        super().__init__()
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.zero_points = other[1], total[1]
+        self.shift, self.inverse = other[0] * other[1], float(1 / torch.tensor(other[0]))
+        self.ratio = float(torch.tensor(other[0]) / torch.tensor(total[0]))
+
+    def forward(self, accumulator: Tensor, steps: Tensor) -> Tensor:
+        sum_ = (accumulator * self.scale).add_(self.bias).sub_(self.shift).mul_(self.inverse)
+        sum_.add_(steps + self.zero_points[0]).mul_(self.ratio).add_(self.zero_points[1])
+        return sum_.round_().sub_(self.zero_points[1])
+
+
 class PositionSum(nn.Module):
     """[N, C, ...] -> [N, C, 1, ...], the sum of each channel's values."""
 
@@ -67,11 +90,16 @@ class QuantizeToSteps(nn.Module):
 
     quantizer: of the simulation. multiplier: what the input is multiplied by before rounding, [] or [C, 1, ...]; None
     to divide it by the scale, as an engine's QuantizeLinear does; 1.0 where it is in steps already.
-    to_steps: hand out steps, counted from the zero point, instead of values.
+    to_steps: hand out steps, counted from the zero point, instead of values. A tuple of a scale and a bias [C, 1, ...] for
+    a multiplier: of an accumulator, which gets them in float before it is divided.
     """
 
-    def __init__(self, quantizer: Quantizer, multiplier: float | Tensor | None, to_steps: bool):
+    def __init__(self, quantizer: Quantizer, multiplier: float | Tensor | tuple[Tensor, Tensor] | None, to_steps: bool):
         super().__init__()
+        scale, bias = multiplier if isinstance(multiplier, tuple) else (None, None)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        multiplier = float(1 / torch.tensor(quantizer.scale)) if isinstance(multiplier, tuple) else multiplier
         self.quantizer, self.to_steps, self.inplace = quantizer, to_steps, False
         is_tensor = isinstance(multiplier, Tensor)
         self.factor = None if is_tensor else multiplier
@@ -79,6 +107,11 @@ class QuantizeToSteps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factor = self.factor if self.channel_factors is None else self.channel_factors
+        if self.scale is not None:
+            x = (x.mul_(self.scale) if self.inplace else x * self.scale).add_(self.bias)
+            steps = x.mul_(factor).add_(self.quantizer.zero_point).round_().sub_(self.quantizer.zero_point)
+            steps = self.quantizer.round_(steps)
+            return steps if self.to_steps else steps.mul_(self.quantizer.scale)
         if factor is None:
             steps = x.div_(self.quantizer.scale) if self.inplace else x / self.quantizer.scale
         elif self.factor == 1:
@@ -98,10 +131,12 @@ def lower_to_integers(simulated: fx.GraphModule) -> fx.GraphModule:
     """
     model = copy.deepcopy(simulated)
     steps = _in_steps(model)
-    multipliers: dict[fx.Node, float | Tensor] = {}  # by quantizer: what its input is multiplied by
+    multipliers: dict[fx.Node, Multiplier] = {}  # by quantizer: what its input is multiplied by
     for node in list(model.graph.nodes):
         if isinstance(module_of(model, node), WEIGHTED):
             multipliers |= _lower_layer(model, node, steps)
+        elif _is_layer_sum(model, node) and all(_reads_steps(model, part, steps) for part in _parts(model, node)):
+            multipliers |= _lower_layer_sum(model, node)
         elif _is_sum(model, node) and all(_reads_steps(model, part, steps) for part in node.args):
             multipliers |= _lower_sum(model, node)
         elif _is_average(model, node) and _reads_steps(model, node.args[0], steps):
@@ -139,6 +174,8 @@ def _readers(model: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
 
 def _takes_steps(model: fx.GraphModule, reader: fx.Node, chosen: set[fx.Node]) -> bool:
     """Whether a reader can compute on the steps of quantizers, all its operands being of the chosen ones."""
+    if _is_layer_sum(model, reader):
+        return all(set(value_sources(part)) <= chosen for part in _parts(model, reader))
     if not (isinstance(module_of(model, reader), WEIGHTED) or _is_sum(model, reader) or _is_average(model, reader)):
         return False
     operands = [value_sources(operand) for operand in reader.all_input_nodes]
@@ -158,6 +195,27 @@ def _is_sum(model: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
+def _is_layer_sum(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node adds a quantized tensor to a layer that feeds nothing else, for a quantizer."""
+    if node.target is not aten.add.Tensor or any(not isinstance(part, fx.Node) for part in node.args):
+        return False
+    layers = [part for part in node.args if isinstance(module_of(model, part), WEIGHTED)]
+    return (
+        len(layers) == 1
+        and list(layers[0].users) == [node]
+        and module_of(model, layers[0]).weight_qparams is not None
+        and all(shape(part) == shape(node) and len(value_sources(part)) == 1 for part in node.args)
+        and all(quantizer_before(model, part) is not None for part in _parts(model, node))
+        and [type(module_of(model, user)) for user in node.users] == [Quantizer]
+    )
+
+
+def _parts(model: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """What the layer of such a sum reads, and what is added to it."""
+    layer, other = sorted(node.args, key=lambda part: not isinstance(module_of(model, part), WEIGHTED))
+    return [layer.args[0], other]
+
+
 def _is_average(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node averages all positions of a quantized tensor for a quantizer."""
     return (
@@ -169,16 +227,20 @@ def _is_average(model: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-def _lower_layer(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> dict[fx.Node, float | Tensor]:
+def _lower_layer(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> dict[fx.Node, Multiplier]:
     """Move the scales of the quantizers around a layer into its weights, or make these integers.
 
     Returns what the quantizer behind it multiplies by, if there is one that alone reads the layer.
     """
     layer, before, user = module_of(model, node), quantizer_before(model, node.args[0]), next(iter(node.users))
+    if _is_layer_sum(model, user) and all(_reads_steps(model, part, steps) for part in _parts(model, user)):
+        return {}  # lowered with the sum
     reads_steps = _reads_steps(model, node.args[0], steps)
     after = module_of(model, user) if len(node.users) == 1 else None
     after = after if isinstance(after, Quantizer) else None
-    if reads_steps and after and layer.weight_qparams is not None and layer.bias_qparams is not None:
+    if reads_steps and after and layer.weight_qparams is not None:
+        if layer.bias_qparams is None:
+            return {user: _to_accumulator(layer, before.scale, len(shape(node)))}
         multiplier = layer.weight_qparams.scale.float() * before.scale / after.scale
         _to_integers(layer, before.scale)
         return {user: float(multiplier) if multiplier.dim() == 0 else per_channel(multiplier, len(shape(node)))}
@@ -198,7 +260,33 @@ def _to_integers(layer: nn.Module, input_scale: float) -> None:
     layer.bias.data.copy_((layer.bias.double() / (scale * input_scale)).round())
 
 
-def _lower_sum(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, float | Tensor]:
+def _to_accumulator(layer: nn.Module, input_scale: float, dims: int) -> tuple[Tensor, Tensor]:
+    """Replace a layer's weights by their integers and its bias by zeros; returns the accumulator's scale, and the bias.
+
+    Both [C, 1, ...] for outputs of so many dimensions.
+    """
+    bias = layer.bias.detach().clone()
+    _to_integers(layer, input_scale)
+    layer.bias.data.zero_()
+    scale = (layer.weight_qparams.scale.float() * input_scale).expand(channels_out(layer)).clone()
+    shaped = (lambda part: part) if isinstance(layer, nn.Linear) else (lambda part: per_channel(part, dims))
+    return shaped(scale), shaped(bias)
+
+
+def _lower_layer_sum(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, Multiplier]:
+    """Put a sum of an accumulator and steps in the place of one of a layer's output and values."""
+    layer = next(part for part in node.args if isinstance(module_of(model, part), WEIGHTED))
+    other = next(part for part in node.args if part is not layer)
+    total, before = next(iter(node.users)), quantizer_before(model, layer.args[0])
+    grids = [(one.scale, one.zero_point) for one in (quantizer_before(model, other), module_of(model, total))]
+    scale, bias = _to_accumulator(module_of(model, layer), before.scale, len(shape(node)))
+    name = f"{node.name}_of_accumulator"
+    model.add_submodule(name, LayerSum(scale, bias, *grids))
+    node.op, node.target, node.args = "call_module", name, (layer, other)
+    return {total: 1.0}
+
+
+def _lower_sum(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, Multiplier]:
     """Put a sum of steps in the place of a sum of values."""
     total = next(iter(node.users))
     quantizers = [*(quantizer_before(model, part) for part in node.args), module_of(model, total)]
@@ -208,7 +296,7 @@ def _lower_sum(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, float | Te
     return {total: 1.0}
 
 
-def _lower_average(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, float | Tensor]:
+def _lower_average(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, Multiplier]:
     """Add steps up over all positions, and let the quantizer behind divide by their number too."""
     user = next(iter(node.users))
     before, after = quantizer_before(model, node.args[0]), module_of(model, user)

@@ -1,9 +1,10 @@
 """The simulated network as an ONNX model: the same graph, node by node, with integers where they belong.
 
 Standard operators only. A quantizer becomes QuantizeLinear and DequantizeLinear (QDQ) with its scale and zero
-point, uint8; weights are uint8 initialisers and biases int32 ones, on the grid of weight scale times input
-scale, each behind a DequantizeLinear. From this form engines make integer kernels by themselves. Weights are unsigned
-because x86 processors without VNNI add products of uint8 and int8 in 16 bits, which saturate.
+point; weights are initialisers of 8 bits and biases of 32, on the grid of weight scale times input scale, each behind a
+DequantizeLinear, or floats. From this form engines make integer kernels by themselves. What is signed is the target's
+(utils/quantization/target.py). For ONNX Runtime weights are unsigned, because x86 processors without VNNI add
+products of uint8 and int8 in 16 bits, which saturate.
 Tensors have the names of the graph's nodes, nodes those of the layers. Sizes are those of one image;
 only the batch is dynamic. An operator that the table lacks is written by torch.onnx.
 """
@@ -11,7 +12,7 @@ only the batch is dynamic. An operator that the table lacks is written by torch.
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from utils.backends.base import INPUT
 from utils.backends.batch_axes import BatchAxes
+from utils.backends.caps import reached_caps
 from utils.backends.torch_onnx import TORCH_OPSET, Input, exported_by_torch, part_of
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -33,22 +36,31 @@ from utils.graph.onnx_forms import padding_by_axis
 from utils.graph.ops import operator_of
 from utils.quantization.qparams import QParams
 from utils.quantization.quantizer import Quantizer
+from utils.quantization.target import DEFAULT, TARGETS, Target
 
 OPSET = 13  # of 2020: the first whose DequantizeLinear knows scales per channel
+WITH_MIN = 22  # who asks for this has an ONNX Runtime with a Min of uint8, which 1.23 still lacks
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10}
-INPUT = "images"
 aten = torch.ops.aten
 
 
 def onnx_model(
-    simulated: fx.GraphModule, spec: InputSpec, metadata: Mapping[str, Any], opset: int | None = None
+    simulated: fx.GraphModule,
+    spec: InputSpec,
+    metadata: Mapping[str, Any],
+    opset: int | None = None,
+    target: Target = TARGETS[DEFAULT],
 ) -> onnx.ModelProto:
     """What a file holds. metadata: by key, anything that JSON can say. opset: the lowest that will do, if None.
 
+    target: whose engine the network was quantized for. Caps per channel are written so that any runtime takes them; from
+    opset WITH_MIN on as a Min of integers, which is faster.
     Parameters of other than 8 bits (biases: 32), and an operator that neither the table nor torch.onnx can write, are
     a UserError.
     """
-    writer = _Writer(simulated, spec, opset or OPSET)
+    if target.caps == "between" and opset is not None and opset >= WITH_MIN:
+        target = replace(target, caps="integers")
+    writer = _Writer(simulated, spec, opset or OPSET, target)
     try:
         writer.write_all()
     except _NeedsOpset as needed:
@@ -57,7 +69,7 @@ def onnx_model(
                 f"{needed}, which torch.onnx writes, needs opset {TORCH_OPSET} or newer, not {opset}; "
                 f"pass --opset {TORCH_OPSET}, or leave out --opset"
             ) from None
-        writer = _Writer(simulated, spec, TORCH_OPSET)
+        writer = _Writer(simulated, spec, TORCH_OPSET, target)
         writer.write_all()
     batch = simulated.meta.get("batch") or "N"
     image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *spec.shape()[1:]])
@@ -86,8 +98,8 @@ class _Value:
 class _Writer:
     """What has been written so far, and the values that fx nodes have become."""
 
-    def __init__(self, model: fx.GraphModule, spec: InputSpec, opset: int):
-        self.model, self.opset, self.batch_axes = model, opset, BatchAxes(model, spec)
+    def __init__(self, model: fx.GraphModule, spec: InputSpec, opset: int, target: Target):
+        self.model, self.opset, self.batch_axes, self.target = model, opset, BatchAxes(model, spec), target
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -177,13 +189,14 @@ class _Writer:
         return [-1 if axis in free else side for axis, side in enumerate(shape(node))] if len(free) < 2 else None
 
     def quantize(self, source: str, name: str, grid: tuple[float, int], cap: Tensor | None = None) -> _Value:
-        """Round a tensor to a uint8 grid. cap: per-channel bounds that broadcast over it, in steps of the grid."""
+        """Round a tensor to a grid of 8 bits. cap: per-channel bounds that broadcast over it, in steps of the grid."""
+        kind = np.dtype(np.int8 if self.target.signed else np.uint8)
         scale = self.constant(f"{name}_scale", np.float32(grid[0]))
-        zero = self.constant(f"{name}_zero_point", np.uint8(grid[1]))
-        integers = f"{name}_uint8"
+        zero = self.constant(f"{name}_zero_point", np.asarray(grid[1], kind))
+        integers = f"{name}_{kind.name}"
         self.add("QuantizeLinear", [source, scale, zero], integers if cap is None else f"{name}_uncapped")
         if cap is not None:
-            bounds = self.constant(f"{name}_cap", cap.to(torch.uint8))
+            bounds = self.constant(f"{name}_cap", cap.numpy().astype(kind))
             self.add("Min", [f"{name}_uncapped", bounds], integers)
         return _Value(self.add("DequantizeLinear", [integers, scale, zero], name), grid)
 
@@ -195,6 +208,8 @@ class _Writer:
         """
         value = self.values[node]
         if value.grid is None or layer.weight_qparams is not None or (channels := shape(node)[1]) == 1:
+            return value.name
+        if self.target is not TARGETS[DEFAULT]:  # TensorRT takes no activations with scales by channel
             return value.name
         name = f"{value.name}_by_channel"
         if name not in {tensor.output[0] for tensor in self.nodes}:
@@ -262,17 +277,26 @@ class _Writer:
 
 
 def _quantizer(w: _Writer, node: fx.Node, module: Quantizer) -> _Value:
-    _check_bits(module.qparams, 8, f"the activations of {node.name!r}")
-    cap = module.cap
-    if cap is not None:
-        reached = bool((cap < module.step_max).any())
-        cap = cap + module.zero_point if reached else None
-        cap = per_channel(cap, len(shape(node)))[None] if cap is not None and cap.dim() else cap
-    return w.quantize(w.operand(node.args[0], node.name), node.name, (module.scale, module.zero_point), cap)
+    _check_bits(module.qparams, w.target.bits_activation, f"the activations of {node.name!r}")
+    source, grid = w.operand(node.args[0], node.name), (module.scale, module.zero_point)
+    if module.step_min == 0 and module.rectifies:
+        source = w.add("Relu", [source], f"{node.name}_relu")
+    elif module.rectifies:
+        low = w.number(f"{node.name}_low", module.step_min * module.scale)
+        source = w.add("Max", [source, low], f"{node.name}_above")
+    if (cap := reached_caps(w.model, node, module)) is not None:
+        cap = per_channel(cap, len(shape(node)))[None] if cap.dim() else cap
+        if w.target.caps == "integers":
+            return w.quantize(source, node.name, grid, cap + module.zero_point)
+        if w.target.caps == "between":  # quantized before and after, so that the layer's kernel stays one of integers
+            source = w.quantize(source, f"{node.name}_uncapped", grid).name
+        bounds = w.constant(f"{node.name}_cap", cap * module.scale)
+        source = w.add("Min", [source, bounds], f"{node.name}_below")
+    return w.quantize(source, node.name, grid)
 
 
-def _check_bits(qparams: QParams, bits: int, what: str) -> None:
-    if qparams.bits != bits:
+def _check_bits(qparams: QParams, bits: tuple[int, ...], what: str) -> None:
+    if qparams.bits not in bits:
         raise UserError(
             f"{what} have {qparams.bits} bits; INT8 engines take weights and activations of 8 bits and biases of 32: "
             "leave out --bits_weight, --bits_activation and --bits_bias"
@@ -282,11 +306,11 @@ def _check_bits(qparams: QParams, bits: int, what: str) -> None:
 def _parameters(w: _Writer, node: fx.Node, layer: nn.Module, axis: int = 0) -> list[str]:
     weights, biases = layer.weight_qparams, layer.bias_qparams
     if weights is not None:
-        _check_bits(weights, 8, f"the weights of layer {node.target!r}")
+        _check_bits(weights, (*w.target.bits_weight, w.target.bits_first), f"the weights of layer {node.target!r}")
     if biases is not None:
-        _check_bits(biases, 32, f"the bias of layer {node.target!r}")
+        _check_bits(biases, (32,), f"the bias of layer {node.target!r}")
     return [
-        w.parameter(f"{node.name}_weight", layer.weight, weights, torch.uint8, axis),
+        w.parameter(f"{node.name}_weight", layer.weight, weights, getattr(torch, w.target.weights), axis),
         w.parameter(f"{node.name}_bias", layer.bias, biases, torch.int32),
     ]
 

@@ -25,9 +25,9 @@ OUTPUT_STEPS = 0.1  # by which an output that is not quantized may differ, in st
 AGREEMENT = 0.99  # of all predictions on evaluation images must be the same
 
 
-def integers_of(node: fx.Node) -> str:
-    """The name of the uint8 tensor that a quantizer's node has become."""
-    return f"{node.name}_uint8"
+def integers_of(node: fx.Node, quantizer: Quantizer) -> str:
+    """The name of the tensor of integers that a quantizer's node has become."""
+    return f"{node.name}_{'int8' if quantizer.qparams.quant_min < 0 else 'uint8'}"
 
 
 @dataclass
@@ -40,9 +40,9 @@ class LayerParity:
     off: int = 0
     far: int = 0
 
-    @property
-    def failed(self) -> bool:
-        return self.far > 0 or self.off > SHARE * self.values
+    def failed(self, far: float = 0.0) -> bool:
+        """far: the share of values that may be further off than a step."""
+        return self.far > far * self.values or self.off > SHARE * self.values
 
 
 @dataclass
@@ -63,14 +63,18 @@ class Parity:
         """Where the whole networks part: up to there, a layer alone has the input that it has in both."""
         return next((layer for layer in self.layers if layer.ties or layer.off or layer.far), None)
 
-    def check(self) -> None:
-        """Refuse an engine that rounds a layer otherwise than the simulation does."""
+    def check(self, far: float = 0.0, remedy: str = "") -> None:
+        """Refuse an engine that rounds a layer otherwise than the simulation does.
+
+        far: the share of a layer's values that may be further off than a step. remedy: what to try.
+        """
         for layer in self.layers:
-            if layer.failed:
+            if layer.failed(far):
+                further = f"{far * 1e6:.0f}" if far else "none"
                 raise UserError(
                     f"the engine and the simulation disagree at {layer.name!r}: of {layer.values} values {layer.off} "
-                    f"are one step off and {layer.far} further, where {SHARE * 1e6:.0f} in a million and none are "
-                    "allowed; nothing was exported"
+                    f"are one step off and {layer.far} further, where {SHARE * 1e6:.0f} in a million and {further} are "
+                    f"allowed; nothing was exported{remedy}"
                 )
 
     def __str__(self) -> str:
@@ -128,7 +132,7 @@ def compare(
 ) -> Parity:
     """Run both on the images.
 
-    engine: gives, by name, the network's outputs first and the uint8 tensors of all quantizers. predictions: of
+    engine: gives, by name, the network's outputs first and the integers of all quantizers. predictions: of
     the outputs, for the agreement.
     """
     layers: dict[str, LayerParity] = {}
@@ -176,7 +180,7 @@ class _Alone(fx.Interpreter):
         top = quantizer.step_max if quantizer.cap is None else per_channel(quantizer.cap, self.env[source].dim())
         exact = (self.env[source].double() / quantizer.scale).clamp(min=quantizer.step_min)  # a copy, to be kept:
         expected = (super().run_node(node) / quantizer.scale).round()  # this may overwrite its input
-        found = self.tensors[integers_of(node)].float() - quantizer.zero_point
+        found = self.tensors[integers_of(node, quantizer)].float() - quantizer.zero_point
         slack = max(TIE, self.reach.get(source, 0) * torch.finfo(torch.float32).eps / quantizer.scale)
         right = (found - exact.minimum(torch.as_tensor(top))).abs() <= 0.5 + slack
         apart = (found - expected).abs()

@@ -67,14 +67,16 @@ class Histogram:
     high: float
     counts: Tensor
 
-    def range(self, method: str, bits: int) -> tuple[float, float]:
-        """The range to quantize to, by one of METHODS."""
-        return {"minmax": self._whole, "percentile": self._percentile, "mse": self._least_error}[method](bits)
+    def range(self, method: str, bits: int, signed: bool = False) -> tuple[float, float]:
+        """The range to quantize to, by one of METHODS; signed: with a grid that is symmetric around 0."""
+        if method == "mse":
+            return self._least_error(bits, signed)
+        return {"minmax": self._whole, "percentile": self._percentile}[method]()
 
-    def _whole(self, bits: int) -> tuple[float, float]:
+    def _whole(self) -> tuple[float, float]:
         return self.low, self.high
 
-    def _percentile(self, bits: int, outside: float = 1e-5) -> tuple[float, float]:
+    def _percentile(self, outside: float = 1e-5) -> tuple[float, float]:
         """All values but a share of 1e-5 at either end."""
         share = self.counts.cumsum(0) / self.counts.sum()
         edges = torch.linspace(self.low, self.high, len(self.counts) + 1, dtype=torch.double)
@@ -82,7 +84,7 @@ class Histogram:
         last = int(torch.searchsorted(share, 1 - outside)) + 1
         return float(edges[first]), float(edges[min(last, len(self.counts))])
 
-    def _least_error(self, bits: int) -> tuple[float, float]:
+    def _least_error(self, bits: int, signed: bool) -> tuple[float, float]:
         """The range to which rounding and clipping the values makes the least mean squared error.
 
         Either end is shortened by sixths of an octave, to a 64th; 0 stays within.
@@ -91,14 +93,23 @@ class Histogram:
         shares = torch.logspace(0, -6, 37, base=2, dtype=torch.double)
         ends = (end * shares if end else torch.zeros(1).double() for end in (min(self.low, 0.0), max(self.high, 0.0)))
         candidates = torch.cartesian_prod(*ends)
-        errors = _rounding_error(centres, self.counts, *candidates.T[:, :, None], bits)
+        errors = _rounding_error(centres, self.counts, *candidates.T[:, :, None], bits, signed)
         return tuple(candidates[errors.argmin()].tolist())
 
 
-def _rounding_error(values: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Squared errors [K] of rounding to 2^bits steps over K ranges [low, high] ([K, 1]); counts: of each value [B]."""
-    step = ((high - low) / (2**bits - 1)).clamp_min(1e-30)
-    zero = (-low / step).round()
+def _rounding_error(
+    values: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int, signed: bool = False
+) -> Tensor:
+    """Squared errors [K] of rounding to 2^bits steps over K ranges [low, high] ([K, 1]); counts: of each value [B].
+
+    signed: over the symmetric ranges that hold these.
+    """
+    if signed:
+        step = (torch.maximum(-low, high) / (2 ** (bits - 1) - 1)).clamp_min(1e-30)
+        zero = 2 ** (bits - 1)
+    else:
+        step = ((high - low) / (2**bits - 1)).clamp_min(1e-30)
+        zero = (-low / step).round()
     quantized = ((values / step).round() + zero).clamp(0, 2**bits - 1) - zero
     return ((quantized * step - values).square() * counts).sum(1)
 

@@ -23,7 +23,7 @@ from utils.graph.layers import WEIGHTED, Clip
 from utils.graph.layers import per_channel as per_channel_view
 from utils.graph.nodes import is_tensor, module_of, outputs_of
 from utils.graph.ops import operator_of
-from utils.quantization.qparams import affine_qparams, choose_weight_qparams, round_weight
+from utils.quantization.qparams import activation_qparams, choose_weight_qparams, round_weight
 from utils.quantization.quantizer import Quantizer
 
 Range = tuple[float, float]
@@ -264,13 +264,14 @@ def fit_ranges(
     bits: int,
     allowed: float,
     open_ended: Collection[str] = (),
+    signed: bool = False,
 ) -> dict[str, Fitted]:
     """The ranges, each as wide as its noise at the network's output allows; by the node's name.
 
     ranges: by node, what its values are taken to lie in. images: [N, C, H, W] on which noise is measured; choose those
     with the extremes, as measuring_images does. bits: of the activations. allowed: noise of all tensors together, as a share
     of the outputs' power, as weight_noise tells of the weights; a tensor's is that of one in so many. open_ended: tensors
-    that get OPEN times their range, since what the network hands out must not be cut.
+    that get OPEN times their range, since what the network hands out must not be cut. signed: on a symmetric grid.
     """
     rerun, fitted, bounds = Rerun(model, images), {}, clip_bounds(model)
     share = allowed / max(1, len(ranges))
@@ -281,7 +282,7 @@ def fit_ranges(
         noise: dict[float, float] = {}
         for factor in FACTORS:
             low, high = within(widen(known, factor), bounds.get(name))
-            quantizer = Quantizer(affine_qparams(torch.tensor(low), torch.tensor(high), bits))
+            quantizer = Quantizer(activation_qparams(torch.tensor(low), torch.tensor(high), bits, signed))
             noise[factor] = rerun.noise(name, quantizer(rerun.values[name]))
             if (chosen := choose_factor(noise, share)) is not None:
                 break

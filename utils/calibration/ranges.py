@@ -26,10 +26,12 @@ def analytic_ranges(moments: dict[str, Moments | Unknown]) -> RangeOf:
     return range_of
 
 
-def observed_ranges(network: fx.GraphModule, spec: InputSpec, images: Tensor, method: str, bits: int) -> RangeOf:
+def observed_ranges(
+    network: fx.GraphModule, spec: InputSpec, images: Tensor, method: str, bits: int, signed: bool = False
+) -> RangeOf:
     """Ranges of what the float network does on images [N, C, H, W]; the input's are its pixels'.
 
-    method: one of utils.calibration.observers.METHODS. bits: of the activations.
+    method: one of utils.calibration.observers.METHODS. bits: of the activations. signed: on a symmetric grid.
     """
     observed = histograms(network, images)
 
@@ -39,7 +41,7 @@ def observed_ranges(network: fx.GraphModule, spec: InputSpec, images: Tensor, me
             return spec.range()
         if node.name not in observed:
             return Unknown("here")
-        return observed[node.name].range(method, bits)
+        return observed[node.name].range(method, bits, signed)
 
     return range_of
 

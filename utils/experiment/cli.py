@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from utils.backends.base import ENGINES
+from utils.backends.torch_export import SUFFIX as PROGRAM
 from utils.core import distributed
 from utils.core.arguments import POSITIVE, Number, Parser, at_least
 from utils.core.errors import UserError
@@ -22,6 +24,7 @@ from utils.experiment.evaluation import tune_allocator
 from utils.experiment.images import OF_IMAGES, add_distillation_flags, add_image_flags, check_image_flags
 from utils.experiment.records import Loaded, check_writable
 from utils.quantization.recipe import DISTILLED, OF_A_ROW, SETTINGS, add_recipe_flags, check_settings, given
+from utils.quantization.target import TARGETS, check_engine
 from utils.tasks.base import Task
 
 
@@ -168,13 +171,14 @@ def add_deployment_flags(parser: ArgumentParser) -> None:
         "--export",
         type=Path,
         metavar="FILE",
-        help="write the INT8 network as ONNX, once it is known to run as simulated",
+        help="write the quantized network once it is known to run as simulated: as ONNX, or, in a file that ends in .pt2, as a "
+        "program of torch.export",
     )
     group.add_argument(
         "--engine",
-        choices=("simulate", "onnxruntime"),
+        choices=("simulate", *ENGINES),
         default="simulate",
-        help="what runs the INT8 network: float arithmetic, or ONNX Runtime on integers (default: simulate)",
+        help="what runs the INT8 network: float arithmetic, or ONNX Runtime or OpenVINO on integers (default: simulate)",
     )
     group.add_argument(
         "--opset",
@@ -239,7 +243,7 @@ def check(parser: ArgumentParser, args: Namespace) -> Namespace:
     check_data_flags(parser, args)
     _check_engine(parser, args)
     try:
-        check_settings(settings, there=("quantize",) if args.table or args.auto else ())
+        check_settings(settings, there=("quantize",) if args.table or args.auto or args.doctor else ())
     except UserError as error:
         parser.error(str(error))
     if args.fidelity and not (args.quantize or args.table or args.auto):
@@ -253,15 +257,24 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
     to_int8 = [flag for flag in ("export", "save") if getattr(args, flag)]
     if to_int8 and args.table:
         parser.error(f"--{to_int8[0]} writes one network; leave out --table")
-    to_int8 += ["engine onnxruntime"] if args.engine != "simulate" else []
+    to_int8 += [f"engine {args.engine}"] if args.engine != "simulate" else []
     if to_int8 and not (args.quantize or args.load or args.table or args.auto):
         parser.error(f"--{to_int8[0]} needs --quantize, --auto or --load")
     if args.opset and not args.export and args.engine == "simulate":
         parser.error("--opset needs --export or --engine onnxruntime")
-    bits = args.bits_weight, args.bits_activation, args.bits_bias
-    if (args.export or args.engine != "simulate") and bits != (8, 8, 32):
+    if not args.load:
+        try:
+            check_engine(args.target, args.engine)
+        except UserError as error:
+            parser.error(str(error))
+    to_onnx = args.export is not None and args.export.suffix != PROGRAM
+    if args.opset and args.export and not to_onnx and args.engine == "simulate":
+        parser.error(f"--opset is of ONNX files, and {args.export} is to be one of torch.export; leave out --opset")
+    allowed = TARGETS[args.target]
+    known = args.bits_weight in allowed.bits_weight and args.bits_activation in allowed.bits_activation
+    if (to_onnx or args.engine != "simulate") and not (known and args.bits_bias == 32):
         parser.error(
-            f"--{'export' if args.export else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
+            f"--{'export' if to_onnx else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
             "and biases of 32; leave out --bits_weight, --bits_activation and --bits_bias"
         )
 
@@ -332,8 +345,10 @@ def prepare(args: Namespace) -> torch.device:
     """Check what can fail early, seed, set the allocator; returns the device."""
     device = open_device(args.device)
     check_writable(args.results)
-    if args.export or args.engine == "onnxruntime":
-        check_packages(f"--{'export' if args.export else 'engine onnxruntime'}", "onnx", "onnxruntime")
+    if args.export and args.export.suffix != PROGRAM:
+        check_packages("--export", "onnx", "onnxruntime")
+    if args.engine in ENGINES:
+        check_packages(f"--engine {args.engine}", *ENGINES[args.engine].packages)
     for flag in ("export", "save"):
         if getattr(args, flag):
             check_target(getattr(args, flag), f"--{flag}")

@@ -1,4 +1,4 @@
-"""What leaves a run, and what runs in its place: saved and exported networks, and ONNX Runtime beside the simulation.
+"""What leaves a run, and what runs in its place: saved and exported networks, and an engine beside the simulation.
 
 What exports or runs an engine is imported here alone, and only when it is asked for: it is slow to import.
 """
@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from utils.backends.base import load_engine
 from utils.backends.parity import AGREEMENT, Compared, Remembered
+from utils.backends.torch_export import SUFFIX as PROGRAM
+from utils.backends.torch_export import export_program
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.predictions import Agreement
@@ -18,6 +21,7 @@ from utils.graph.capture import capture
 from utils.passes.result import Quantized
 from utils.quantization import serialization as artifact
 from utils.quantization.recipe import Recipe
+from utils.quantization.target import check_engine
 
 if TYPE_CHECKING:
     from utils.experiment.runner import Run
@@ -39,25 +43,31 @@ def write_files(run: "Run", recipe: Recipe, quantized: Quantized, names: Mapping
         artifact.save(args.save, artifact.Saved(capture(network.model, run.spec), *parts, *about, extras))
         print(f"saved {args.save}: {args.save.stat().st_size / 1e6:.2f} MB")
     if args.export:
+        metadata = describe(run, recipe, names)
+        if args.export.suffix == PROGRAM:
+            print(export_program(quantized.simulated, run.spec, args.export, metadata, probes))
+            return
         from utils.backends.onnxruntime.export import export
 
-        metadata = describe(run, recipe, names)
-        print(export(quantized, run.spec, args.export, metadata, probes, run.task.predictions, args.opset))
+        predictions = run.task.predictions
+        print(export(quantized, run.spec, args.export, metadata, probes, predictions, args.opset, recipe.engine))
 
 
 def in_engine(
     run: "Run", recipe: Recipe, quantized: Quantized, simulated: nn.Module, names: Mapping[int, str], probes: Tensor
 ) -> dict[str, nn.Module]:
-    """The simulation, and ONNX Runtime in its place, once layer by layer they do the same on a few images."""
+    """The simulation, and the engine in its place, once layer by layer they do the same on a few images."""
     from utils.backends.onnxruntime.export import build, check_parity, describe_kernels
-    from utils.backends.onnxruntime.session import OnnxNetwork
 
-    model = build(quantized, run.spec, describe(run, recipe, names), run.args.opset)
-    print(describe_kernels(model, quantized))
-    parity = check_parity(model, quantized.simulated, probes, run.task.predictions)
+    name = run.args.engine
+    check_engine(recipe.target, name)
+    model = build(quantized, run.spec, describe(run, recipe, names), run.args.opset, recipe.engine)
+    print(describe_kernels(model, quantized, name))
+    far = recipe.engine.far if name == recipe.target else 0.0
+    parity = check_parity(model, quantized.simulated, probes, run.task.predictions, name, far)
     print(f"  {parity}")
     simulation = Remembered(simulated)
-    engine = OnnxNetwork(model.SerializeToString())
+    engine = load_engine(name).network(model.SerializeToString())
     return {
         "simulated": simulation,
         "quantized": Compared(engine, simulation, parity.first_parting, run.task.predictions),

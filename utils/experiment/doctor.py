@@ -64,11 +64,12 @@ def diagnose(run: "Run", quantize: Quantize) -> tuple[Findings, UserError | None
     findings["BatchNorm"] = _statistics(folded, run.spec, statistics)
     try:
         noise = run.spec.probe(2)  # in the place of images: no range that follows from it is shown
-        quantized = quantize(model, run.spec, Recipe(quantize=True), images=noise, captured=captured)
+        recipe = Recipe(quantize=True, target=run.args.target)
+        quantized = quantize(model, run.spec, recipe, images=noise, captured=captured)
     except UserError as error:
         findings["Next"] = [f"nothing can be quantized as it is: {error}"]
         return findings, error
-    findings["On integers"] = _engine(run, quantized)
+    findings["On integers"] = _engine(run, recipe, quantized)
     findings["Next"] = _next(run, quantized)
     return findings, None
 
@@ -208,13 +209,13 @@ def _deviations(found: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return ((found - mean).abs() / variance.sqrt().clamp_min(1e-15))[alive] if bool(alive.any()) else torch.zeros(1)
 
 
-def _engine(run: "Run", quantized: Quantized) -> list[str]:
-    """What ONNX Runtime makes of the quantized network, and how large its file is."""
+def _engine(run: "Run", recipe: Recipe, quantized: Quantized) -> list[str]:
+    """What the engine at hand makes of the target's file, and how large that is."""
     from utils.backends.onnxruntime.export import build, describe_kernels
 
-    model = build(quantized, run.spec, {}, run.args.opset)
+    model = build(quantized, run.spec, {}, run.args.opset, recipe.engine)
     kernels = describe_kernels(model, quantized)
-    lines = str(kernels).replace("  ", "").splitlines()
+    lines = [f"target: {str(recipe.engine).removeprefix('for ')}", *str(kernels).replace("  ", "").splitlines()]
     lines += [
         f"not quantized: {reason}"
         for action in ("quantized weights", "inserted quantizers")

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from utils.backends.base import ENGINES
 from utils.core.errors import UserError
 
-_PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnx", "onnxruntime")
+_PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnx", "onnxruntime", "openvino")
 _FOLDER = Path(__file__).resolve().parents[2]
 
 
@@ -172,7 +173,7 @@ def recover(file: Path) -> list[dict[str, Any]]:
 def name_of(line: Mapping[str, Any]) -> str:
     """The row's name in a table."""
     scales = " per channel" if line["flags"]["per_channel"] else ""
-    return line["recipe"] + scales + (" in ONNX Runtime" if line["engine"] == "onnxruntime" else "")
+    return line["recipe"] + scales + (f" in {ENGINES[line['engine']].title}" if line["engine"] in ENGINES else "")
 
 
 def file_name(line: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from utils.backends.base import ENGINES
 from utils.calibration.fidelity import held_out
 from utils.calibration.images import Images, unseen
 from utils.core import distributed
@@ -181,9 +182,9 @@ def evaluate_row(
         print(f"  on {held_out(count, images.real)}: {same:.1f} % of predictions agree with the float network's")
         judge = Judge(capture(run.network.model, run.spec), views(images.judging, images.real))
         measured = {"images": count, "agreement": same, "noise": judge(quantized).noise} | asdict(quantized.fidelity)
-    if args.engine == "onnxruntime":
+    if args.engine != "simulate":
         name, simulated = labels["quantized"], networks.pop("quantized")
-        labels |= {"simulated": f"{name}, simulated", "quantized": f"{name}, ONNX Runtime"}
+        labels |= {"simulated": f"{name}, simulated", "quantized": f"{name}, {ENGINES[args.engine].title}"}
         names, probes = evaluator.data.names, evaluator.probes()
         networks |= deployment.in_engine(run, recipe, quantized, simulated, names, probes)
 
@@ -198,7 +199,7 @@ def evaluate_row(
         line["images"]["skipped"] = list(images.skipped)
     if measured:
         line["fidelity"] = measured
-    if args.engine == "onnxruntime":
+    if args.engine != "simulate":
         line["agreement"] = deployment.check_agreement(networks["quantized"])
     return Row(recipe, quantized, images, networks, metrics, labels, found, line)
 

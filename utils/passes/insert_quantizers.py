@@ -10,25 +10,29 @@ from utils.graph.nodes import insert_module, is_tensor, module_of, shape, tidy
 from utils.graph.ops import keeps_grid, operator_of
 from utils.passes.log import PassLog
 from utils.quantization.placement import is_concat, value_sources
-from utils.quantization.qparams import affine_qparams
+from utils.quantization.qparams import activation_qparams
 from utils.quantization.quantizer import Quantizer
+from utils.quantization.target import DEFAULT, TARGETS, Target
 
 ACTION = "inserted quantizers"
 
 
-def insert_quantizers(model: fx.GraphModule, range_of: RangeOf, bits: int, log: PassLog) -> None:
-    """Put a quantizer behind every node that an integer engine writes a tensor for.
+def insert_quantizers(
+    model: fx.GraphModule, range_of: RangeOf, bits: int, log: PassLog, target: Target = TARGETS[DEFAULT]
+) -> None:
+    """Put a quantizer behind every node that the target's engine writes a tensor of integers for.
 
     That is: the network's input, a layer's output behind its ReLU or ReLU6, sums, products and other
     functions, average pooling and interpolation. What only moves values keeps its input's parameters. The
     inputs of a concat share theirs if nothing else reads them; otherwise its output is quantized. What the network
     hands out is left as it is, whatever made it: a range would cut it, and 256 steps would make classes tie.
     """
-    for node, (low, high) in _tensor_ranges(model, range_of, log).items():
-        qparams = affine_qparams(torch.tensor(low), torch.tensor(high), bits)
+    for node, (low, high) in _tensor_ranges(model, range_of, log, target).items():
+        qparams = activation_qparams(torch.tensor(low), torch.tensor(high), bits, target.signed)
         clip = module_of(model, node)
-        if isinstance(clip, Clip) and _clips_alike(clip, low):
-            quantizer = Quantizer(qparams, None if bool((clip.high >= high).all()) else clip.high)
+        if isinstance(clip, Clip) and (_clips_alike(clip, low) or (target.signed and clip.low.dim() == 0)):
+            cap = None if bool((clip.high >= high).all()) else clip.high
+            quantizer = Quantizer(qparams, cap, low=float(clip.low) if target.signed else None)
             model.set_submodule(node.target, quantizer)
         else:
             quantizer = Quantizer(qparams)
@@ -42,10 +46,12 @@ def _clips_alike(clip: Clip, low: float) -> bool:
     return clip.low.dim() == 0 and float(clip.low) <= min(low, 0.0)
 
 
-def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> dict[fx.Node, tuple[float, float]]:
+def _tensor_ranges(
+    model: fx.GraphModule, range_of: RangeOf, log: PassLog, target: Target
+) -> dict[fx.Node, tuple[float, float]]:
     """The range of every tensor that gets a quantizer."""
     ranges = {}
-    for node in written_tensors(model):
+    for node in written_tensors(model, target):
         known = range_of(node)
         if isinstance(known, Unknown):
             log.skipped(ACTION, node.name, f"nothing is known {known.reason}")
@@ -64,8 +70,8 @@ def _tensor_ranges(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -> di
     return ranges
 
 
-def written_tensors(model: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose output an integer engine writes with parameters of its own; concats aside.
+def written_tensors(model: fx.GraphModule, target: Target = TARGETS[DEFAULT]) -> list[fx.Node]:
+    """The nodes whose output the target's engine writes with parameters of its own; concats aside.
 
     Those that an integer kernel writes, or reads. Between functions that engines compute in float anyway, an
     activation and a normalisation, or the parts of an attention, a quantizer would only add noise.
@@ -74,7 +80,22 @@ def written_tensors(model: fx.GraphModule) -> list[fx.Node]:
     for node in model.graph.nodes:
         if _can_be_written(model, node) and (_by_integers(model, node, written) or _for_integers(model, node)):
             written.append(node)
-    return written
+    return written if target.quantizes_summands else [node for node in written if not _added_in_float(model, node)]
+
+
+def _added_in_float(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a layer's kernel adds the other operand of a sum to its accumulator, before anything is rounded.
+
+    Of two layers that feed one sum the later one does.
+    """
+    if not isinstance(module_of(model, node), WEIGHTED) or len(node.users) != 1:
+        return False
+    total = next(iter(node.users))
+    if total.target is not torch.ops.aten.add.Tensor or any(not isinstance(part, fx.Node) for part in total.args):
+        return False
+    layers = [part for part in total.args if isinstance(module_of(model, part), WEIGHTED) and len(part.users) == 1]
+    order = list(model.graph.nodes)
+    return all(shape(part) == shape(total) for part in total.args) and node is max(layers, key=order.index)
 
 
 def _by_integers(model: fx.GraphModule, node: fx.Node, written: list[fx.Node]) -> bool:
@@ -102,9 +123,9 @@ def _for_integers(model: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
-def quantized_tensors(model: fx.GraphModule) -> list[fx.Node]:
+def quantized_tensors(model: fx.GraphModule, target: Target = TARGETS[DEFAULT]) -> list[fx.Node]:
     """The nodes that get a quantizer if their ranges are known, in the graph's order; of concats the output stands for its inputs too."""
-    written = set(written_tensors(model))
+    written = set(written_tensors(model, target))
     return [n for n in model.graph.nodes if n in written or (is_concat(n) and n.users and not handed_out(n))]
 
 

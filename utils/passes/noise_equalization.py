@@ -31,12 +31,16 @@ ITERATIONS, LEARNING_RATE = 300, 0.03  # of Adam over the logarithms of the scal
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How weights and activations are to be quantized, as far as their noise depends on it."""
+    """How weights and activations are to be quantized, as far as their noise depends on it.
+
+    per_channel, symmetric: of weights. signed: activations are symmetric around 0.
+    """
 
     bits_weight: int
     bits_activation: int
     per_channel: bool = False
     symmetric: bool = True
+    signed: bool = False
 
     @property
     def weight_steps(self) -> int:
@@ -188,7 +192,8 @@ class _Noise:
         heard, *reaches = self.activations
         tensors = log.new_zeros(int(self.tensor_of[-1]) + 1 if len(log) else 0)
         ends = [tensors.scatter_reduce(0, self.tensor_of, reach * (-log).exp(), "amax") for reach in reaches]
-        step = sum(ends) / (2**self.scheme.bits_activation - 1)
+        reach = torch.maximum(*ends) if self.scheme.signed else sum(ends)
+        step = reach / (2 ** (self.scheme.bits_activation - self.scheme.signed) - 1)
         return (step.square() * tensors.index_add(0, self.tensor_of, heard * (2 * log).exp())).sum()
 
 

@@ -10,8 +10,14 @@ from utils.quantization.qparams import choose_bias_qparams, overflows, round_bia
 ACTION = "quantized biases"
 
 
-def quantize_biases(model: fx.GraphModule, bits: int, log: PassLog) -> None:
-    """Round the biases of layers with quantized weights and input; at fewer than 32 bits over their own range."""
+def quantize_biases(model: fx.GraphModule, bits: int | None, log: PassLog) -> None:
+    """Round the biases of layers with quantized weights and input; at fewer than 32 bits over their own range.
+
+    bits: None where the target's engine adds them in float.
+    """
+    if bits is None:
+        log.note("biases stay in float, as the target's engine adds them")
+        return
     for node in weighted_nodes(model):
         layer, source = module_of(model, node), quantizer_before(model, node.args[0])
         if layer.weight_qparams is None:

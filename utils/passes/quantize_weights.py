@@ -12,7 +12,7 @@ from utils.core.errors import UserError
 from utils.graph.layers import grouped_weight, on_integers
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.log import PassLog
-from utils.quantization.placement import quantizer_before
+from utils.quantization.placement import quantizer_before, value_sources
 from utils.quantization.qparams import choose_weight_qparams, fit_bias_to_int32, round_weight
 
 ACTION = "quantized weights"
@@ -47,18 +47,27 @@ def keep_in_float(model: fx.GraphModule, names: Collection[str]) -> None:
 
 
 def quantize_weights(
-    model: fx.GraphModule, layers: set[str], bits: int, per_channel: bool, symmetric: bool, bits_bias: int, log: PassLog
+    model: fx.GraphModule,
+    layers: set[str],
+    bits: int,
+    per_channel: bool,
+    symmetric: bool,
+    bits_bias: int | None,
+    log: PassLog,
+    bits_first: int = 16,
 ) -> None:
     """Choose the weight parameters of the layers of these names, and round their weights.
 
     At 32 bits a bias counts in the steps of the accumulator, weight scale times the scale of the layer's input, which
-    is quantized already. Where it would overflow, the weights get larger steps before they are rounded.
+    is quantized already. Where it would overflow, the weights get larger steps before they are rounded. bits_first: that
+    layers which read the network's input may have at most.
     """
     for node in weighted_nodes(model):
         if node.target not in layers:
             continue
         layer, source = module_of(model, node), quantizer_before(model, node.args[0])
-        qparams = choose_weight_qparams(layer, bits, per_channel, symmetric)
+        own = min(bits, bits_first) if _reads_input(node) else bits
+        qparams = choose_weight_qparams(layer, own, per_channel, symmetric)
         if source is not None and bits_bias == 32:
             roomy = fit_bias_to_int32(qparams, layer.bias, source.scale)
             if not torch.equal(roomy.scale, qparams.scale):
@@ -67,6 +76,12 @@ def quantize_weights(
         layer.weight_qparams = qparams
         round_weight(layer, qparams)
         log.applied(ACTION, node.target, f"largest step {float(qparams.scale.max()):.3g}")
+
+
+def _reads_input(node: fx.Node) -> bool:
+    """Whether a layer reads the network's input, past its quantizer and whatever only moves values."""
+    quantizers = [source for source in value_sources(node.args[0]) if source.op == "call_module"]
+    return any(source.op == "placeholder" for one in quantizers for source in value_sources(one.args[0]))
 
 
 def weight_ranges(model: fx.GraphModule) -> dict[str, Tensor]:

@@ -47,6 +47,17 @@ def symmetric_qparams(largest: Tensor, bits: int) -> QParams:
     return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), -quant_max, quant_max)
 
 
+def activation_qparams(low: Tensor, high: Tensor, bits: int, signed: bool) -> QParams:
+    """Of activations in [low, high]: unsigned with a zero point, or signed and symmetric around 0 with all 2^bits steps.
+
+    A signed grid is as fine as the further of the two ends asks for; what is never negative has half of its steps.
+    """
+    if not signed:
+        return affine_qparams(low, high, bits)
+    qparams = symmetric_qparams(torch.maximum(-low, high).clamp(min=0), bits)
+    return replace(qparams, quant_min=qparams.quant_min - 1)
+
+
 def _nonzero(scale: Tensor) -> Tensor:
     """Zeros are exact at any scale but 0."""
     return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))

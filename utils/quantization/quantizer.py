@@ -11,21 +11,24 @@ class Quantizer(nn.Module):
     """Rounds activations [N, C, ...] to the steps of one tensor's parameters, and back.
 
     cap: [C], or None: a channel's own upper bound, rounded to a step. Where zero_point is quant_min this is
-    also the ReLU, the ReLU6 or the CappedReLU before it.
+    also the ReLU, the ReLU6 or the CappedReLU before it. low: None, or the lower bound of the clip that it stands for,
+    where the grid reaches further down. step_min: the lowest step that it gives, counted from the zero point.
     inplace: overwrite the input, where the caller knows that nobody else reads it.
     """
 
-    def __init__(self, qparams: QParams, cap: Tensor | None = None, inplace: bool = False):
+    def __init__(self, qparams: QParams, cap: Tensor | None = None, inplace: bool = False, low: float | None = None):
         super().__init__()
         self.qparams, self.inplace = qparams, inplace
         self.scale, self.zero_point = float(qparams.scale), int(qparams.zero_point)
+        lowest = qparams.quant_min - self.zero_point
+        self.step_min = lowest if low is None else max(lowest, round(max(low / self.scale, lowest)))
         self.register_buffer("cap", None if cap is None else (cap / self.scale).round().clamp(max=float(self.step_max)))
         self.register_buffer("floor", torch.tensor(float(self.step_min)), persistent=False)
 
     @property
-    def step_min(self) -> int:
-        """quant_min, counted from the zero point."""
-        return self.qparams.quant_min - self.zero_point
+    def rectifies(self) -> bool:
+        """Whether it cuts what its grid could hold: a clip's lower bound."""
+        return self.step_min > self.qparams.quant_min - self.zero_point
 
     @property
     def step_max(self) -> int:

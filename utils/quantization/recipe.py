@@ -17,6 +17,7 @@ from torch import Tensor
 from utils.core.arguments import POSITIVE, Number
 from utils.core.errors import UserError
 from utils.quantization.qparams import METHODS
+from utils.quantization.target import DEFAULT, TARGETS, Target, check_target
 
 Value = bool | int | float | str | tuple[str, ...] | None
 
@@ -156,6 +157,16 @@ class Recipe:
         nargs="+",
         metavar="NAME",
     )
+    target: str = setting(
+        "the engine that the network is for, which decides grids, what is quantized, and what --export writes "
+        f"(default: {DEFAULT})",
+        QUANTIZERS,
+        default=DEFAULT,
+        requires=("quantize",),
+        abbreviation=Abbreviation(" for {}", 10),
+        chosen_per_row=False,
+        choices=tuple(TARGETS),
+    )
     distill_equalize: bool = setting(
         "noise-optimal scales: equalize to minimise quantization noise at the output on distilled images, where that is "
         "closer to float",
@@ -208,6 +219,16 @@ class Recipe:
     @property
     def settings(self) -> dict[str, Value]:
         return asdict(self)
+
+    @property
+    def engine(self) -> Target:
+        """What the target's engine computes with."""
+        return TARGETS[self.target]
+
+    @property
+    def channel_scales(self) -> bool:
+        """Whether weights have a scale per output channel: as asked for, or as the target has them anyway."""
+        return self.per_channel or self.engine.per_channel
 
     @property
     def words(self) -> list[str]:
@@ -302,6 +323,7 @@ def check_settings(settings: dict[str, Value], there: tuple[str, ...] = ()) -> N
         for other in SETTINGS[name].metadata["requires"]:
             if other not in chosen and other not in there:
                 raise UserError(f"--{name} needs --{other}")
+    check_target(settings)
 
 
 def add_recipe_flags(parser: ArgumentParser) -> dict[str, argparse._ArgumentGroup]:

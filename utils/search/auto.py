@@ -38,7 +38,8 @@ def find_recipe(
     """
     run = partial(quantize, images=images.calibration, judging=images.judging, real=images.real)
     judge = Judge(network, views(unseen, images.real), predictions)
-    found = search(start(settings), stages(network, True, images.real), run, judge, say)
+    first = start(settings)
+    found = search(first, stages(network, not first.engine.per_channel, images.real), run, judge, say)
     shares = layer_noise(found.quantized, images.calibration)
     if max_noise is not None and found.chosen.noise < max_noise:
         found = add_until(found, shares, max_noise, run, judge, say)

@@ -34,7 +34,7 @@ def start(bits: dict[str, int]) -> Recipe:
 
 
 def stages(network: fx.GraphModule, per_channel: bool, real: bool) -> Iterator[Stage]:
-    """The stages for a network. per_channel: whether the target has scales per channel. real: whether images are photographs."""
+    """The stages for a network. per_channel: whether they are a choice. real: whether images are photographs."""
     gain = SAME if real else IMAGES_GAIN
     if per_channel:
         yield Stage({"per_channel": True}, SAME)

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from torch import Tensor, fx
 
-from utils.backends.onnx_writer import onnx_model
-from utils.backends.onnxruntime.session import Kernels, OnnxNetwork, find_kernels
+from utils.backends.base import ENGINES, Kernels, load_engine, missing_package
+from utils.backends.onnx_writer import WITH_MIN, onnx_model
 from utils.backends.parity import Parity, compare, integers_of
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -20,61 +22,107 @@ from utils.core.predictions import Predictions, channel_predictions
 from utils.graph.nodes import first_line, module_of, outputs_of
 from utils.passes.result import Quantized
 from utils.quantization.quantizer import Quantizer
+from utils.quantization.target import DEFAULT, TARGETS, Target
 
 PROBES = 8  # images that engine and simulation are compared on
 
 
 @dataclass(frozen=True)
 class Exported:
-    """size: of the file in bytes; float_size: of the same weights in float32."""
+    """size: of the file in bytes; float_size: of the same weights in float32. kernels: None where the target's engine is
+    not here. notes: on what was not checked."""
 
     file: Path
     size: int
     float_size: int
     opset: int
     parity: Parity
-    kernels: Kernels
+    kernels: Kernels | None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         size = (
             f"exported {self.file}: ONNX opset {self.opset}, {self.size / 1e6:.2f} MB, "
             f"{self.size / self.float_size:.2f} of its float32 weights"
         )
-        return f"{size}\n{self.kernels}\n  {self.parity}"
+        kernels = [str(self.kernels)] if self.kernels else []
+        return "\n".join([size, *kernels, f"  {self.parity}", *(f"  note: {note}" for note in self.notes)])
 
 
 def build(
-    quantized: Quantized, spec: InputSpec, metadata: Mapping[str, Any], opset: int | None = None
+    quantized: Quantized,
+    spec: InputSpec,
+    metadata: Mapping[str, Any],
+    opset: int | None = None,
+    target: Target = TARGETS[DEFAULT],
 ) -> onnx.ModelProto:
-    """The model, checked by ONNX's own checker, shapes included. opset: the lowest that will do, if None."""
-    model = onnx_model(quantized.simulated, spec, metadata, opset)
+    """The model, checked by ONNX's own checker, shapes included, and by the rules of its target.
+
+    opset: the lowest that will do, if None. target: the one that the network was quantized for.
+    """
+    model = onnx_model(quantized.simulated, spec, metadata, opset, target)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise UserError(f"the network has no form in ONNX: {first_line(error)}; nothing was exported") from error
+    if target.rules:
+        module, _, name = target.rules.partition(":")
+        getattr(import_module(module), name)(model)
     return model
 
 
-def describe_kernels(model: onnx.ModelProto, quantized: Quantized) -> Kernels:
-    return find_kernels(model, quantized.simulated)
+def describe_kernels(model: onnx.ModelProto, quantized: Quantized, engine: str = DEFAULT) -> Kernels:
+    return load_engine(engine).find_kernels(model, quantized.simulated)
 
 
 def check_parity(
-    model: onnx.ModelProto, simulated: fx.GraphModule, images: Tensor, predictions: Predictions = channel_predictions
+    model: onnx.ModelProto,
+    simulated: fx.GraphModule,
+    images: Tensor,
+    predictions: Predictions = channel_predictions,
+    engine: str = DEFAULT,
+    far: float = 0.0,
 ) -> Parity:
     """Engine against simulation, layer by layer; over the bounds of utils.backends.parity it is a UserError.
 
-    The engine runs a copy of the model that also hands out its uint8 tensors. In ONNX Runtime this adds
-    changes of layout between its kernels, and leaves the kernels themselves as they are.
+    The engine runs a copy of the model that also hands out its integers. This adds changes of layout between its
+    kernels, and leaves the kernels themselves as they are. far: as Target has it.
     """
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
     for node in simulated.graph.nodes:
-        if isinstance(module_of(simulated, node), Quantizer):
-            opened.graph.output.append(helper.make_tensor_value_info(integers_of(node), TensorProto.UINT8, None))
-    parity = compare(simulated, OnnxNetwork(opened.SerializeToString()).tensors, images, predictions)
-    parity.check()
+        if isinstance(quantizer := module_of(simulated, node), Quantizer):
+            name = integers_of(node, quantizer)
+            kind = helper.np_dtype_to_tensor_dtype(np.dtype(name.rpartition("_")[2]))
+            opened.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    parity = compare(simulated, load_engine(engine).network(opened.SerializeToString()).tensors, images, predictions)
+    parity.check(far, _SATURATION if far else "")
     return parity
+
+
+_SATURATION = "; on processors without VNNI its kernels saturate where weights are large: pass --bits_weight 7, or run on one with VNNI"
+
+
+def checking_engine(target: Target) -> tuple[str, tuple[str, ...]]:
+    """The engine that a file for the target is held to here, and what is to be said where that is not the target's own."""
+    own = target.engines[0]
+    if missing_package(own) is not None:
+        package = missing_package(own)
+        return DEFAULT, (f"compared in ONNX Runtime: {target.title} is not installed here (pip install {package})",)
+    if ENGINES[own].title != target.title:
+        return own, (f"compared in ONNX Runtime, and held to the rules of {target.title}, but not run on its hardware",)
+    return own, ()
+
+
+def _about_caps(model: onnx.ModelProto) -> list[str]:
+    """What a faster file would need, in words."""
+    capped = sum(node.op_type == "QuantizeLinear" and "_uncapped" in node.output[0] for node in model.graph.node)
+    if not capped:
+        return []
+    return [
+        f"{capped} layers have caps per channel, written so that an ONNX Runtime of any age runs them; --opset {WITH_MIN} "
+        "writes them for new ones, faster"
+    ]
 
 
 def export(
@@ -85,23 +133,27 @@ def export(
     images: Tensor | None = None,
     predictions: Predictions = channel_predictions,
     opset: int | None = None,
+    target: Target = TARGETS[DEFAULT],
 ) -> Exported:
     """Write the file, read it back, check it and run it; a file of that name stays as it is until all is well.
 
     images: to compare engine and simulation on (default: random ones). predictions: of the network's outputs. opset: of
-    ONNX (default: the lowest that will do). Too large a difference, bits, operators or an opset that the file cannot have,
-    and a file that cannot be written are UserErrors.
+    ONNX (default: the lowest that will do). target: the one that the network was quantized for. Too large a difference,
+    bits, operators or an opset that the file cannot have, and a file that cannot be written are UserErrors.
     """
     images = spec.probe(PROBES) if images is None else images
-    model = build(quantized, spec, metadata, opset)
-    parity = check_parity(model, quantized.simulated, images, predictions)
-    kernels = describe_kernels(model, quantized)
+    model = build(quantized, spec, metadata, opset, target)
+    engine, notes = checking_engine(target)
+    far = target.far if engine == target.engines[0] else 0.0
+    parity = check_parity(model, quantized.simulated, images, predictions, engine, far)
+    kernels = describe_kernels(model, quantized, engine) if ENGINES[engine].title == target.title else None
+    notes, run = (*notes, *_about_caps(model)), load_engine(engine).network
     with atomic_write(file) as beside:
         onnx.save(model, beside)
         onnx.checker.check_model(str(beside), full_check=True)
-        expected = outputs_of(OnnxNetwork(model.SerializeToString())(images))
-        if not all(map(torch.equal, outputs_of(OnnxNetwork(beside)(images)), expected)):
+        expected = outputs_of(run(model.SerializeToString())(images))
+        if not all(map(torch.equal, outputs_of(run(beside)(images)), expected)):
             raise UserError(f"{str(file)!r} reads back otherwise than it was written; is the disk sound?")
         size = beside.stat().st_size
     float_size = sum(4 * tensor.numel() for tensor in quantized.simulated.parameters())
-    return Exported(file, size, float_size, model.opset_import[0].version, parity, kernels)
+    return Exported(file, size, float_size, model.opset_import[0].version, parity, kernels, notes)

@@ -1,7 +1,6 @@
 """An ONNX model in ONNX Runtime: as a network, and as the list of layers that it runs on integers."""
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -9,7 +8,7 @@ import onnxruntime
 import torch
 from torch import Tensor, fx, nn
 
-from utils.backends.onnx_writer import INPUT
+from utils.backends.base import INPUT, Kernels
 from utils.core.errors import UserError
 from utils.graph.nodes import first_line, module_of, weighted_nodes
 
@@ -49,25 +48,17 @@ class OnnxNetwork(nn.Module):
         return {name: torch.from_numpy(array).to(images.device) for name, array in zip(names, arrays, strict=True)}
 
 
+def network(model: Path | bytes, threads: int | None = None) -> OnnxNetwork:
+    """As utils.backends.base.Engine says."""
+    return OnnxNetwork(model, threads)
+
+
 def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: warnings are about files optimised for one machine, as below
+    # Without VNNI, x86 adds products of uint8 and int8 in 16 bits, which saturate; this makes int8 weights uint8 there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return options
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """integer: the layers with weights that run on integers. floating: the others, and why. operators: of the whole
-    optimised graph, how many of each kind."""
-
-    integer: list[str]
-    floating: dict[str, str]
-    operators: dict[str, int]
-
-    def __str__(self) -> str:
-        layers = len(self.integer) + len(self.floating)
-        lines = [f"  ONNX Runtime runs {len(self.integer)} of {layers} layers on integers"]
-        return "\n".join(lines + [f"  in float {name}: {reason}" for name, reason in self.floating.items()])
 
 
 def find_kernels(model: onnx.ModelProto, simulated: fx.GraphModule) -> Kernels:
@@ -91,4 +82,4 @@ def find_kernels(model: onnx.ModelProto, simulated: fx.GraphModule) -> Kernels:
         else:
             floating[node.target] = f"ONNX Runtime runs it as {kind}"
     kinds = [node.op_type for node in nodes]
-    return Kernels(integer, floating, {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)})
+    return Kernels("ONNX Runtime", integer, floating, {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)})

@@ -1,0 +1,1 @@
+"""OpenVINO: runs the ONNX file that its target makes."""
