@@ -39,6 +39,7 @@ def test_the_flags_page_explains_every_flag(task):
 def test_pages_name_only_flags_that_exist():
     known = {option for parser in PARSERS.values() for action in parser._actions for option in action.option_strings}
     others = {"--nproc-per-node", "--no-deps"}  # torchrun's, pip's
+    others |= {"--onnx", "--stronglyTyped", "--saveEngine", "--minShapes", "--optShapes", "--maxShapes"}  # trtexec's
     for page in PAGES:
         assert set(re.findall(r"--[a-z]\w*(?:-\w+)*", page.read_text())) <= known | others, page.name
 
