@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from modeling.yolo import RawYolo
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
 
@@ -50,9 +51,29 @@ SAMPLE = (
     *("torchvision:ssdlite320_mobilenet_v3_large", "segmentation_models_pytorch:fpn/resnet18"),
     *("timm:cspnext_tiny", "ultralytics:yolo11n", "torchvision:mobilenet_v3_small", "timm:repvit_m0_9"),
     *("segmentation_models_pytorch:pspnet/resnet18", "timm:ghostnet_050", "timm:levit_128s"),
+    *(
+        "timm:resnetv2_18",
+        "timm:ese_vovnet19b_slim_dw",
+        "segmentation_models_pytorch:unet/mobilenet_v2",
+        "ultralytics:yolov5n",
+    ),
+    *("timm:xception41p", "segmentation_models_pytorch:fpn/mobilenet_v2", "timm:lcnetv2_small", "ultralytics:yolov10n"),
+    *("timm:edgenext_xx_small", "segmentation_models_pytorch:pan/mobilenet_v2", "timm:legacy_seresnet18"),
+    *("timm:efficientvim_m1", "segmentation_models_pytorch:unetplusplus/mobilenet_v2", "ultralytics:yolo12n"),
+    *("timm:densenet121", "segmentation_models_pytorch:deeplabv3plus/mobilenet_v2", "timm:cpubone_nano"),
+    *("timm:inception_next_atto", "segmentation_models_pytorch:pspnet/mobilenet_v2", "ultralytics:yolov9t"),
+    *(
+        "timm:mobilevit_xxs",
+        "segmentation_models_pytorch:unet/mit_b0",
+        "timm:legacy_xception",
+        "ultralytics:yolov3-tiny",
+    ),
+    *("segmentation_models_pytorch:segformer/mobilenet_v2", "ultralytics:yolo26n", "timm:lowformer_b0"),
+    *("segmentation_models_pytorch:upernet/mobilenet_v2", "segmentation_models_pytorch:manet/efficientnet-b0"),
+    *("segmentation_models_pytorch:deeplabv3/mobilenet_v2", "timm:test_mambaout", "timm:nf_regnet_b1"),
     *("torchvision:vgg11_bn", "timm:starnet_s1", "timm:test_vit", "timm:test_nfnet"),
     *("torchvision:deeplabv3_mobilenet_v3_large", "torchvision:regnet_y_400mf", "torchvision:googlenet"),
-    *("torchvision:efficientnet_b0", "timm:edgenext_xx_small", "torchvision:ssd300_vgg16", "timm:rexnet_100"),
+    *("torchvision:efficientnet_b0", "torchvision:ssd300_vgg16", "timm:rexnet_100"),
     *("segmentation_models_pytorch:deeplabv3/resnet18", "torchvision:regnet_x_400mf"),
     *("timm:cs3darknet_focus_s", "torchvision:fcn_resnet50", "torchvision:resnext50_32x4d", "timm:fastvit_t8"),
     *("segmentation_models_pytorch:unetplusplus/resnet18", "torchvision:inception_v3", "timm:efficientvit_m0"),
@@ -292,29 +313,14 @@ def _build_smp(entry: Entry) -> nn.Module:
 # ------------------------------------------------------------------------------------- ultralytics
 
 
-class RawYolo(nn.Module):
-    """A YOLO of ultralytics' up to its heads: everything that is decoded stays outside the quantized network."""
-
-    def __init__(self, yolo: nn.Module):
-        super().__init__()
-        self.yolo = yolo
+class AnyHead(RawYolo):
+    """A YOLO with a head of any kind, up to its raw outputs: everything that is decoded stays outside the quantized network."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps: list[Tensor] = []
-        for layer in self.yolo.model[:-1]:
-            images = layer(_read(layer, images, maps))
-            maps.append(images)
-        head = self.yolo.model[-1]
-        branch = head.one2one if head.end2end else head.one2many
-        raw = head.forward_head(_read(head, images, maps), **branch)
+        head = self.model[-1]
+        branch = head.one2one if self.end2end else head.one2many
+        raw = head.forward_head(self.features(images), **branch)
         return {name: value for name, value in raw.items() if isinstance(value, Tensor)}
-
-
-def _read(layer: nn.Module, last: Tensor, maps: list[Tensor]) -> Tensor | list[Tensor]:
-    """What a layer of a YOLO reads: layer.f names the earlier outputs, -1 the last one."""
-    if isinstance(layer.f, int):
-        return last if layer.f == -1 else maps[layer.f]
-    return [last if index == -1 else maps[index] for index in layer.f]
 
 
 def _build_yolo(entry: Entry) -> nn.Module:
@@ -326,7 +332,7 @@ def _build_yolo(entry: Entry) -> nn.Module:
     if kind == "sem":
         kinds["sem"] = "SemanticSegmentationModel" if hasattr(tasks, "SemanticSegmentationModel") else "DetectionModel"
     model = getattr(tasks, kinds.get(kind, "DetectionModel"))(f"{name}.yaml", verbose=False)
-    return model if kind in ("cls", "sem") else RawYolo(model)
+    return model if kind in ("cls", "sem") else AnyHead(model.model)
 
 
 _BUILDERS = {
