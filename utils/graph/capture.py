@@ -26,6 +26,7 @@ from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.networks import Scored, plain
 from utils.graph.activations import find_activations, is_elementwise
+from utils.graph.constants import KnownConstants
 from utils.graph.functional import functionalize, inline_contexts
 from utils.graph.nodes import first_line, propagate_shapes, tidy
 from utils.graph.rules import RULES
@@ -67,10 +68,11 @@ def _captured(model: _OfImages, spec: InputSpec) -> fx.GraphModule:
         if all(_equal(model, freed, spec.probe(batch, seed=batch)) for batch in (1, 2, 3)):
             return freed
     try:
-        program = _export(model, spec.probe(1), None)
+        return _as_graph(model, _export(model, spec.probe(1), None), spec, 1)
+    except UserError:
+        raise
     except Exception as error:
         raise _refused(free or error) from None
-    return _as_graph(model, program, spec, 1)
 
 
 def _equal(model: nn.Module, captured: fx.GraphModule, images: Tensor) -> bool:
@@ -117,14 +119,23 @@ class _OfImages(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
+        self.tensors: dict[str, Tensor] | None = (
+            None  # parameters and buffers with values, while torch.export takes theirs
+        )
 
     def forward(self, images: Tensor) -> Any:
-        return self.network(images)
+        with KnownConstants(self.network, self.tensors) if self.tensors is not None else contextlib.nullcontext():
+            return self.network(images)
 
 
-def _export(model: nn.Module, images: Tensor, batch: Any) -> ExportedProgram:
+def _export(model: _OfImages, images: Tensor, batch: Any) -> ExportedProgram:
     shapes = ({0: batch},) if batch is not None else None
-    return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+    named = (*model.network.named_parameters(), *model.network.named_buffers())
+    model.tensors = {name: tensor.detach() for name, tensor in named}
+    try:
+        return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+    finally:
+        model.tensors = None
 
 
 def _check_forward(model: nn.Module, images: Tensor) -> None:

@@ -1,0 +1,100 @@
+"""Control flow on what does not depend on the images is followed; on what does, it is refused in one line."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import SPEC, conv_bn
+from test_wordings import captured, modules
+from torch import nn
+
+from utils.core.errors import UserError
+from utils.core.torchvision_compat import torchvision
+from utils.graph.capture import capture
+
+
+class Body(nn.Module):
+    """A layer, and what is asked about constants before and behind it."""
+
+    def __init__(self, ask: Callable):
+        super().__init__()
+        self.ask, self.body = ask, conv_bn(3, 8, 3)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+        self.register_buffer("steps", torch.tensor([2, 3]))
+        self.register_buffer("ready", torch.tensor(True))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x):
+        return self.ask(self, x)
+
+
+def normalize(net, x):
+    return net.body(torchvision.transforms.functional.normalize(x, [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]))
+
+
+def checked_deviation(net, x):
+    deviation = torch.tensor([0.2, 0.3, 0.25], device=x.device)
+    if (deviation <= 0).any() or not torch.isfinite(deviation).all():
+        raise ValueError("deviations are positive")
+    return net.body(x / deviation[:, None, None])
+
+
+def flag(net, x):
+    return net.body(x) * net.scale.view(1, -1, 1, 1) if net.ready else x
+
+
+def number(net, x):
+    y = net.body(x)
+    return y * 3 if net.scale.abs().max().item() > 1 and float(net.scale[0]) < 1 and int(net.calls) == 0 else y
+
+
+def steps(net, x):
+    y = net.body(x)
+    for step in net.steps.tolist():
+        y = y[:, :, ::step] + step
+    return y
+
+
+def mask(net, x):
+    """A constant that is written to, through a view of it too."""
+    chosen = torch.zeros(8)
+    chosen[2:] = 1
+    half = chosen.view(2, 4)
+    half[1] += 2
+    return net.body(x) + (5 if chosen.sum() == 14 else 0)
+
+
+def counted(net, x):
+    """A buffer that is counted up, as some networks do in evaluation too."""
+    calls = net.calls + 1
+    return net.body(x) * (2 if calls > 0 else 1)
+
+
+ASKED = {f.__name__: f for f in (normalize, checked_deviation, flag, number, steps, mask, counted)}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_asked_of_constants_is_known(name):
+    graph = captured(Body(ASKED[name]))
+    assert modules(graph)["Conv2d"] == 1
+    assert graph.meta["batch"] is None
+
+
+def of_image(net, x):
+    return net.body(x) if x.mean() > 0 else net.body(-x)
+
+
+def of_constant_written_by_image(net, x):
+    total = torch.zeros(2)
+    total[0] = x.sum()
+    return net.body(x) if total.max() > 0 else net.body(-x)
+
+
+def sliced_by_image(net, x):
+    return net.body(x)[:, :, : int(x.abs().sum() * 0 + 5)]
+
+
+@pytest.mark.parametrize("ask", [of_image, of_constant_written_by_image, sliced_by_image])
+def test_what_is_asked_of_images_is_refused(ask):
+    with pytest.raises(UserError, match="depends on its values"):
+        capture(Body(ask).eval(), SPEC)

@@ -1,0 +1,71 @@
+"""Control flow on what does not depend on the images: flags kept in buffers, checks of means and deviations.
+
+torch.export runs a network on tensors without values, parameters included, and refuses whatever asks for one. Here
+what follows from parameters, buffers and numbers alone is computed beside it, so that these questions have an answer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+_ASKS = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
+_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "empty")
+
+
+class KnownConstants(TorchFunctionMode):
+    """Within it, what is asked of a constant is answered from its values.
+
+    network: as torch.export runs it. tensors: its parameters and buffers by name, with values.
+    """
+
+    def __init__(self, network: nn.Module, tensors: dict[str, Tensor]):
+        super().__init__()
+        self.values: dict[int, Tensor] = {}  # by the identity of the tensor without values
+        self.kept: list[Tensor] = []  # so that no identity is given twice
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            if name in tensors:
+                self.values[id(tensor)] = tensors[name]
+        self.given = set(self.values)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = tensors[:1] if _writes(name) else []
+        known = all(id(tensor) in self.values for tensor in tensors) and not any(word in name for word in _RANDOM)
+        if known and tensors and name in _ASKS:
+            return self._computed(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if written and (not known or id(written[0]) in self.given):  # the network's own stay as they are
+            self._forget(written[0])
+        elif known:
+            self._note(result, self._computed(func, args, kwargs))
+        return result
+
+    def _note(self, result: Any, computed: Any) -> None:
+        """What a call gave without values, and with them."""
+        pairs = zip(tree_leaves(result), tree_leaves(computed), strict=True)
+        for tensor, value in ((tensor, value) for tensor, value in pairs if isinstance(tensor, Tensor)):
+            self.values[id(tensor)] = value
+            self.kept.append(tensor)
+
+    def _forget(self, tensor: Tensor) -> None:
+        """A constant into which something else is written, and all that shares its memory."""
+        value = self.values.get(id(tensor))
+        if value is not None:
+            memory = value.untyped_storage().data_ptr()
+            self.values = {k: v for k, v in self.values.items() if v.untyped_storage().data_ptr() != memory}
+
+    def _computed(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = tree_map(
+            lambda leaf: self.values[id(leaf)] if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+        )
+        with _disable_current_modes(), torch.no_grad():
+            return func(*args, **kwargs)
+
+
+def _writes(name: str) -> bool:
+    return name in ("__setitem__", "set_") or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
