@@ -57,7 +57,7 @@ from utils.passes.bias_correction import analytical_bias_correction, empirical_b
 from utils.passes.clip_weights import clip_weights
 from utils.passes.dead_channels import clear_dead_channels
 from utils.passes.equalization import ScalesOf, cle_scales, equalize
-from utils.passes.exactness import Reference, check_capture, check_unchanged, deviation, outputs_of
+from utils.passes.exactness import Reference, check_capture, check_unchanged, deviation, probed_outputs
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.insert_quantizers import averaged_into_output, insert_quantizers, quantized_tensors
 from utils.passes.log import PassLog
@@ -124,7 +124,7 @@ def quantize_data_free(
     # ReLU6 -> ReLU, section 5.1.1: changes the function. Without it equalization keeps ReLU6 exact.
     if recipe.relu:
         replace_relu6(network, log)
-        reference = replace(reference, outputs=outputs_of(network, probe))
+        reference = replace(reference, outputs=probed_outputs(network, probe))
 
     # Dead channels: weights that read constants do not set a layer's range. Ours.
     if recipe.clear_dead or recipe.equalize:
@@ -154,7 +154,7 @@ def quantize(
     """
     # High-bias absorption, section 4.1.3.
     if recipe.absorption:
-        expected = outputs_of(network, spec.probe())
+        expected = probed_outputs(network, spec.probe())
         statistics = absorb_high_biases(network, statistics, log)
         moved = deviation(expected, network, spec.probe())
         log.note(f"absorption moved the output by {moved:.1e} of its largest value")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from modeling.yolo import RawYolo
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
 
@@ -292,29 +293,14 @@ def _build_smp(entry: Entry) -> nn.Module:
 # ------------------------------------------------------------------------------------- ultralytics
 
 
-class RawYolo(nn.Module):
-    """A YOLO of ultralytics' up to its heads: everything that is decoded stays outside the quantized network."""
-
-    def __init__(self, yolo: nn.Module):
-        super().__init__()
-        self.yolo = yolo
+class AnyHead(RawYolo):
+    """A YOLO with a head of any kind, up to its raw outputs: everything that is decoded stays outside the quantized network."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps: list[Tensor] = []
-        for layer in self.yolo.model[:-1]:
-            images = layer(_read(layer, images, maps))
-            maps.append(images)
-        head = self.yolo.model[-1]
-        branch = head.one2one if head.end2end else head.one2many
-        raw = head.forward_head(_read(head, images, maps), **branch)
+        head = self.model[-1]
+        branch = head.one2one if self.end2end else head.one2many
+        raw = head.forward_head(self.features(images), **branch)
         return {name: value for name, value in raw.items() if isinstance(value, Tensor)}
-
-
-def _read(layer: nn.Module, last: Tensor, maps: list[Tensor]) -> Tensor | list[Tensor]:
-    """What a layer of a YOLO reads: layer.f names the earlier outputs, -1 the last one."""
-    if isinstance(layer.f, int):
-        return last if layer.f == -1 else maps[layer.f]
-    return [last if index == -1 else maps[index] for index in layer.f]
 
 
 def _build_yolo(entry: Entry) -> nn.Module:
@@ -326,7 +312,7 @@ def _build_yolo(entry: Entry) -> nn.Module:
     if kind == "sem":
         kinds["sem"] = "SemanticSegmentationModel" if hasattr(tasks, "SemanticSegmentationModel") else "DetectionModel"
     model = getattr(tasks, kinds.get(kind, "DetectionModel"))(f"{name}.yaml", verbose=False)
-    return model if kind in ("cls", "sem") else RawYolo(model)
+    return model if kind in ("cls", "sem") else AnyHead(model.model)
 
 
 _BUILDERS = {

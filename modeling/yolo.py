@@ -29,15 +29,19 @@ class RawYolo(nn.Module):
         self.reads = [[place + i if place < 0 else place for place in places] for i, places in enumerate(reads)]
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        boxes, classes = self.heads()
+        pairs = zip(boxes, classes, self.features(images), strict=True)
+        return [torch.cat([box(x), score(x)], 1) for box, score, x in pairs]
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The maps that the head reads, one a stride."""
         maps = {-1: images}  # by the layer that wrote them, while they are read
         last = {place: i for i, places in enumerate(self.reads) for place in places}
         for i, layer in enumerate(list(self.model)[:-1]):  # a slice would be a module of its own, with other names
             inputs = [maps[place] for place in self.reads[i]]
             maps = {place: value for place, value in maps.items() if last.get(place, -1) > i}
             maps[i] = layer(inputs if isinstance(layer.f, list) else inputs[0])
-        boxes, classes = self.heads()
-        features = [maps[place] for place in self.reads[-1]]
-        return [torch.cat([box(x), score(x)], 1) for box, score, x in zip(boxes, classes, features, strict=True)]
+        return [maps[place] for place in self.reads[-1]]
 
     def heads(self) -> tuple[nn.ModuleList, nn.ModuleList]:
         """The convolutions for boxes and for classes, of each stride: those that need no NMS, where it has them."""

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from utils.calibration.moments import Statistics
 from utils.core.input_spec import InputSpec
 from utils.graph.capture import capture
-from utils.graph.nodes import module_of, output_node
+from utils.graph.nodes import module_of
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
 
@@ -174,7 +174,7 @@ class Fan(nn.Module):
 
 def ways(graph: fx.GraphModule, fan: Fan) -> dict[str, list[fx.Node]]:
     """By a Fan's function the nodes behind its convolution, in order, up to its output."""
-    outputs = output_node(graph).args[0]
+    outputs = graph.graph.output_node().args[0]
     outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
     found = {}
     for name, output in zip(fan.functions, outputs, strict=True):

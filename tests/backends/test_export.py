@@ -29,7 +29,7 @@ from utils.experiment.records import read_lines
 from utils.graph.capture import capture
 from utils.graph.layers import WEIGHTED
 from utils.graph.nodes import weighted_nodes
-from utils.passes.exactness import outputs_of
+from utils.passes.exactness import probed_outputs
 
 FULL = Recipe(quantize=True, equalize=True, correction=True)
 
@@ -132,7 +132,7 @@ def test_any_batch_runs(tmp_path):
     engine, images = OnnxNetwork(tmp_path / "net.onnx"), SPEC.probe(5)
     apart = torch.cat([engine(images[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(engine(images), apart)
-    torch.testing.assert_close(engine(images), outputs_of(result.simulated, images)[0], atol=0.1, rtol=0.05)
+    torch.testing.assert_close(engine(images), probed_outputs(result.simulated, images)[0], atol=0.1, rtol=0.05)
 
 
 def test_an_engine_that_computes_something_else_is_caught_at_its_layer():
@@ -218,8 +218,8 @@ def test_what_is_scored_computes_on_the_engines_integers(network, flags):
     result = quantized(network, replace(FULL, **flags))
     lowered = lower_to_integers(result.simulated)
     images = SPEC.probe(64, seed=9)
-    expected = outputs_of(OnnxNetwork(build(result, SPEC, {}).SerializeToString()), images)[0]
-    torch.testing.assert_close(outputs_of(lowered, images)[0], expected, rtol=1e-5, atol=1e-5)
+    expected = probed_outputs(OnnxNetwork(build(result, SPEC, {}).SerializeToString()), images)[0]
+    torch.testing.assert_close(probed_outputs(lowered, images)[0], expected, rtol=1e-5, atol=1e-5)
     between = [layer for layer in lowered.modules() if isinstance(layer, WEIGHTED)][:-1]
     assert all(torch.equal(values, values.round()) for layer in between for values in (layer.weight, layer.bias))
 

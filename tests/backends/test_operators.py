@@ -15,7 +15,7 @@ from utils.backends.onnxruntime.export import build, check_parity
 from utils.backends.onnxruntime.session import OnnxNetwork, find_kernels
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.passes.exactness import outputs_of
+from utils.passes.exactness import probed_outputs
 
 SPEC = InputSpec(size=(12, 12), resize=12)
 RECIPE = Recipe(quantize=True, equalize=True, correction=True)
@@ -225,8 +225,8 @@ def checked(result, opset=None) -> onnx.ModelProto:
     assert parity.layers and parity.agreement > 0.97
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
     images = SPEC.probe(3, seed=4)  # another batch than that of the comparison
-    found = outputs_of(OnnxNetwork(model.SerializeToString()), images)[0]
-    expected = outputs_of(result.simulated, images)[0]
+    found = probed_outputs(OnnxNetwork(model.SerializeToString()), images)[0]
+    expected = probed_outputs(result.simulated, images)[0]
     assert (found - expected).abs().mean() < 0.005 * expected.abs().max()  # ties move single steps
     return model
 

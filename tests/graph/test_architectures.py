@@ -12,7 +12,7 @@ from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
 from utils.graph.capture import capture
-from utils.passes.exactness import deviation, outputs_of
+from utils.passes.exactness import deviation, probed_outputs
 from utils.quantization.recipe import Recipe
 
 models = torchvision.models
@@ -78,7 +78,7 @@ def test_exact_passes_keep_the_output(name):
     model, spec, graph = built(name)
     result = quantize_data_free(model, spec, EXACT, captured=graph)
     images = spec.probe(3, seed=11)
-    assert deviation(outputs_of(model, images), result.float, images) < 1e-4
+    assert deviation(probed_outputs(model, images), result.float, images) < 1e-4
     counts = result.log.counts()
     norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     assert counts.get("folded BatchNorm", {"applied": 0})["applied"] == norms

@@ -7,13 +7,13 @@ from networks import SPEC, chain, randomise
 from torch import nn
 
 from utils.core.errors import UserError
-from utils.passes.exactness import Reference, check_unchanged, outputs_of, rounding_noise
+from utils.passes.exactness import Reference, check_unchanged, probed_outputs, rounding_noise
 from utils.passes.log import PassLog
 
 
 def test_a_pass_that_breaks_the_network_is_named():
     model, probe = randomise(chain()), SPEC.probe()
-    reference = Reference(probe, outputs_of(model, probe), randomise(chain()))
+    reference = Reference(probe, probed_outputs(model, probe), randomise(chain()))
     check_unchanged("equalization", model, reference, PassLog())
     model[2][0].weight *= 1.01
     with pytest.raises(UserError, match="equalization should leave the network's output as it is"):

@@ -32,7 +32,7 @@ from utils.graph.layers import grouped_weight
 from utils.graph.nodes import module_of
 from utils.graph.regions import find_regions, stored_nodes
 from utils.passes.equalization import ScalesOf, activation_reach, cle_scales, equalize
-from utils.passes.exactness import outputs_of
+from utils.passes.exactness import probed_outputs
 from utils.passes.log import PassLog
 from utils.passes.noise_equalization import (
     QuantScheme,
@@ -58,9 +58,9 @@ def noise_optimal(model: fx.GraphModule, statistics: Statistics, scheme: QuantSc
 @pytest.mark.parametrize("network", NETWORKS)
 def test_noise_optimal_scales_keep_the_output(network, through_sums):
     model, statistics = unlike(network)
-    before, weights = outputs_of(model, IMAGES)[0], [layer.weight.clone() for layer in layers_of(model)]
+    before, weights = probed_outputs(model, IMAGES)[0], [layer.weight.clone() for layer in layers_of(model)]
     equalize(model, statistics, noise_optimal(model, statistics), log := PassLog(), through_sums)
-    torch.testing.assert_close(outputs_of(model, IMAGES)[0], before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probed_outputs(model, IMAGES)[0], before, rtol=1e-4, atol=1e-5)
     assert any((a != b.weight).any() for a, b in zip(weights, layers_of(model), strict=True))
     assert "noise at the output -" in log.notes[-1]
 

@@ -12,7 +12,7 @@ from utils.backends.lowering import lower_to_integers
 from utils.core.errors import UserError
 from utils.graph.capture import capture
 from utils.graph.nodes import module_of, weighted_nodes
-from utils.passes.exactness import outputs_of
+from utils.passes.exactness import probed_outputs
 from utils.quantization import serialization as artifact
 
 TASK = "classification"
@@ -37,7 +37,7 @@ def test_what_is_loaded_computes_bit_for_bit_the_same(network, flags, tmp_path):
     pairs = [(model, again.model), (result.float, again.float), (result.simulated, again.simulated)]
     pairs.append(tuple(lower_to_integers(made.simulated) for made in (result, again)))
     for expected, found in pairs:
-        assert torch.equal(outputs_of(expected, images)[0], outputs_of(found, images)[0])
+        assert torch.equal(probed_outputs(expected, images)[0], probed_outputs(found, images)[0])
     assert Recipe(**again.recipe) == Recipe(quantize=True, equalize=True, **flags) and again.spec == SPEC
     for node in weighted_nodes(result.simulated):
         layer, found = module_of(result.simulated, node), again.simulated.get_submodule(node.target)

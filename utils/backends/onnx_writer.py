@@ -20,6 +20,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -41,6 +42,7 @@ from utils.quantization.target import DEFAULT, TARGETS, Target
 OPSET = 13  # of 2020: the first whose DequantizeLinear knows scales per channel
 WITH_MIN = 22  # who asks for this has an ONNX Runtime with a Min of uint8, which 1.23 still lacks
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10}
+_KINDS = {torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32, torch.bool: TensorProto.BOOL}
 aten = torch.ops.aten
 
 
@@ -129,7 +131,8 @@ class _Writer:
 
     def _operator(self, node: fx.Node) -> None:
         row = operator_of(node)
-        result = row.onnx(self, node, *node.args, **node.kwargs) if row.onnx else None
+        form = row.onnx or ELEMENTWISE.get(node.target)
+        result = form(self, node, *node.args, **node.kwargs) if form else None
         if result is None:
             result = self.by_torch(node, *part_of(self.model, node))
         if isinstance(result, list):
@@ -252,7 +255,8 @@ class _Writer:
         for name, result in zip(names, results, strict=True):
             self.add("Identity", [self.name(result)], name)
             batch = self.model.meta.get("batch") or "N"
-            info = helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, *shape(result)[1:]])
+            kind = _KINDS.get(result.meta["tensor_meta"].dtype, TensorProto.FLOAT)
+            info = helper.make_tensor_value_info(name, kind, [batch, *shape(result)[1:]])
             self.outputs.append(info)
 
     def by_torch(self, node: fx.Node, module: nn.Module, inputs: Sequence[fx.Node]) -> str | list[str]:
@@ -402,6 +406,7 @@ def _elementwise(w: _Writer, node: fx.Node, function: Elementwise) -> str:
     """The activation's own operators; as torch.onnx writes it where one has no form here."""
     nodes, initializers = len(w.nodes), len(w.initializers)
     copied = _Inner(w, node)
+    ShapeProp(function.inner).propagate(torch.zeros(shape(node)))  # which operators give truth values
     for inner in function.inner.graph.nodes:
         if not copied.write(inner):
             del w.nodes[nodes:], w.initializers[initializers:]
@@ -420,7 +425,6 @@ class _Inner:
 
     def write(self, inner: fx.Node) -> bool:
         """Whether the operator has a form."""
-        inner.meta["tensor_meta"] = self.outer.meta["tensor_meta"]
         if inner.op == "placeholder":
             self.w.values[inner] = self._input()
         elif inner.op == "get_attr":

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ def plain(model: nn.Module) -> nn.Module:
             "the network is a scripted or traced TorchScript module; pass the nn.Module that it was made from"
         )
     try:
-        copied = copy.deepcopy(model, _computed(model))
+        memo = _computed(model)
+        copied = copy.deepcopy(model, memo)
+        _bind_functions(copied, memo)
     except Exception as error:  # whatever the network's own parts raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the network cannot be copied: {reason}") from error
@@ -39,6 +42,23 @@ def _computed(model: nn.Module) -> dict[int, Tensor]:
     """Copies of the tensors that a network has computed and keeps, as pruning and weight_norm do; by identity, for deepcopy."""
     kept = (value for module in model.modules() for value in vars(module).values())
     return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
+
+
+def _bind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Let hooks, and functions that a network keeps, act on the copy: deepcopy leaves functions with what they enclose."""
+    for module in copied.modules():
+        for own in (vars(module), module._forward_hooks, module._forward_pre_hooks):
+            for key, value in own.items():
+                if isinstance(value, FunctionType) and value.__closure__:
+                    own[key] = _bound(value, memo)
+
+
+def _bound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """The function with copies of what it encloses, the same as memo has them."""
+    cells = tuple(CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in function.__closure__)
+    bound = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    bound.__kwdefaults__ = function.__kwdefaults__
+    return bound
 
 
 def to_fast_format(model: nn.Module, device: torch.device) -> nn.Module:

@@ -65,7 +65,7 @@ def _functions(model: fx.GraphModule) -> dict[fx.Node, fx.Node]:
             sources = {s if s in cuts else roots.get(s, s) for s in node.all_input_nodes if s.op != "get_attr"}
             if is_elementwise(node) and len(sources) == 1 and _per_channel_constants(node):
                 root = sources.pop()
-                if _size(root) == _size(node):
+                if _size(root) == _size(node) and _is_float(root):
                     roots[node] = root
         fresh = {
             node
@@ -85,6 +85,12 @@ def _is_output(node: fx.Node, functions: dict[fx.Node, fx.Node]) -> bool:
 
 def _size(node: fx.Node) -> tuple:
     return node.meta.get("size", ())
+
+
+def _is_float(node: fx.Node) -> bool:
+    exported = node.meta.get("exported")
+    value = exported.meta.get("val") if exported is not None else None
+    return not isinstance(value, Tensor) or value.dtype.is_floating_point
 
 
 def _per_channel_constants(node: fx.Node) -> bool:

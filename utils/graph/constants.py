@@ -33,9 +33,11 @@ class KnownConstants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         written = tensors[:1] if _writes(name) else []
         known = all(id(tensor) in self.values for tensor in tensors) and not any(word in name for word in _RANDOM)
+        known &= not any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves)
         if known and tensors and name in _ASKS:
             return self._computed(func, args, kwargs)
         result = func(*args, **kwargs)

@@ -18,10 +18,6 @@ def weighted_nodes(model: fx.GraphModule) -> list[fx.Node]:
     return [node for node in model.graph.nodes if isinstance(module_of(model, node), WEIGHTED)]
 
 
-def output_node(model: fx.GraphModule) -> fx.Node:
-    return next(node for node in reversed(model.graph.nodes) if node.op == "output")
-
-
 def shape(node: fx.Node) -> torch.Size:
     """Shape of the node's output for a batch of one image."""
     return node.meta["tensor_meta"].shape
@@ -66,7 +62,18 @@ def insert_module(model: fx.GraphModule, after: fx.Node, name: str, module: nn.M
 
 
 def free_name(model: nn.Module, name: str) -> str:
-    """The name, or the first of name_1, name_2, ... that no module or attribute of the network has."""
+    """The name, or the first of name_1, name_2, ... that no module or attribute of the network has.
+
+    What stands in a layer by its name, as the activation of a BatchNorm that has one, stands beside it.
+    """
+    parent, parts = model, name.split(".")
+    for i, part in enumerate(parts[:-1], start=1):
+        parent = getattr(parent, part, None)
+        if parent is None:
+            break
+        if not isinstance(parent, nn.Module) or next(parent.parameters(recurse=False), None) is not None:
+            name = ".".join(parts[:i]) + "_" + "_".join(parts[i:])
+            break
     candidate, count = name, 0
     while _taken(model, candidate):
         count += 1
@@ -80,12 +87,6 @@ def _taken(model: nn.Module, name: str) -> bool:
         return hasattr(model.get_submodule(parent), last)
     except AttributeError:
         return False
-
-
-def classes_of(model: fx.GraphModule) -> int:
-    """How many classes a captured network tells apart: channels of its output, last axis of a detector's logits."""
-    result = output_node(model).args[0]
-    return shape(result[0])[-1] if isinstance(result, tuple | list) else shape(result)[1]
 
 
 def propagate_shapes(model: fx.GraphModule, spec: InputSpec, batch: int = 1) -> fx.GraphModule:

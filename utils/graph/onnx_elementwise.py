@@ -1,6 +1,7 @@
 """How ONNX writes the operators that activations are made of; as in onnx_forms, of one tensor and value by value."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,7 +100,71 @@ def _power(w: Any, node: fx.Node, x: fx.Node, exponent: float) -> str:
     return w.add("Pow", [w.name(x), w.number(f"{node.name}_exponent", exponent)], node.name)
 
 
+def _where(w: Any, node: fx.Node, condition: fx.Node, x: Any, y: Any) -> str:
+    operands = [w.operand(value, f"{node.name}_{side}") for value, side in ((x, "first"), (y, "second"))]
+    return w.add("Where", [w.name(condition), *operands], node.name)
+
+
+def _masked_fill(w: Any, node: fx.Node, x: fx.Node, mask: fx.Node, value: Any) -> str:
+    return _where(w, node, mask, value, x)
+
+
+def _unequal(w: Any, node: fx.Node, x: Any, y: Any) -> str:
+    return w.add("Not", [binary("Equal")(w, _Own(f"{node.name}_equal"), x, y)], node.name)
+
+
+def _logical(kind: str) -> Form:
+    """Of truth values alone."""
+
+    def form(w: Any, node: fx.Node, *operands: fx.Node) -> str | None:
+        if not all(isinstance(x, fx.Node) and x.meta["tensor_meta"].dtype == torch.bool for x in operands):
+            return None
+        return w.add(kind, [w.name(x) for x in operands], node.name)
+
+    return form
+
+
+def _as_float(w: Any, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> str | None:
+    if node.meta["tensor_meta"].dtype != torch.float32:
+        return None
+    return w.add("Identity", [w.operand(x, f"{node.name}_operand")], node.name)
+
+
+def _addcmul(w: Any, node: fx.Node, x: Any, a: Any, b: Any, *, value: float = 1) -> str:
+    product = binary("Mul")(w, _Own(f"{node.name}_product"), a, b)
+    if value != 1:
+        product = w.add("Mul", [product, w.number(f"{node.name}_value", value)], f"{node.name}_weighted")
+    return w.add("Add", [w.operand(x, f"{node.name}_first"), product], node.name)
+
+
+def _lerp(w: Any, node: fx.Node, x: fx.Node, y: fx.Node, weight: float) -> str:
+    """x + weight (y - x)."""
+    apart = w.add("Sub", [w.name(y), w.name(x)], f"{node.name}_apart")
+    part = w.add("Mul", [apart, w.number(f"{node.name}_weight", weight)], f"{node.name}_part")
+    return w.add("Add", [w.name(x), part], node.name)
+
+
+def _log1p(w: Any, node: fx.Node, x: fx.Node) -> str:
+    return w.add("Log", [w.add("Add", [w.name(x), w.number(f"{node.name}_one", 1.0)], f"{node.name}_sum")], node.name)
+
+
+def _expm1(w: Any, node: fx.Node, x: fx.Node) -> str:
+    return w.add("Sub", [w.add("Exp", [w.name(x)], f"{node.name}_exp"), w.number(f"{node.name}_one", 1.0)], node.name)
+
+
+def _rsqrt(w: Any, node: fx.Node, x: fx.Node) -> str:
+    return w.add("Reciprocal", [w.add("Sqrt", [w.name(x)], f"{node.name}_root")], node.name)
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A step of a form, for forms that ask no more than its name."""
+
+    name: str
+
+
 aten = torch.ops.aten
+_COMPARISONS = {"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual", "eq": "Equal"}
 
 ELEMENTWISE: dict[object, Form] = {
     aten.relu.default: unary("Relu"),
@@ -112,6 +177,11 @@ ELEMENTWISE: dict[object, Form] = {
     aten.erf.default: unary("Erf"),
     aten.sqrt.default: unary("Sqrt"),
     aten.reciprocal.default: unary("Reciprocal"),
+    aten.sin.default: unary("Sin"),
+    aten.cos.default: unary("Cos"),
+    aten.log1p.default: _log1p,
+    aten.expm1.default: _expm1,
+    aten.rsqrt.default: _rsqrt,
     aten.hardsigmoid.default: unary("HardSigmoid", alpha=1 / 6, beta=0.5),
     aten.selu.default: unary("Selu"),
     aten.hardswish.default: _hardswish,
@@ -140,6 +210,7 @@ ELEMENTWISE: dict[object, Form] = {
     aten.clamp_min.default: lambda w, node, x, low: _clamp(w, node, x, low, None),
     aten.clamp_max.default: lambda w, node, x, high: _clamp(w, node, x, None, high),
     aten.pow.Tensor_Scalar: _power,
+    aten.pow.Tensor_Tensor: binary("Pow"),
     aten.square.default: lambda w, node, x: w.add("Mul", [w.name(x), w.name(x)], node.name),
     aten.add.Tensor: binary("Add"),
     aten.sub.Tensor: binary("Sub"),
@@ -147,4 +218,22 @@ ELEMENTWISE: dict[object, Form] = {
     aten.div.Tensor: binary("Div"),
     aten.maximum.default: binary("Max"),
     aten.minimum.default: binary("Min"),
+    aten.addcmul.default: _addcmul,
+    aten.lerp.Scalar: _lerp,
+    **{
+        getattr(getattr(aten, name), overload): binary(kind)
+        for name, kind in _COMPARISONS.items()
+        for overload in ("Scalar", "Tensor")
+    },
+    aten.ne.Scalar: _unequal,
+    aten.ne.Tensor: _unequal,
+    **dict.fromkeys((aten.logical_not.default, aten.bitwise_not.default), _logical("Not")),
+    **dict.fromkeys((aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor), _logical("And")),
+    **dict.fromkeys((aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), _logical("Or")),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar), _where),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
+    **dict.fromkeys((aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default), _as_float),
+    aten.zeros_like.default: lambda w, node, x, **_: w.number(node.name, 0.0),
+    aten.ones_like.default: lambda w, node, x, **_: w.number(node.name, 1.0),
+    aten.full_like.default: lambda w, node, x, value, **_: w.number(node.name, value),
 }

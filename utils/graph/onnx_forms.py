@@ -68,6 +68,10 @@ def expand(w: Any, node: fx.Node, x: fx.Node, size: Sequence[int | fx.Node]) -> 
     return w.add("Expand", [w.name(x), w.add("Concat", parts, f"{node.name}_shape", axis=0)], node.name)
 
 
+def index_select(w: Any, node: fx.Node, x: fx.Node, axis: int, index: fx.Node) -> str:
+    return w.add("Gather", [w.name(x), w.name(index)], node.name, axis=axis % len(shape(x)))
+
+
 def concat(w: Any, node: fx.Node, parts: Sequence[fx.Node], axis: int = 0) -> str:
     return w.add("Concat", [w.name(part) for part in parts], node.name, axis=axis)
 
@@ -175,10 +179,42 @@ def mean(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: bool =
     return w.add("ReduceMean", [w.name(x)], node.name, axes=list(axes), keepdims=1)
 
 
-def reduce_max(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: bool = True) -> str:
-    if len(shape(x)) > 2 and list(axes) == list(range(2, len(shape(x)))):
-        return w.add("GlobalMaxPool", [w.name(x)], node.name)
-    return w.add("ReduceMax", [w.name(x)], node.name, axes=list(axes), keepdims=1)
+def extreme(kind: str) -> Form:
+    """Max or Min over axes, which are kept."""
+
+    def form(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: bool = True) -> str:
+        if kind == "Max" and len(shape(x)) > 2 and list(axes) == list(range(2, len(shape(x)))):
+            return w.add("GlobalMaxPool", [w.name(x)], node.name)
+        return w.add(f"Reduce{kind}", [w.name(x)], node.name, axes=list(axes), keepdims=1)
+
+    return form
+
+
+def variance(
+    w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], *, correction: float = 1, keepdim: bool = False
+) -> str | None:
+    """The mean square of what is off the mean, times n / (n - correction)."""
+    count = math.prod(shape(x)[axis] for axis in axes)
+    if not keepdim or count <= correction:
+        return None
+    own, axes = node.name, list(axes)
+    middle = w.add("ReduceMean", [w.name(x)], f"{own}_mean", axes=axes, keepdims=1)
+    off = w.add("Sub", [w.name(x), middle], f"{own}_off")
+    square = w.add("Mul", [off, off], f"{own}_square")
+    if not correction:
+        return w.add("ReduceMean", [square], own, axes=axes, keepdims=1)
+    biased = w.add("ReduceMean", [square], f"{own}_biased", axes=axes, keepdims=1)
+    return w.add("Mul", [biased, w.number(f"{own}_factor", count / (count - correction))], own)
+
+
+def vector_norm(
+    w: Any, node: fx.Node, x: fx.Node, order: float = 2, axes: Any = None, keepdim: bool = False, **_: Any
+) -> str | None:
+    kinds = {1: "ReduceL1", 2: "ReduceL2"}
+    if order not in kinds or axes is None:
+        return None
+    axes = [axis % len(shape(x)) for axis in ([axes] if isinstance(axes, int) else axes)]
+    return w.add(kinds[order], [w.name(x)], node.name, axes=axes, keepdims=int(keepdim)) if 0 not in axes else None
 
 
 def adaptive_average(w: Any, node: fx.Node, x: fx.Node, output: Any) -> str | None:
@@ -222,11 +258,12 @@ def adaptive_maximum(w: Any, node: fx.Node, x: fx.Node, output: Any) -> list[str
 def resize(w: Any, node: fx.Node, x: fx.Node, *args: Any) -> str | None:
     """Interpolation to the size at hand."""
     name = node.target._schema.name.partition("::")[2]
-    mode = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "trilinear": "linear", "bicubic": "cubic"}[
-        name.removeprefix("upsample_")[:-2]
-    ]
+    kind = name.removeprefix("_").removeprefix("upsample_")[:-2]
+    mode = {"bicubic": "cubic"}.get(kind, "nearest" if kind.startswith("nearest") else "linear")
     attributes: dict[str, Any] = {"mode": mode, "cubic_coeff_a": -0.75}
-    if mode == "nearest":
+    if kind == "nearest_exact":
+        attributes |= {"coordinate_transformation_mode": "half_pixel", "nearest_mode": "round_prefer_ceil"}
+    elif mode == "nearest":
         attributes |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     else:
         aligned = args[1] if len(args) > 1 else node.kwargs.get("align_corners", False)
@@ -266,6 +303,10 @@ def unary(kind: str, **attributes: Any) -> Form:
         return w.add(kind, [w.operand(x, f"{node.name}_operand")], node.name, **attributes)
 
     return form
+
+
+def log_softmax(w: Any, node: fx.Node, x: fx.Node, axis: int, *_: Any) -> str:
+    return w.add("LogSoftmax", [w.name(x)], node.name, axis=axis % len(shape(x)))
 
 
 def softmax(w: Any, node: fx.Node, x: fx.Node, axis: int, *_: Any) -> str:

@@ -2,7 +2,7 @@
 
 A captured graph calls these, besides its modules. A row says what an operator is, how moments pass it, whether a positive
 scale of a channel passes, whether its output lies on its input's grid, and how ONNX writes it. An operator without a row
-stays in float between quantizers and is exported by torch.onnx.
+stays in float between quantizers, and is written as in an activation, or by torch.onnx.
 """
 
 import math
@@ -47,6 +47,7 @@ OPERATORS: dict[object, Operator] = {
     aten.pixel_shuffle.default: Operator("shape", **_MOVES, onnx=onnx.pixel_shuffle),
     aten.pixel_unshuffle.default: Operator("shape", **_MOVES, onnx=onnx.pixel_unshuffle),
     aten.channel_shuffle.default: Operator("shape", **_MOVES, onnx=onnx.channel_shuffle),
+    aten.index_select.default: Operator("shape", **_MOVES, onnx=onnx.index_select),
     aten.cat.default: Operator("concat", "concat", "moved", True, onnx.concat),
     aten.pad.default: Operator("pad", "each", "kept", True, onnx.pad),
     **{
@@ -60,7 +61,8 @@ OPERATORS: dict[object, Operator] = {
     },
     aten.max_unpool2d.default: Operator("shape", "each", None, True, onnx.max_unpool),
     operator.getitem: Operator("shape", None, None, True, None),
-    aten.amax.default: Operator("maximum", "each", "kept", True, onnx.reduce_max),
+    aten.amax.default: Operator("maximum", "each", "kept", True, onnx.extreme("Max")),
+    aten.amin.default: Operator("maximum", "each", "kept", True, onnx.extreme("Min")),
     **{
         overload: Operator("average", "each", "kept", False, onnx.average_pool)
         for overload in (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
@@ -81,6 +83,14 @@ OPERATORS: dict[object, Operator] = {
         for overload in (aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
     },
     **{
+        overload: Operator("resize", "each", "kept", True, onnx.resize)
+        for overload in (
+            aten._upsample_nearest_exact1d.vec,
+            aten._upsample_nearest_exact2d.vec,
+            aten._upsample_nearest_exact3d.vec,
+        )
+    },
+    **{
         overload: Operator("resize", "each", "kept", False, onnx.resize)
         for overload in (aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec)
     },
@@ -91,6 +101,9 @@ OPERATORS: dict[object, Operator] = {
     aten.div.Tensor: Operator("other", None, None, False, onnx.binary("Div")),
     aten.maximum.default: Operator("other", "extreme", None, False, onnx.binary("Max")),
     aten.minimum.default: Operator("other", "extreme", None, False, onnx.binary("Min")),
+    aten.var.correction: Operator("other", None, None, False, onnx.variance),
+    aten.linalg_vector_norm.default: Operator("other", None, None, False, onnx.vector_norm),
+    aten.log_softmax.int: Operator("other", None, None, False, onnx.log_softmax),
     aten.matmul.default: Operator("other", None, None, False, onnx.binary("MatMul")),
     aten.bmm.default: Operator("other", None, None, False, onnx.binary("MatMul")),
     aten.scaled_dot_product_attention.default: Operator("other", None, None, False, onnx.attention),

@@ -135,20 +135,46 @@ def _windowed(t: Translator, x: fx.Node, axis: int, count: int, reduction: Any) 
     return reduced[0] if count == 1 else joined(t, reduced, axis)
 
 
-def max_over_axis(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
+def extreme_over_axis(t: Translator, node: fx.Node, reduction: Any, x, dim=None) -> Any:
+    """max and min over one axis, whose places nobody reads."""
     if dim is None or not isinstance(node.meta["val"], tuple | list) or _reads_second(node):
         return None
-    axis = dim % len(size_of(x))
-    thin = tuple(1 if i == axis else side for i, side in enumerate(size_of(x)))
-    return t.reshape(t.emit(aten.amax.default, (x, [axis], True), size=thin), t.sizes(node.meta["val"][0])), None
+    return _reduced(t, reduction, x, [dim % len(size_of(x))], t.sizes(node.meta["val"][0])), None
 
 
-def _amax(t: Translator, node: fx.Node, x, dim=(), keepdim=False) -> Any:
-    axes = _axes(x, list(dim) or None)
-    if 0 in axes:
-        return None
+def _extreme(name: str) -> Rule:
+    def rule(t: Translator, node: fx.Node, x, dim=(), keepdim=False) -> Any:
+        axes = _axes(x, list(dim) or None)
+        return None if 0 in axes else _reduced(t, getattr(aten, name).default, x, axes, t.size())
+
+    return rule
+
+
+def _reduced(t: Translator, reduction: Any, x: fx.Node, axes: list[int], size: Size) -> fx.Node | None:
     thin = tuple(1 if i in axes else side for i, side in enumerate(size_of(x)))
-    return t.reshape(t.emit(aten.amax.default, (x, axes, True), size=thin), t.size())
+    return t.reshape(t.emit(reduction, (x, axes, True), size=thin), size)
+
+
+def _spread(root: bool, with_mean: bool) -> Rule:
+    """Variances and standard deviations, alone or with the mean."""
+
+    def rule(t: Translator, node: fx.Node, x, dim=None, unbiased=None, keepdim=False, *, correction=None) -> Any:
+        if isinstance(dim, bool):  # the overload without axes
+            dim, unbiased = None, dim
+        axes = _axes(x, dim)
+        if 0 in axes:
+            return None
+        less = correction if correction is not None else int(unbiased is not False)
+        thin = tuple(1 if i in axes else side for i, side in enumerate(size_of(x)))
+        options = {"correction": less, "keepdim": True}
+        made = t.emit(aten.var.correction, (x, axes), options, size=thin)
+        made = t.emit(aten.sqrt.default, (made,), size=thin) if root else made
+        if not with_mean:
+            return t.reshape(made, t.size())
+        sizes = [t.sizes(value) for value in node.meta["val"]]
+        return t.reshape(made, sizes[0]), t.reshape(mean(t, x, axes), sizes[1])
+
+    return rule
 
 
 def _items(t: Translator, node: fx.Node, args: Sequence) -> tuple[fx.Node, ...]:
@@ -164,7 +190,8 @@ def _reads_second(node: fx.Node) -> bool:
 POOLING_RULES: dict[str, Rule] = {
     "mean": _mean,
     "sum": _sum,
-    "amax": _amax,
+    **{name: _extreme(name) for name in ("amax", "amin")},
+    **{name: _spread("std" in name, "mean" in name) for name in ("var", "std", "var_mean", "std_mean")},
     **{f"adaptive_avg_pool{n}d": _adaptive_average(n) for n in (1, 2, 3)},
     **{f"_adaptive_avg_pool{n}d": _adaptive_average(n) for n in (2, 3)},
     **{f"avg_pool{n}d": _average(n) for n in (1, 2, 3)},

@@ -215,6 +215,8 @@ class _Walk:
         """The operator itself, on the indices; what it joins them with is elsewhere."""
 
         def value(source: fx.Node) -> Tensor:
+            if source.op == "get_attr" and source.meta["tensor_meta"].dtype == torch.int64:  # positions to pick
+                return getattr(self.model, source.target)
             return index if source is node else torch.full(shape(source), ELSEWHERE)
 
         args, kwargs = (fx.map_arg(part, value) for part in (user.args, user.kwargs))

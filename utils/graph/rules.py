@@ -5,15 +5,15 @@ node becomes, or None to leave it as it is. What changes shape alone becomes res
 positions become mean.dim; layers become modules.
 """
 
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from utils.graph.einsum import einsum
+from utils.graph.index_rules import INDEX_RULES
 from utils.graph.layers import make_layer
-from utils.graph.pooling_rules import POOLING_RULES, max_over_axis
+from utils.graph.pooling_rules import POOLING_RULES, extreme_over_axis
 from utils.graph.shape_rules import SHAPE_RULES, Rule, each, pad_axes
 from utils.graph.translate import Size, Translator, is_constant, size_of
 
@@ -68,18 +68,6 @@ def _product(t: Translator, node: fx.Node, x, weight) -> Any:
     if not (isinstance(x, fx.Node) and isinstance(weight, Tensor) and weight.dim() == 2 and len(size_of(x)) > 1):
         return None
     return t.layer(make_layer(nn.Linear, weight.T, None), x, t.layer_name(weight))
-
-
-def _einsum(t: Translator, node: fx.Node, equation: str, operands: Sequence, *_, **__) -> Any:
-    """A product of the last axis with a constant matrix is a linear layer."""
-    found = re.fullmatch(r"(\w+)(\w),(\w)(\w)->(\w+)(\w)", equation.replace(" ", "").replace("...", "_"))
-    if len(operands) != 2 or not found or not isinstance(operands[1], Tensor):
-        return None
-    axes, summed, first, second, kept, made = found.groups()
-    if axes != kept or summed in axes or {first, second} != {summed, made} or not isinstance(operands[0], fx.Node):
-        return None
-    weight = operands[1] if second == summed else operands[1].T
-    return t.layer(make_layer(nn.Linear, weight, None), operands[0], t.layer_name(operands[1]))
 
 
 def _addmm(t: Translator, node: fx.Node, bias, x, weight, *, beta=1, alpha=1) -> Any:
@@ -166,29 +154,41 @@ def _of_two(name: str) -> Rule:
     return rule
 
 
-def _max(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
-    if isinstance(dim, fx.Node | Tensor):
-        return _of_two("maximum")(t, node, x, dim)
-    return max_over_axis(t, node, x, dim, keepdim)
+def _either(binary: str, reduction: str) -> Rule:
+    """max and min: of two tensors, or over an axis."""
+
+    def rule(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
+        if isinstance(dim, fx.Node | Tensor):
+            return _of_two(binary)(t, node, x, dim)
+        return extreme_over_axis(t, node, getattr(aten, reduction).default, x, dim)
+
+    return rule
 
 
-def _min(t: Translator, node: fx.Node, x, dim=None, keepdim=False) -> Any:
-    return _of_two("minimum")(t, node, x, dim) if isinstance(dim, fx.Node | Tensor) else None
+def _rrelu(t: Translator, node: fx.Node, x, *args, **_) -> Any:
+    """In evaluation the slope is the middle of its range; the functional form gets, and returns, a noise besides."""
+    lower, upper = [value for value in args if isinstance(value, float)][:2] or (1 / 8, 1 / 3)
+    several = isinstance(node.meta["val"], tuple | list)
+    size = t.sizes(node.meta["val"][0] if several else node.meta["val"])
+    made = t.emit(aten.leaky_relu.default, (x, (lower + upper) / 2), size=size)
+    return (made, None) if several else made
 
 
 RULES: dict[str, Rule] = {
     **SHAPE_RULES,
     **POOLING_RULES,
+    **INDEX_RULES,
     **{f"conv{n}d": _convolution(n) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _convolution(n, transposed=True) for n in (1, 2, 3)},
     "convolution": _any_convolution,
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm"), _product),
     "addmm": _addmm,
-    "einsum": _einsum,
+    "einsum": einsum,
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"), _batch_norm),
-    "max": _max,
-    "min": _min,
+    "max": _either("maximum", "amax"),
+    "min": _either("minimum", "amin"),
+    **dict.fromkeys(("rrelu", "rrelu_with_noise", "rrelu_with_noise_functional"), _rrelu),
     "glu": _glu,
     **dict.fromkeys(("add",), _arithmetic("add")),
     **dict.fromkeys(("sub", "subtract"), _arithmetic("sub")),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from utils.graph.translate import Translator, is_constant, is_free, size_of
 
@@ -98,9 +98,12 @@ def _expand(t: Translator, node: fx.Node, x, *_, **__) -> Any:
     if before == after:
         return t.reshape(x, after)
     size = [-1 if a == b else b for a, b in zip(before, after, strict=True)]
+    if is_free(size[0]) and str(size[0]) == str(t.free()):
+        size[0] = t.image_count()
     if any(is_free(side) for side in size):
         return None
-    return t.emit(aten.expand.default, (t.reshape(x, before), size))
+    x = x.reshape(before) if isinstance(x, Tensor) else t.reshape(x, before)
+    return t.emit(aten.expand.default, (x, size))
 
 
 def _cat(t: Translator, node: fx.Node, parts, dim=0) -> Any:

@@ -26,6 +26,9 @@ _TRANSPOSES = {
 Size = tuple[int | torch.SymInt, ...]  # of a value; symbolic, or a BatchSize, where it depends on the batch
 
 
+TRIALS = (2, 3)  # batches, for which what follows from sizes alone is computed
+
+
 class BatchSize(int):
     """A size that follows from the batch, in a program that was exported for one batch."""
 
@@ -76,6 +79,9 @@ class Translator:
         self.fqns: dict[int, str] = {}  # of parameters and buffers, by identity
         self.tensors = _lifted(program)
         self.current: fx.Node | None = None
+        self.trials: dict[
+            fx.Node, tuple[Any, Any]
+        ] = {}  # of what follows from sizes alone, its values for TRIALS images
 
     # ------------------------------------------------------------------------------- the walk
 
@@ -118,6 +124,8 @@ class Translator:
             return value
         if is_constant(args) and is_constant(list(kwargs.values())):
             return self._constant(node, args, kwargs)
+        if (made := self._of_sizes(node)) is not None:
+            return made
         name = node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
         if name == "_assert_tensor_metadata":  # torch.export's own check of a conversion
             return None
@@ -131,6 +139,47 @@ class Translator:
         if isinstance(value, Tensor):
             self.origins[id(value)] = node
         return value
+
+    def _of_sizes(self, node: fx.Node) -> Any:
+        """A tensor that depends on the batch's size alone: a constant, or one row of it for all images; None for others."""
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and len(value.node.expr.free_symbols) == 1:
+            self.trials[node] = tuple(
+                int(value.node.expr.subs(dict.fromkeys(value.node.expr.free_symbols, n))) for n in TRIALS
+            )
+            return None
+        sources = node.all_input_nodes
+        known = all(source in self.trials or is_constant(self.values[source]) for source in sources)
+        if not isinstance(value, Tensor) or not known or not isinstance(node.target, torch._ops.OpOverload):
+            return None
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            return None
+        first, second = self.trials[node] = tuple(self._tried(node, i) for i in range(2))
+        if first.shape == second.shape:
+            return first if torch.equal(first, second) else None
+        row = first[:1]
+        if [len(first), len(second)] != list(TRIALS) or not all(
+            torch.equal(row.expand_as(t), t) for t in (first, second)
+        ):
+            return None
+        return self._for_every_image(row)
+
+    def _for_every_image(self, row: Tensor) -> fx.Node:
+        """A constant [1, ...] as often as there are images."""
+        sides = [self.image_count(), *[-1] * (row.dim() - 1)]
+        return self.emit(
+            torch.ops.aten.expand.default, (self.attribute(row), sides), size=(self.free(), *row.shape[1:])
+        )
+
+    def _tried(self, node: fx.Node, trial: int) -> Any:
+        """An exported node's value for one of TRIALS."""
+
+        def value(source: fx.Node) -> Any:
+            return self.trials[source][trial] if source in self.trials else self.values[source]
+
+        args, kwargs = (fx.map_arg(part, value) for part in (node.args, node.kwargs))
+        with torch.no_grad():
+            return node.target(*args, **kwargs)
 
     # --------------------------------------------------------------------------- what rules call
 
@@ -169,6 +218,14 @@ class Translator:
         if _is_call(source, torch.ops.aten.reshape.default):  # two in a row are one
             return self.reshape(source.args[0], size)
         return self.emit(torch.ops.aten.reshape.default, (source, target), size=size)
+
+    def free(self) -> int | torch.SymInt:
+        """The batch, as the sizes of values have it."""
+        return size_of(next(iter(self.graph.nodes)))[0]
+
+    def image_count(self) -> fx.Node:
+        """The batch, as a node."""
+        return self.graph.call_function(torch.ops.aten.sym_size.int, (next(iter(self.graph.nodes)), 0))
 
     def slice(self, source: fx.Node, axis: int, start: int, stop: int, step: int = 1) -> fx.Node:
         size = list(size_of(source))
@@ -244,6 +301,8 @@ class Translator:
     def _as_nodes(self, value: Any) -> Any:
         """Arguments with constant tensors as nodes."""
         if isinstance(value, Tensor):
+            if self.batch and value.dim() and len(value) == self.batch and bool((value == value[:1]).all()):
+                return self._for_every_image(value[:1])
             return self.attribute(value, self.fqns.get(id(value)))
         if isinstance(value, tuple | list):
             return type(value)(map(self._as_nodes, value))

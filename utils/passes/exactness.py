@@ -2,9 +2,11 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from utils.core.errors import UserError
@@ -26,25 +28,35 @@ class Reference:
     loaded: nn.Module
 
 
-def outputs_of(model: nn.Module, probe: Tensor) -> list[Tensor]:
-    """The tensors that the network returns on the probe, in whatever structure."""
-    with torch.no_grad():
+def probed_outputs(model: nn.Module, probe: Tensor) -> list[Tensor]:
+    """The tensors that the network returns on the probe, in whatever structure; in float32 also where it asks for autocast."""
+    with torch.no_grad(), _WithoutAutocast():
         return [leaf for leaf in tree_leaves(model(probe)) if isinstance(leaf, Tensor)]
+
+
+class _WithoutAutocast(TorchFunctionMode):
+    """Whatever runs within computes in the types of its operands."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def deviation(expected: list[Tensor], model: nn.Module, probe: Tensor) -> float:
     """The largest change of any value on the probe, as a share of the largest value of its output."""
-    pairs = zip(expected, outputs_of(model, probe), strict=True)
+    pairs = zip(expected, probed_outputs(model, probe), strict=True)
     return max(float((before - after).abs().max() / before.abs().max().clamp_min(1e-30)) for before, after in pairs)
 
 
 def check_capture(model: nn.Module, network: fx.GraphModule, spec: InputSpec, probe: Tensor, log: PassLog) -> Reference:
     """Hold a captured network to the one as loaded, on the probe and on a batch of another size."""
-    reference = Reference(probe, outputs_of(model, probe), model)
+    reference = Reference(probe, probed_outputs(model, probe), model)
     check_unchanged("capture", network, reference, log)
     if network.meta["batch"] is None:
         other = spec.probe(3, seed=1)
-        check_unchanged("capture", network, Reference(other, outputs_of(model, other), model), log)
+        check_unchanged("capture", network, Reference(other, probed_outputs(model, other), model), log)
     else:
         log.note(
             f"the network fixes its batch: it is captured, and runs, with {network.meta['batch']} image(s) at a time"
@@ -75,6 +87,12 @@ def check_unchanged(name: str, model: nn.Module, reference: Reference, log: Pass
 
 
 def rounding_noise(model: nn.Module, probe: Tensor) -> float:
-    """How far the network's output in float32 is from that in float64, as a share of its largest value."""
-    exact = [output.float() for output in outputs_of(copy.deepcopy(model).double(), probe.double())]
+    """How far the network's output in float32 is from that in float64, as a share of its largest value.
+
+    0 where it is written for one of them alone.
+    """
+    try:
+        exact = [output.float() for output in probed_outputs(copy.deepcopy(model).double(), probe.double())]
+    except RuntimeError:  # it converts to float32 on the way
+        return 0.0
     return deviation(exact, model, probe)
