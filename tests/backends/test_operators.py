@@ -126,6 +126,17 @@ class Function(nn.Module):
     __hash__ = nn.Module.__hash__
 
 
+class Einsum(nn.Module):
+    """A layer by einsum. first: whether its weight is the first operand."""
+
+    def __init__(self, equation: str, first: bool = False):
+        super().__init__()
+        self.equation, self.first, self.weight = equation, first, nn.Parameter(torch.randn(8, 8) * 0.5)
+
+    def forward(self, x):
+        return torch.einsum(self.equation, *((self.weight, x) if self.first else (x, self.weight)))
+
+
 def fractions(x):
     """Where a sampling grid points that is the same for all images."""
     side = torch.linspace(-0.9, 0.9, 7)
@@ -183,6 +194,10 @@ MIDDLES = {
     "celu, selu": Function(lambda x: F.celu(x, 0.7) + F.selu(x)),
     "softplus, log-sigmoid": Function(lambda x: F.softplus(x, 2.0) * F.logsigmoid(x)),
     "shrinks": Function(lambda x: F.hardshrink(x) + F.softshrink(x, 0.3) + F.tanhshrink(x)),
+    "random slope": Function(F.rrelu),
+    "power of a parameter": Function(lambda x: x.clamp(min=0.01).pow(torch.tensor([1.5]))),
+    "branches": Function(lambda x: torch.where(x > 0.5, x, torch.expm1(x.clamp(max=0))).masked_fill(x < -1, -0.7)),
+    "waves": Function(lambda x: torch.lerp(torch.sin(x), torch.log1p(x.abs()), 0.3) + torch.rsqrt(1 + x * x)),
     "threshold": Function(lambda x: F.threshold(x, 0.1, 0.0)),
     "prelu": nn.Sequential(conv_bn(8, 8, 1, activation=None), nn.PReLU(8)),
     "sum and product": lambda x: x + x.mean(1, keepdim=True) * x,
@@ -194,6 +209,27 @@ MIDDLES = {
     "channel shuffle": nn.ChannelShuffle(2),
     "pixel shuffle": (nn.PixelShuffle(2), 2),
     "pixel unshuffle": (nn.PixelUnshuffle(2), 32),
+    "channels by number": lambda x: x.index_select(1, torch.tensor([3, 1, 7, 0, 2, 2, 6, 5]))[
+        :, [1, 0, 3, 2, 4, 5, 7, 6]
+    ],
+    "channels by mask": (lambda x: x[:, torch.tensor([True, False, False, True] * 2)], 4),
+    "repeated one by one": (lambda x: x[:, :3].repeat_interleave(2, 1), 6),
+    "patches": (lambda x: F.unfold(x, 3, 2, 1, 2).unflatten(2, (5, 5))[:, ::9], 8),
+    "windows": lambda x: x.unfold(2, 3, 2).unfold(3, 2, 2).amax((4, 5)),
+    "minima": lambda x: x.amin((2, 3), True) + x - x.min(1, keepdim=True).values,
+    "deviations": lambda x: x / (x.std(1, keepdim=True) + 1) + torch.var(x, (2, 3), unbiased=False, keepdim=True),
+    "variance and mean": lambda x: torch.relu(x - torch.var_mean(x, 1, keepdim=True)[1]),
+    "unit length": lambda x: 4 * F.normalize(x, dim=1),
+    "a choice": lambda x: torch.where(x > x.flip(1), x, x.roll(1, 1)).masked_fill(x.flip(2) == 0, 0.25),
+    "masks": lambda x: x * ((x > x.flip(1)) & ~(x.flip(2) >= 1)).float() + (x != x.flip(3)).to(x.dtype),
+    "nearest exactly": nn.Upsample(scale_factor=1.5, mode="nearest-exact"),
+    "sum of a stack": lambda x: torch.stack([x, x.flip(1)]).sum(0) + torch.stack([x, x.flip(2)], 4).mean(-1),
+    "einsum: a gate": lambda x: torch.einsum("nchw,nc->nchw", x, x.mean((2, 3))),
+    "einsum: matrices": lambda x: (
+        torch.einsum("nij,njk->nik", *[torch.einsum("bchw,bcvw->bhv", x, x) / 20] * 2)[:, None] + x
+    ),
+    "einsum: a layer": nn.Sequential(Einsum("b c h w, o c -> b o h w"), nn.ReLU()),
+    "einsum: a layer, weight first": nn.Sequential(Einsum("oc,...chw->...ohw", first=True), nn.ReLU()),
     "softmax": lambda x: x * torch.softmax(x, 1),
     "attention": Attention(fused=False),
     "fused attention": Attention(fused=True),
@@ -207,7 +243,7 @@ MIDDLES = {
 BY_TORCH = {
     "grid_sample": fractions,
     "cumsum": lambda x: torch.cumsum(x, 1),
-    "a function without a form": Function(lambda x: torch.sin(x) * torch.sigmoid(x)),
+    "a function without a form": Function(lambda x: torch.atan(x) * torch.sigmoid(x)),
     "a value for all positions": lambda x: x * (x > x.mean()).float(),
 }
 

@@ -165,9 +165,10 @@ def _segments(root: fx.Node, output: fx.Node) -> list[_Segment]:
     for i, node in enumerate(members):
         nodes.append(node)
         before = {*members[: i + 1], root}
-        if node is output or all(
+        passed = _is_float(node) and all(
             reader in before or reader not in inside or value is node for value in before for reader in value.users
-        ):
+        )
+        if node is output or passed:
             parts.append(_Segment(source, nodes))
             source, nodes = node, []
     return _merged(parts)

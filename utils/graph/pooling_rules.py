@@ -48,17 +48,36 @@ def _axis_groups(before: Size, after: Size) -> dict[int, list[int]]:
 
 def _mean(t: Translator, node: fx.Node, x, dim=None, keepdim=False, **_) -> Any:
     axes = _axes(x, dim)
+    if len(axes) == 1 and (parts := _stacked(x, axes[0])):
+        return t.emit(aten.div.Tensor, (_added(t, parts), len(parts)))
     return None if 0 in axes else t.reshape(mean(t, x, axes), t.size())
 
 
 def _sum(t: Translator, node: fx.Node, x, dim=None, keepdim=False, **_) -> Any:
     """A sum is the mean times the number of positions."""
     axes = _axes(x, dim)
+    if len(axes) == 1 and (parts := _stacked(x, axes[0])):
+        return _added(t, parts)
     count = math.prod(side for axis, side in enumerate(size_of(x)) if axis in axes)
     if 0 in axes or not node.meta["val"].dtype.is_floating_point or not isinstance(count, int):
         return None
     averaged = t.reshape(mean(t, x, axes), t.size())
     return t.emit(aten.mul.Tensor, (averaged, float(count)))
+
+
+def _stacked(x: fx.Node, axis: int) -> list[fx.Node]:
+    """The tensors that were put one behind the other along an axis, each with a side of 1 there; none where it is otherwise."""
+    if x.target is not aten.cat.default or x.args[1] != axis:
+        return []
+    return list(x.args[0]) if all(size_of(part)[axis] == 1 for part in x.args[0]) else []
+
+
+def _added(t: Translator, parts: list[fx.Node]) -> fx.Node:
+    """Their sum, in the size of the value that is being written."""
+    total, *others = (t.reshape(part, t.size()) for part in parts)
+    for part in others:
+        total = t.emit(aten.add.Tensor, (total, part))
+    return total
 
 
 def _axes(x: fx.Node, dim: Any) -> list[int]:
