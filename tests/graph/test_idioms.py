@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dfq import Recipe, quantize_data_free
-from utils.core.networks import plain
+from utils.core.errors import UserError
+from utils.core.networks import plain, scored
+from utils.graph.capture import capture
 from utils.graph.ops import OPERATORS
 
 
@@ -198,9 +200,53 @@ class Out:
 
 
 def test_outputs_in_dataclasses_are_found():
-    from utils.core.networks import scored
-
     net = settle(Held(lambda net, x: Out(net.body(x).mean((2, 3)), [x, None]), body=conv_bn(3, 8)), SPEC)
     model = scored(net, SPEC, 2)
     assert model.names[0] == "logits"
     assert modules(captured(model))["Conv2d"] == 1
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def test_wrappers_of_parts_are_taken_off():
+    parts = [conv_bn(8, 8), torch.compile(conv_bn(8, 8), backend="eager"), nn.DataParallel(conv_bn(8, 8))]
+    graph = captured(Wide(nn.Sequential(*parts)))
+    assert names(graph, nn.Conv2d) == ["first.0", "tried.0.0", "tried.1.0", "tried.2.0", "last"]
+
+
+def test_scripted_parts_are_refused_by_name():
+    model = Wide(nn.Sequential(conv_bn(8, 8), torch.jit.trace(conv_bn(8, 8).eval(), torch.zeros(1, 8, 9, 9))))
+    with pytest.raises(UserError, match=r"'tried\.1' in the network is a scripted or traced"):
+        plain(model)
+
+
+def test_steps_of_quantization_aware_training_are_an_activation():
+    steps = torch.ao.quantization.FakeQuantize()
+    steps.disable_observer()
+    steps.scale.fill_(0.05)
+    network = Wide(nn.Sequential(conv_bn(8, 8), steps))
+    steps.enable_fake_quant()
+    assert modules(captured(network))["Elementwise"] == 1
+    steps.disable_fake_quant()
+    assert modules(captured(network))["Elementwise"] == 0
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda net, x: F.dropout(net.body(x)),
+        lambda net, x: net.body(x + 0.1 * torch.randn_like(x)),
+        lambda net, x: net.body(x) * (torch.rand(8, 1, 1) > 0.5),
+        lambda net, x: net.body(x) * torch.bernoulli(torch.full((x.shape[0], 1, 1, 1), 0.5)),
+        lambda net, x: F.gumbel_softmax(net.body(x), dim=1),
+    ],
+)
+def test_networks_that_draw_random_numbers_are_refused(draw):
+    with pytest.raises(UserError, match="draws random numbers in evaluation too"):
+        capture(Wide(Held(draw, body=conv_bn(8, 8))).eval(), SPEC)
+
+
+def test_dropout_that_follows_the_mode_draws_none():
+    parts = [nn.Dropout(), nn.Dropout2d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.RReLU()]
+    assert modules(captured(Wide(nn.Sequential(*parts))))["Elementwise"] == 1

@@ -20,12 +20,11 @@ def plain(model: nn.Module) -> nn.Module:
 
     A scripted network, or one that cannot be copied, is a UserError.
     """
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError(
-            "the network is a scripted or traced TorchScript module; pass the nn.Module that it was made from"
-        )
+    model = _unwrapped(model)
+    scripted = next((name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        what = f"{scripted!r} in the network" if scripted else "the network"
+        raise UserError(f"{what} is a scripted or traced TorchScript module; pass the nn.Module that it was made from")
     try:
         memo = _computed(model)
         copied = copy.deepcopy(model, memo)
@@ -33,9 +32,18 @@ def plain(model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever the network's own parts raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the network cannot be copied: {reason}") from error
-    for module in copied.modules():
+    for module in list(copied.modules()):
         module.training = False
+        for name, part in module.named_children():
+            module._modules[name] = _unwrapped(part)
     return copied.float().requires_grad_(False)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without DataParallel and torch.compile."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def _computed(model: nn.Module) -> dict[int, Tensor]:

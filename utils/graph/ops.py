@@ -131,6 +131,8 @@ def operator_of(node: fx.Node) -> Operator | None:
 
 def keeps_grid(node: fx.Node) -> bool:
     """Whether the node's output lies on the grid of its input: an integer engine needs no quantizer behind it."""
+    if node.target is operator.getitem:  # one of several results
+        return keeps_grid(node.args[0])
     row = operator_of(node)
     return row is not None and row.keeps_grid and row.kind != "concat"
 

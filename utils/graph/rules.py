@@ -165,6 +165,21 @@ def _either(binary: str, reduction: str) -> Rule:
     return rule
 
 
+def _fake_quantize(t: Translator, node: fx.Node, x, scale, zero, *rest) -> Any:
+    """Steps of networks that were trained with quantization, in whose graph they are functions as others are."""
+    *enabled, low, high = rest
+    several = isinstance(node.meta["val"], tuple | list)
+    if not is_constant((scale, zero, enabled)) or not isinstance(x, fx.Node):
+        return None
+    if not all(bool(flag) for flag in enabled):
+        return (x, None) if several else x
+    size, scale, zero = size_of(x), float(scale), int(zero)
+    steps = t.emit(aten.round.default, (t.emit(aten.div.Tensor, (x, scale), size=size),), size=size)
+    steps = t.emit(aten.clamp.default, (steps, low - zero, high - zero), size=size)
+    made = t.emit(aten.mul.Tensor, (steps, scale), size=size)
+    return (made, None) if several else made
+
+
 def _rrelu(t: Translator, node: fx.Node, x, *args, **_) -> Any:
     """In evaluation the slope is the middle of its range; the functional form gets, and returns, a noise besides."""
     lower, upper = [value for value in args if isinstance(value, float)][:2] or (1 / 8, 1 / 3)
@@ -190,6 +205,10 @@ RULES: dict[str, Rule] = {
     "min": _either("minimum", "amin"),
     **dict.fromkeys(("rrelu", "rrelu_with_noise", "rrelu_with_noise_functional"), _rrelu),
     "glu": _glu,
+    **{
+        f"{start}fake_quantize_per_tensor_affine{end}": _fake_quantize
+        for start, end in (("", ""), ("", "_cachemask"), ("_", "_cachemask_tensor_qparams"))
+    },
     **dict.fromkeys(("add",), _arithmetic("add")),
     **dict.fromkeys(("sub", "subtract"), _arithmetic("sub")),
     **dict.fromkeys(("mul", "multiply"), _arithmetic("mul")),

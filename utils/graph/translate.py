@@ -123,6 +123,7 @@ class Translator:
         if isinstance(value, int | float | bool):  # a size that does not depend on the batch
             return value
         if is_constant(args) and is_constant(list(kwargs.values())):
+            _check_drawn(node)
             return self._constant(node, args, kwargs)
         if (made := self._of_sizes(node)) is not None:
             return made
@@ -131,7 +132,10 @@ class Translator:
             return None
         rule = self.rules.get(name)
         result = rule(self, node, *args, **kwargs) if rule else None
-        return self.emit(node.target, args, kwargs) if result is None else result
+        if result is None:
+            _check_drawn(node)
+            return self.emit(node.target, args, kwargs)
+        return result
 
     def _constant(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         with torch.no_grad():
@@ -152,8 +156,7 @@ class Translator:
         known = all(source in self.trials or is_constant(self.values[source]) for source in sources)
         if not isinstance(value, Tensor) or not known or not isinstance(node.target, torch._ops.OpOverload):
             return None
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
-            return None
+        _check_drawn(node)
         first, second = self.trials[node] = tuple(self._tried(node, i) for i in range(2))
         if first.shape == second.shape:
             return first if torch.equal(first, second) else None
@@ -309,6 +312,18 @@ class Translator:
         if isinstance(value, dict):
             return {key: self._as_nodes(entry) for key, entry in value.items()}
         return value
+
+
+def _check_drawn(node: fx.Node) -> None:
+    """Refuse a network that draws random numbers: no two runs of it agree."""
+    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        name = node.target._schema.name.partition("::")[2]
+        stack = node.meta.get("nn_module_stack") or {}
+        where = list(stack.values())[-1][0].partition(".")[2] if stack else ""
+        raise UserError(
+            f"the network draws random numbers in evaluation too ({name}{f' in {where!r}' if where else ''}), so that no two "
+            "runs of it agree; do that while self.training alone, as with F.dropout(x, p, self.training)"
+        )
 
 
 def _is_call(node: Any, target: Any) -> bool:
