@@ -247,6 +247,16 @@ def test_networks_that_draw_random_numbers_are_refused(draw):
         capture(Wide(Held(draw, body=conv_bn(8, 8))).eval(), SPEC)
 
 
+def attention(net, x):
+    rows = x.flatten(2)
+    return F.scaled_dot_product_attention(rows, rows, rows).reshape(x.shape)
+
+
+def recurrent(net, x):
+    return x * net.layer(x.mean((2, 3))[:, None])[0].transpose(1, 2)[..., None]
+
+
 def test_dropout_that_follows_the_mode_draws_none():
     parts = [nn.Dropout(), nn.Dropout2d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.RReLU()]
+    parts += [Held(attention), Held(recurrent, layer=nn.LSTM(8, 8, 2, batch_first=True, dropout=0.2))]
     assert modules(captured(Wide(nn.Sequential(*parts))))["Elementwise"] == 1

@@ -316,14 +316,28 @@ class Translator:
 
 def _check_drawn(node: fx.Node) -> None:
     """Refuse a network that draws random numbers: no two runs of it agree."""
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
-        name = node.target._schema.name.partition("::")[2]
-        stack = node.meta.get("nn_module_stack") or {}
-        where = list(stack.values())[-1][0].partition(".")[2] if stack else ""
-        raise UserError(
-            f"the network draws random numbers in evaluation too ({name}{f' in {where!r}' if where else ''}), so that no two "
-            "runs of it agree; do that while self.training alone, as with F.dropout(x, p, self.training)"
-        )
+    if not _draws(node):
+        return
+    name = node.target._schema.name.partition("::")[2]
+    stack = node.meta.get("nn_module_stack") or {}
+    where = list(stack.values())[-1][0].partition(".")[2] if stack else ""
+    raise UserError(
+        f"the network draws random numbers in evaluation too ({name}{f' in {where!r}' if where else ''}), so that no two "
+        "runs of it agree; do that while self.training alone, as with F.dropout(x, p, self.training)"
+    )
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers; attention and recurrent layers do for their dropout alone."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    for i, argument in enumerate(node.target._schema.arguments):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        if argument.name in ("dropout_p", "dropout", "p") and value == 0:
+            return False
+        if argument.name in ("train", "training") and value is False:
+            return False
+    return True
 
 
 def _is_call(node: Any, target: Any) -> bool:
