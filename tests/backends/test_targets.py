@@ -27,7 +27,7 @@ from utils.core.errors import UserError
 from utils.experiment.records import read_lines
 from utils.graph.capture import capture
 from utils.graph.nodes import outputs_of, weighted_nodes
-from utils.passes.exactness import outputs_of as run
+from utils.passes.exactness import probed_outputs as run
 from utils.quantization.target import TARGETS
 
 FULL = Recipe(quantize=True, equalize=True, correction=True)
