@@ -58,6 +58,7 @@ from utils.passes.clip_weights import clip_weights
 from utils.passes.dead_channels import clear_dead_channels
 from utils.passes.equalization import ScalesOf, cle_scales, equalize
 from utils.passes.exactness import Reference, check_capture, check_unchanged, deviation, probed_outputs
+from utils.passes.first_last import bits_of_first_and_last
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.insert_quantizers import averaged_into_output, insert_quantizers, quantized_tensors
 from utils.passes.log import PassLog
@@ -167,7 +168,8 @@ def quantize(
     range_of = _activation_ranges(network, spec, statistics, moments, recipe, at_hand, log)
     simulated = copy.deepcopy(network)
     layers = quantizable_layers(simulated, range_of, log)
-    insert_quantizers(simulated, range_of, recipe.bits_activation, log, recipe.engine)
+    bits_held, bits_read = bits_of_first_and_last(network, recipe.bits_first_last)
+    insert_quantizers(simulated, range_of, recipe.bits_activation, log, recipe.engine, bits_read)
 
     # Weights: clipped, section 5.1.2, and rounded to the nearest steps.
     if recipe.clip_weight:
@@ -175,7 +177,7 @@ def quantize(
     symmetric, channel_scales = not recipe.asymmetric, recipe.channel_scales
     bits_bias = recipe.bits_bias if recipe.engine.integer_biases else None
     grid = recipe.bits_weight, channel_scales, symmetric, bits_bias
-    quantize_weights(simulated, layers, *grid, log, recipe.engine.bits_first)
+    quantize_weights(simulated, layers, *grid, log, recipe.engine.bits_first, bits_held)
     log.weights["quantized"] = weight_ranges(simulated)
 
     # Bias correction, section 4.2.
@@ -321,7 +323,8 @@ def _activation_ranges(
     some = measuring_images(calibration, extremes, ranges)
     last = {node.name for node in written if averaged_into_output(network, node)}
     allowed = weight_noise(network, some, *grid)
-    fitted = fit_ranges(network, ranges, some, recipe.bits_activation, allowed, last, signed)
+    bits = recipe.bits_activation, bits_of_first_and_last(network, recipe.bits_first_last)[1]
+    fitted = fit_ranges(network, ranges, some, bits[0], allowed, last, signed, bits[1])
     log.note(describe_fitted(fitted))
     return fitted_ranges(fitted, observed)
 

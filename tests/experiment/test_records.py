@@ -108,6 +108,19 @@ def test_a_flag_that_is_gone_counts_where_it_was_given():
     assert records.identity(used, DEFAULTS) != records.identity(line(), DEFAULTS)
 
 
+def test_a_value_that_a_flag_once_had_counts_as_what_it_means_today():
+    task = TASKS["classification"]
+    passes = ["--quantize", "--correction", "--distill_correction"]
+    defaults = cli.defaults(task)
+    for typed, once in ([["--distill_rounding"], True], [["--distill_rounding", "gptq"], True], [[], False]):
+        today = line(flags=vars(cli.parse(task, [*passes, *typed])))
+        older = line(flags=today["flags"] | {"distill_rounding": once})
+        del older["flags"]["bits_first_last"]
+        assert records.identity(older, defaults) == records.identity(today, defaults)
+        learned = line(flags=today["flags"] | {"distill_rounding": "adaround"})
+        assert records.identity(learned, defaults) != records.identity(older, defaults)
+
+
 def typed_again(recorded: dict) -> dict:
     """The line that a recorded command would start today, on the same weights and data."""
     task = TASKS[recorded["task"]]

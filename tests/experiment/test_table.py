@@ -59,9 +59,12 @@ def test_names_of_the_rows():
         "+DLE+DBC +DR",
         "+LE+GPTQ+DBC +DR",
         "+DLE+GPTQ+DBC +DR",
+        "+DLE+AR+DBC +DR",
         "+LE+HBA+BC",
         "Original per channel",
         "+LE+BC per channel",
+        "+DLE+GPTQ+DBC +DR per channel",
+        "+DLE+AR+DBC +DR per channel",
     ]
 
 

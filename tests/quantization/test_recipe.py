@@ -8,7 +8,7 @@ from networks import SPEC, chain, settle
 import main_cls
 from dfq import quantize_data_free
 from utils.core.errors import UserError
-from utils.quantization.recipe import SETTINGS, TABLE, Recipe, add_recipe_flags
+from utils.quantization.recipe import SETTINGS, TABLE, Recipe, add_recipe_flags, as_today
 
 IMPOSSIBLE = [
     ({"absorption": True}, "--absorption needs --equalize"),
@@ -21,6 +21,9 @@ IMPOSSIBLE = [
     ({"equalize": True, "distill_equalize": True}, "--distill_equalize needs --quantize"),
     ({"quantize": True, "distill_correction": True}, "--distill_correction needs --correction"),
     ({"quantize": True, "distill_rounding": True}, "--distill_rounding needs --distill_correction"),
+    ({"quantize": True, "distill_rounding": "up"}, "argument --distill_rounding: invalid choice: 'up'"),
+    ({"bits_first_last": 8}, "--bits_first_last needs --quantize"),
+    ({"quantize": True, "bits_first_last": 1}, "argument --bits_first_last: '1' is not a number of bits from 2 to 16"),
     ({"distill_range": True}, "--distill_range needs --quantize"),
     ({"quantize": True, "range_method": "mse"}, "--range_method needs --distill_range"),
     ({"quantize": True, "bits_weight": 1}, "argument --bits_weight: '1' is not a number of bits from 2 to 16"),
@@ -79,6 +82,8 @@ def test_every_setting_is_a_flag_that_gives_it_back():
             {"equalize": True, "correction": True, "distill_correction": True, "distill_rounding": True},
             "+LE+GPTQ+DBC",
         ),
+        ({"correction": True, "distill_correction": True, "distill_rounding": "gptq"}, "+GPTQ+DBC"),
+        ({"correction": True, "distill_correction": True, "distill_rounding": "adaround"}, "+AR+DBC"),
     ],
 )
 def test_names_of_rows(settings, name):
@@ -87,7 +92,21 @@ def test_names_of_rows(settings, name):
 
 def test_rows_of_the_table_are_named_by_their_recipes():
     assert all(name.removesuffix(" per channel") == str(recipe) for name, recipe in TABLE.items())
-    assert len(set(map(str, TABLE))) == len(TABLE) == 22
+    assert len(set(map(str, TABLE))) <= len(TABLE) == 25
+
+
+def test_values_that_a_setting_once_had_mean_what_they_meant():
+    given = {"quantize": True, "correction": True, "distill_correction": True}
+    assert Recipe(**given, distill_rounding=True) == Recipe(**given, distill_rounding="gptq")
+    assert Recipe(**given, distill_rounding=False) == Recipe(**given)
+    old = {"distill_rounding": True, "relu": True, "bits_weight": 8, "engine": "simulate"}
+    assert as_today(old) == old | {"distill_rounding": "gptq"}
+
+
+def test_the_label_says_the_bits_of_the_first_and_last_layers():
+    assert Recipe(quantize=True, bits_weight=4).labels["quantized"] == "W4A8 Original"
+    recipe = Recipe(quantize=True, bits_weight=4, bits_activation=4, bits_first_last=8)
+    assert recipe.labels["quantized"] == "W4A4 (first and last 8) Original"
 
 
 def test_what_decides_the_float_network():

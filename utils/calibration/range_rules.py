@@ -265,6 +265,7 @@ def fit_ranges(
     allowed: float,
     open_ended: Collection[str] = (),
     signed: bool = False,
+    other_bits: Mapping[str, int] | None = None,
 ) -> dict[str, Fitted]:
     """The ranges, each as wide as its noise at the network's output allows; by the node's name.
 
@@ -272,6 +273,7 @@ def fit_ranges(
     with the extremes, as measuring_images does. bits: of the activations. allowed: noise of all tensors together, as a share
     of the outputs' power, as weight_noise tells of the weights; a tensor's is that of one in so many. open_ended: tensors
     that get OPEN times their range, since what the network hands out must not be cut. signed: on a symmetric grid.
+    other_bits: by node, where they are others.
     """
     rerun, fitted, bounds = Rerun(model, images), {}, clip_bounds(model)
     share = allowed / max(1, len(ranges))
@@ -282,7 +284,8 @@ def fit_ranges(
         noise: dict[float, float] = {}
         for factor in FACTORS:
             low, high = within(widen(known, factor), bounds.get(name))
-            quantizer = Quantizer(activation_qparams(torch.tensor(low), torch.tensor(high), bits, signed))
+            own_bits = (other_bits or {}).get(name, bits)
+            quantizer = Quantizer(activation_qparams(torch.tensor(low), torch.tensor(high), own_bits, signed))
             noise[factor] = rerun.noise(name, quantizer(rerun.values[name]))
             if (chosen := choose_factor(noise, share)) is not None:
                 break

@@ -70,6 +70,8 @@ def _usage(action: argparse.Action) -> str:
 
 def _part_of_name(dest: str) -> str:
     part = SETTINGS[dest].metadata["abbreviation"] if dest in SETTINGS else None
+    if part and part.words:
+        return " or ".join(f"`{part.of(value)}`" for value in part.words)
     return f"`{part.text.strip().replace('{:g}', 'W').replace('{}', 'METHOD')}`" if part else ""
 
 

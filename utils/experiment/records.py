@@ -15,6 +15,7 @@ from torch import nn
 
 from utils.backends.base import ENGINES
 from utils.core.errors import UserError
+from utils.quantization.recipe import as_today
 
 _PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnx", "onnxruntime", "openvino")
 _FOLDER = Path(__file__).resolve().parents[2]
@@ -49,6 +50,7 @@ def settings(
     if args.demo:  # where it was unpacked is of no interest
         flags |= {"data": None, "weights": None}
     bits = {"weight": args.bits_weight, "activation": args.bits_activation, "bias": args.bits_bias}
+    bits |= {"first_last": args.bits_first_last} if args.bits_first_last else {}
     return {
         "format": FORMAT,
         "task": task,
@@ -71,9 +73,11 @@ def identity(line: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Equal for two lines that score the same network, passes and images.
 
     defaults: of the flags of the task's script. A flag that did not exist when a line was recorded counts as that; one
-    that is gone counts where it was given.
+    that is gone counts where it was given. A value that a flag once had counts as what it means today.
     """
-    flags = {key: value for key, value in line["flags"].items() if key in defaults or value not in (None, False)}
+    flags = {
+        key: value for key, value in as_today(line["flags"]).items() if key in defaults or value not in (None, False)
+    }
     known = {key: value for key, value in {**_plain(defaults), **flags}.items() if key not in _NEUTRAL}
     return json.dumps([line["task"], line["weights_sha256"], line["data"], line["engine"], known], sort_keys=True)
 

@@ -57,7 +57,10 @@ def _figure(value: float | None) -> str:
 
 
 def _bits(line: Line, group: Group) -> str:
-    return "{weight}/{activation}/{bias}".format(**line["bits"]) if line["bits"] else "-"
+    if not line["bits"]:
+        return "-"
+    ends = line["bits"].get("first_last")
+    return "{weight}/{activation}/{bias}".format(**line["bits"]) + (f", first and last {ends}" if ends else "")
 
 
 def _published(line: Line, group: Group) -> float | None:

@@ -1,5 +1,7 @@
 """Activation quantizers: one wherever an integer engine writes a tensor."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx
 
@@ -18,7 +20,12 @@ ACTION = "inserted quantizers"
 
 
 def insert_quantizers(
-    model: fx.GraphModule, range_of: RangeOf, bits: int, log: PassLog, target: Target = TARGETS[DEFAULT]
+    model: fx.GraphModule,
+    range_of: RangeOf,
+    bits: int,
+    log: PassLog,
+    target: Target = TARGETS[DEFAULT],
+    other_bits: Mapping[str, int] | None = None,
 ) -> None:
     """Put a quantizer behind every node that the target's engine writes a tensor of integers for.
 
@@ -26,9 +33,11 @@ def insert_quantizers(
     functions, average pooling and interpolation. What only moves values keeps its input's parameters. The
     inputs of a concat share theirs if nothing else reads them; otherwise its output is quantized. What the network
     hands out is left as it is, whatever made it: a range would cut it, and 256 steps would make classes tie.
+    other_bits: by a node's name, where its quantizer has other bits.
     """
     for node, (low, high) in _tensor_ranges(model, range_of, log, target).items():
-        qparams = activation_qparams(torch.tensor(low), torch.tensor(high), bits, target.signed)
+        own_bits = (other_bits or {}).get(node.name, bits)
+        qparams = activation_qparams(torch.tensor(low), torch.tensor(high), own_bits, target.signed)
         clip = module_of(model, node)
         if isinstance(clip, Clip) and (_clips_alike(clip, low) or (target.signed and clip.low.dim() == 0)):
             cap = None if bool((clip.high >= high).all()) else clip.high

@@ -1,6 +1,6 @@
 """Weight quantization: every layer's weights get their parameters and are rounded to the nearest steps."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 
 import torch
@@ -55,18 +55,20 @@ def quantize_weights(
     bits_bias: int | None,
     log: PassLog,
     bits_first: int = 16,
+    other_bits: Mapping[str, int] | None = None,
 ) -> None:
     """Choose the weight parameters of the layers of these names, and round their weights.
 
     At 32 bits a bias counts in the steps of the accumulator, weight scale times the scale of the layer's input, which
     is quantized already. Where it would overflow, the weights get larger steps before they are rounded. bits_first: that
-    layers which read the network's input may have at most.
+    layers which read the network's input may have at most. other_bits: by a layer's name, where it has other bits.
     """
     for node in weighted_nodes(model):
         if node.target not in layers:
             continue
         layer, source = module_of(model, node), quantizer_before(model, node.args[0])
-        own = min(bits, bits_first) if _reads_input(node) else bits
+        own = (other_bits or {}).get(node.target, bits)
+        own = min(own, bits_first) if _reads_input(node) else own
         qparams = choose_weight_qparams(layer, own, per_channel, symmetric)
         if source is not None and bits_bias == 32:
             roomy = fit_bias_to_int32(qparams, layer.bias, source.scale)

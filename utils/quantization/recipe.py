@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -32,12 +33,16 @@ class Abbreviation:
     """A setting's part of a row's name.
 
     text: may hold {} for the value. place: parts are put together by rising place. unless: the setting whose own
-    part takes the place of this one.
+    part takes the place of this one. words: what stands for a value, where it is not the value itself.
     """
 
     text: str
     place: int
     unless: str | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, value: Value) -> str:
+        return self.text.format(self.words.get(value, value))
 
 
 BITS = Number(int, lambda value: type(value) is int and 2 <= value <= 16, "a number of bits from 2 to 16")
@@ -52,16 +57,18 @@ def setting(
     images: bool = False,
     exact: bool = False,
     chosen_per_row: bool = True,
+    former: Mapping[Value, Value] | None = None,
     **argument: Any,
 ) -> Any:
     """A field of Recipe.
 
     help: the flag's. requires: settings without which it means nothing. images: whether it needs images. exact: whether
     it acts on the row's float network. chosen_per_row: whether a row of TABLE chooses it, in place of the command
-    line. argument: what else argparse is told of it.
+    line. former: what values mean today that it had once. argument: what else argparse is told of it.
     """
     about = {"help": help, "group": group, "requires": requires, "abbreviation": abbreviation}
     about |= {"images": images, "exact": exact, "chosen_per_row": chosen_per_row, "argument": argument}
+    about["former"] = former or {}
     return field(default=default, metadata=about)
 
 
@@ -133,6 +140,16 @@ class Recipe:
         type=BITS,
         metavar="B",
     )
+    bits_first_last: int | None = setting(
+        "bits of the weights and the inputs of the first and last layers, 2 to 16 (default: as all others; tables of 4 bits "
+        "are published with 8)",
+        QUANTIZERS,
+        default=None,
+        requires=("quantize",),
+        chosen_per_row=False,
+        type=BITS,
+        metavar="B",
+    )
     bits_bias: int = setting(
         "bits of biases; 32: on the scale of the accumulator (default: 32)",
         QUANTIZERS,
@@ -183,12 +200,18 @@ class Recipe:
         abbreviation=Abbreviation("+DBC", 6),
         images=True,
     )
-    distill_rounding: bool = setting(
-        "error-compensated rounding of weights (GPTQ) on distilled images",
+    distill_rounding: str | None = setting(
+        "rounding of weights on distilled images: error-compensated (gptq, if no value is given), or learned block by "
+        "block to keep its output (adaround: minutes; for fewer than 8 bits)",
         DISTILLED,
+        default=None,
         requires=("distill_correction",),
-        abbreviation=Abbreviation("+GPTQ", 5),
+        abbreviation=Abbreviation("+{}", 5, words={"gptq": "GPTQ", "adaround": "AR"}),
         images=True,
+        former={True: "gptq", False: None},
+        nargs="?",
+        const="gptq",
+        choices=("gptq", "adaround"),
     )
     distill_range: bool = setting(
         "activation ranges from distilled images",
@@ -208,6 +231,8 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        for name, value in as_today(asdict(self)).items():
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "float_layers", tuple(self.float_layers))  # a command line's is a list
         check_settings(asdict(self))
 
@@ -264,6 +289,8 @@ class Recipe:
         exact = {name: value for name, value in self._given().items() if SETTINGS[name].metadata["exact"]}
         bits = self.bits_weight, self.bits_activation
         widths = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
+        if self.bits_first_last:
+            widths += f" (first and last {self.bits_first_last})"
         return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {_name(exact)}", "quantized": f"{widths} {self}"}
 
     def check_images(self, images: Tensor | None) -> None:
@@ -289,6 +316,15 @@ SETTINGS: dict[str, Field] = {one.name: one for one in fields(Recipe)}
 OF_A_ROW = tuple(name for name, one in SETTINGS.items() if one.metadata["chosen_per_row"])
 
 
+def as_today(settings: Mapping[str, Value]) -> dict[str, Value]:
+    """Settings with what their former values mean today; anything that is no setting as it is."""
+    former = {name: one.metadata["former"] for name, one in SETTINGS.items()}
+    return {
+        name: former[name][value] if type(value) is bool and value in former.get(name, {}) else value
+        for name, value in settings.items()
+    }
+
+
 def given(settings: dict[str, Value]) -> dict[str, Value]:
     """Those settings that are not at their defaults."""
     return {name: value for name, value in settings.items() if value != SETTINGS[name].default}
@@ -300,7 +336,7 @@ def _name(given: dict[str, Value]) -> str:
     for name, value in given.items():
         part: Abbreviation | None = SETTINGS[name].metadata["abbreviation"]
         if part and part.unless not in given:
-            parts.append((part.place, part.text.format(len(value) if isinstance(value, tuple) else value)))
+            parts.append((part.place, part.of(len(value) if isinstance(value, tuple) else value)))
     return "".join(text for _, text in sorted(parts)).strip() or "Original"
 
 
@@ -342,8 +378,13 @@ def add_recipe_flags(parser: ArgumentParser) -> dict[str, argparse._ArgumentGrou
 # ------------------------------------------------------------------------------------- the table
 
 
-def _row(*names: str) -> Recipe:
-    return Recipe(quantize=True, **{name: SETTINGS[name].metadata["argument"].get("const", True) for name in names})
+def _row(*names: str, **values: Value) -> Recipe:
+    bare = {name: SETTINGS[name].metadata["argument"].get("const", True) for name in names}
+    return Recipe(quantize=True, **bare, **values)
+
+
+_ON_IMAGES = ("equalize", "correction", "distill_equalize", "distill_correction", "distill_range")
+_LEARNED = {"distill_rounding": "adaround"}
 
 
 TABLE = {
@@ -368,9 +409,12 @@ TABLE = {
         _row("equalize", "correction", "distill_equalize", "distill_correction", "distill_range"),
         _row("equalize", "correction", "distill_rounding", "distill_correction", "distill_range"),
         _row("equalize", "correction", "distill_equalize", "distill_rounding", "distill_correction", "distill_range"),
+        _row(*_ON_IMAGES, **_LEARNED),
         _row("equalize", "absorption", "correction"),
         _row("per_channel"),
         _row("per_channel", "equalize", "correction"),
+        _row(*_ON_IMAGES, "distill_rounding", "per_channel"),
+        _row(*_ON_IMAGES, "per_channel", **_LEARNED),
     )
 }
 

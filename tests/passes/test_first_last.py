@@ -1,0 +1,57 @@
+"""The first and last layers: which they are, and that their weights and inputs have the bits of their own."""
+
+import pytest
+import torch
+from networks import SPEC, Branches, Residual, chain, conv_bn, made, settle
+from torch import nn
+
+from dfq import Recipe, quantize_data_free
+from utils.graph.nodes import module_of, weighted_nodes
+from utils.passes.first_last import bits_of_first_and_last, first_and_last_layers
+from utils.quantization.placement import quantizer_before
+
+
+class Heads(nn.Module):
+    """A trunk with two outputs, one of them behind a concat."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = conv_bn(3, 8), conv_bn(8, 6), conv_bn(8, 4)
+        self.near, self.far = nn.Conv2d(8, 2, 1), nn.Conv2d(10, 3, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.near(x), self.far(torch.cat([self.left(x), self.right(x)], 1))
+
+
+ENDS = {
+    chain: {"0.0", "3.linear"},
+    Residual: {"stem.0", "head.linear"},
+    Branches: {"left.0", "right.0", "head.linear"},
+    Heads: {"stem.0", "near", "far"},
+}
+
+
+@pytest.mark.parametrize("network", ENDS)
+def test_the_layers_at_either_end(network):
+    assert {node.target for node in first_and_last_layers(made(network, settle)[1])} == ENDS[network]
+
+
+@pytest.mark.parametrize("network", ENDS)
+def test_their_weights_and_what_they_read_have_those_bits_and_no_other_layers_have(network):
+    model, graph = made(network, settle)
+    recipe = Recipe(quantize=True, bits_weight=3, bits_activation=4, bits_first_last=8)
+    simulated = quantize_data_free(model, SPEC, recipe, captured=graph).simulated
+    shared = {"left.0", "right.0"} if network is Heads else set()  # they read what `near` reads
+    for node in weighted_nodes(simulated):
+        layer, source = module_of(simulated, node), quantizer_before(simulated, node.args[0])
+        ends = node.target in ENDS[network]
+        assert layer.weight_qparams.bits == (8 if ends else 3)
+        if node.target == "far":  # its concat's parts
+            assert all(module_of(simulated, part).qparams.bits == 8 for part in node.args[0].args[0])
+        elif source is not None:
+            assert source.qparams.bits == (8 if ends or node.target in shared else 4)
+
+
+def test_without_the_setting_there_are_none():
+    assert bits_of_first_and_last(made(chain, settle)[1], None) == ({}, {})
