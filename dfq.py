@@ -43,6 +43,7 @@ from utils.calibration.ranges import (
     observed_ranges,
     width_ratios,
 )
+from utils.core.cache import cache_folder
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.networks import plain
@@ -51,9 +52,11 @@ from utils.graph.capture import capture
 from utils.graph.in_place import run_in_place
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.regions import find_regions
+from utils.passes.adaround import learn_rounding
 from utils.passes.advice import fidelity_warnings, other_ranges
 from utils.passes.bias_absorption import absorb_high_biases
 from utils.passes.bias_correction import analytical_bias_correction, empirical_bias_correction, round_and_correct
+from utils.passes.block_learning import Reconstruction
 from utils.passes.clip_weights import clip_weights
 from utils.passes.dead_channels import clear_dead_channels
 from utils.passes.equalization import ScalesOf, cle_scales, equalize
@@ -83,12 +86,14 @@ def quantize_data_free(
     captured: fx.GraphModule | None = None,
     judging: Tensor | None = None,
     real: bool = False,
+    device: torch.device | None = None,
 ) -> Quantized:
     """Run the recipe's passes on a copy of the network; no data is used, unless images are real.
 
     images: [N, C, H, W] as utils.calibration.distillation makes them, or the user's own, which recipe.needs_images asks
     for. captured: capture(model, spec), where it is at hand. judging: other images, on which results are compared with
     the float network; None: the same. real: the images are pictures, which then tell of all that no BatchNorm tells of.
+    device: where rounding is learned; None: on the CPU.
     A network that cannot be captured, or lacks what a pass needs, is a UserError; so is a pass that
     should be exact and changes the output of a probe batch.
     """
@@ -136,8 +141,17 @@ def quantize_data_free(
     # Cross-layer equalization, section 4.1; by distilled images whichever scales come nearest, ours.
     start = _Start(network, spec, statistics, recipe, own, few, log, reference)
     if recipe.distill_equalize:
-        return _quantize_nearest(start)
-    return _quantize_equalized(start, _cle(start) if recipe.equalize else None)
+        result = _quantize_nearest(start)
+    else:
+        result = _quantize_equalized(start, _cle(start) if recipe.equalize else None)
+
+    # Rounding learned block by block, from what GPTQ gives. Not in the paper.
+    if recipe.distill_rounding == "adaround":
+        folder = cache_folder() / "rounding"
+        result = learn_rounding(result, own, recipe.bits_bias, Reconstruction(), device, folder)
+    for warning in fidelity_warnings(result.fidelity, recipe, len(own.judging), own.real) if result.fidelity else ():
+        result.log.warn(warning)
+    return result
 
 
 def quantize(
@@ -187,8 +201,6 @@ def quantize(
     # Biases: to the steps of the int32 accumulator.
     quantize_biases(simulated, bits_bias, log)
     near = None if images is None else fidelity(network, simulated, images.judging)
-    for warning in fidelity_warnings(near, recipe, len(images.judging), images.real) if images else ():
-        log.warn(warning)
     return Quantized(run_in_place(network), run_in_place(simulated), log, near)
 
 

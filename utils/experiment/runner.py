@@ -123,6 +123,7 @@ def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe
     images = images_of(args, run.task, model, spec, run.device, needed) if missing else None
     sources = (images.calibration, images.judging, images.real) if images else (None, None, False)
     sources = dict(zip(("images", "judging", "real"), sources, strict=True))
+    sources["device"] = run.device
     captured = _captured(run, evaluator)
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
