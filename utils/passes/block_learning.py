@@ -28,20 +28,20 @@ class Reconstruction:
     """How rounding is learned; benchmarks/rounding.py compares the choices.
 
     iterations: of Adam, for every block. batch: images in each. crop: a larger map is seen through a random square of
-    this side. rate: Adam's step of the rounding variables. scale_rate, bias_rate: first steps of the logarithms of scales
-    and of the biases, in deviations of the output; they fall to zero along a cosine. warm: share of the iterations without
-    penalty. penalty: its weight at first, beside an error that is 1 at the start; growth: by what it has grown at the
-    end, so that every weight is decided. drop: share of what a block reads that is the float network's. trust: how
-    far variables start from the exact weights towards the rounded ones. sensitivity: whether channels count by the output's
-    sensitivity.
+    this side. reach: how far Adam can move a rounding variable in all iterations; 5 is from one end to the other.
+    scale_reach, bias_reach: the same of the logarithms of scales, and of biases in deviations of the output; their steps
+    fall to zero along a cosine. warm: share of the iterations without penalty. penalty: its weight at first, beside an
+    error that is 1 at the start; growth: by what it has grown at the end, so that every weight is decided. drop: share
+    of what a block reads that is the float network's. trust: how far variables start from the exact weights towards the
+    rounded ones. sensitivity: whether channels count by the output's sensitivity.
     """
 
     iterations: int = 400
     batch: int = 16
     crop: int = 32
-    rate: float = 0.01
-    scale_rate: float = 1e-3
-    bias_rate: float = 1e-3
+    reach: float = 5.0
+    scale_reach: float = 0.4
+    bias_reach: float = 0.4
     warm: float = 0.2
     penalty: float = 1.0
     growth: float = 1000.0
@@ -135,14 +135,16 @@ class BlockLearner:
         layers = {name: module for name, module in soft.named_modules() if isinstance(module, SoftLayer)}
         quantizers = {name: module for name, module in soft.named_modules() if isinstance(module, SoftQuantizer)}
         groups = [
-            ([layer.v for layer in layers.values()], settings.rate, False),
-            ([layer.log_scale for layer in layers.values()], settings.scale_rate, True),
-            ([layer.bias_shift for layer in layers.values()], settings.bias_rate, True),
-            ([one.log_scale for one in quantizers.values() if one.log_scale.requires_grad], settings.scale_rate, True),
+            ([layer.v for layer in layers.values()], settings.reach, False),
+            ([layer.log_scale for layer in layers.values()], settings.scale_reach, True),
+            ([layer.bias_shift for layer in layers.values()], settings.bias_reach, True),
+            ([one.log_scale for one in quantizers.values() if one.log_scale.requires_grad], settings.scale_reach, True),
         ]
         groups = [group for group in groups if group[0]]
         if groups:
-            optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate, _ in groups])
+            optimizer = torch.optim.Adam(
+                [{"params": params, "lr": reach / settings.iterations} for params, reach, _ in groups]
+            )
             schedule = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, [_cosine(settings.iterations) if falls else _constant for _, _, falls in groups]
             )
@@ -212,7 +214,7 @@ class BlockLearner:
 
     # ----------------------------------------------------------------------------------- on images
 
-    def _draw(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _draw(self) -> tuple[Values, Values]:
         """What a random batch of images hands the block: a mixture of both networks' values, and the float one's."""
         count = len(self.learning)
         if self.batch < count:
@@ -220,13 +222,13 @@ class BlockLearner:
         else:
             index = torch.arange(count, device=self.device)
         window = self._window()
-        mixed, plain = [], []
+        mixed, plain = {}, {}
         for name in self.part.inputs:
             rounded, exact = (values[name][index][window] for values in (self.learning.rounded, self.learning.exact))
             shape = (*exact.shape[:2], *[1] * (exact.dim() - 2))
             pick = (torch.rand(shape, generator=self.generator) < self.settings.drop).to(self.device)
-            mixed.append(torch.where(pick, exact, rounded))
-            plain.append(exact)
+            mixed[name] = torch.where(pick, exact, rounded)
+            plain[name] = exact
         return mixed, plain
 
     def _window(self) -> tuple[slice, ...]:
@@ -238,15 +240,14 @@ class BlockLearner:
         starts = [int(torch.randint(max(1, size - side + 1), (), generator=self.generator)) for size in value.shape[2:]]
         return (slice(None), slice(None), *(slice(a // 2 * 2, a // 2 * 2 + side) for a in starts))
 
-    def _error_on(self, graph: Callable, mixed: Sequence[Tensor], plain: Sequence[Tensor]) -> Tensor:
-        with torch.no_grad():
-            wanted = self.target.graph(*plain)
-        return self._error(graph(*mixed), wanted)
-
-    def _error(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    def _error_on(self, graph: fx.GraphModule, read: Values, exact: Values) -> Tensor:
         """The squared error of a block's outputs, their channels weighted; of an image, summed up."""
+        with torch.no_grad():
+            wanted = self.target.graph(*(exact[name] for name in self.target.inputs))
+        found = dict(zip(self.part.outputs, graph(*(read[name] for name in self.part.inputs)), strict=True))
         total = torch.zeros((), device=self.device)
-        for a, b, weight in zip(found, wanted, self.weights, strict=True):
+        for name, b, weight in zip(self.target.outputs, wanted, self.weights, strict=True):
+            a = found[name]
             error = (a - b).square()
             if weight is not None and len(weight) == error.shape[1]:
                 error = error * per_channel(weight.to(error.device), error.dim())
@@ -258,11 +259,9 @@ class BlockLearner:
         total = 0.0
         with torch.no_grad():
             for i in range(0, len(self.judging), self.batch):
-                found, wanted = (
-                    run(*(values[name][i : i + self.batch] for name in self.part.inputs))
-                    for run, values in ((graph, self.judging.rounded), (self.target.graph, self.judging.exact))
-                )
-                total += float(self._error(found, wanted)) * len(found[0])
+                some = (self.judging.rounded, self.judging.exact)
+                some = [{name: value[i : i + self.batch] for name, value in values.items()} for values in some]
+                total += float(self._error_on(graph, *some)) * len(next(iter(some[0].values())))
         return total / len(self.judging)
 
 
