@@ -29,7 +29,7 @@ from utils.tasks.data import evenly, image_folder
 DEFAULT = Reconstruction()
 SETTINGS = {
     "as it is": {},
-    **{f"{count} iterations": {"iterations": count} for count in (60, 200, 800)},
+    **{f"{count} iterations": {"iterations": count} for count in (60, 400)},
     "from exact weights": {"trust": 0.0},
     "from GPTQ's weights": {"trust": 1.0},
     "no float values mixed in": {"drop": 0.0},

@@ -36,7 +36,7 @@ class Reconstruction:
     rounded ones. sensitivity: whether channels count by the output's sensitivity.
     """
 
-    iterations: int = 400
+    iterations: int = 200
     batch: int = 16
     crop: int = 32
     reach: float = 5.0
