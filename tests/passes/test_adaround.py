@@ -11,6 +11,7 @@ from test_blocks import Batchwise, Unet
 from test_first_last import Heads
 from torch import nn
 
+import dfq
 from dfq import Recipe, quantize_data_free
 from utils.calibration.distillation import as_pixels, natural_noise
 from utils.calibration.fidelity import fidelity
@@ -265,3 +266,15 @@ def test_fewer_images_are_used_where_memory_is_short(monkeypatch):
     assert len(affordable(images, 48, log)) == 10 and not log.notes
     monkeypatch.setattr(adaround, "MEMORY", 5 * 4 * 4 * 48)
     assert len(affordable(images, 48, log)) == 5 and "from 5 of 10 images" in log.notes[0]
+
+
+def test_the_recipe_learns_behind_the_choice_of_scales_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(dfq, "Reconstruction", lambda: replace(QUICK, iterations=20))
+    model, graph = made(chain, randomise, settle)
+    recipe = Recipe(**FLAGS | {"bits_weight": 4, "distill_rounding": "adaround"})
+    result = quantize_data_free(model, SPEC, recipe, IMAGES.calibration, graph, judging=IMAGES.judging)
+    assert sum(note.startswith("learned rounding: ") for note in result.log.notes) == 1
+    assert len(list((tmp_path / "rounding").iterdir())) == 1
+    assert result.fidelity.output == pytest.approx(fidelity(result.float, result.simulated, IMAGES.judging).output)
+    assert result.fidelity.output >= start(chain, per_channel=False).fidelity.output

@@ -25,7 +25,7 @@ from utils.core import distributed
 from utils.core.files import atomic_write, make_folder
 from utils.core.hashing import weights_hash
 from utils.graph.in_place import run_in_place
-from utils.graph.nodes import module_of
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.ops import keeps_grid
 from utils.passes.block_learning import BlockLearner, Handed, Reconstruction, State, Values, channel_weights
 from utils.passes.blocks import Part, find_blocks, most_handed_on, parts_of
@@ -58,7 +58,7 @@ def learn_rounding(
     known = output_sensitivity(network, few, input_means(network, few)).activations if settings.sensitivity else {}
     log = copy.deepcopy(result.log)
     reconstruct(network, simulated, images, known, settings, log, device, folder)
-    quantize_biases(simulated, bits_bias, PassLog())
+    _round_biases_again(simulated, bits_bias, log)
     near = fidelity(network, simulated, images.judging)
     text = f"learned rounding: {near.output:.2f} dB on held-out images, {result.fidelity.output:.2f} dB with GPTQ alone"
     if near.output <= result.fidelity.output:
@@ -111,6 +111,15 @@ def reconstruct(
                 advance(handed.rounded, parts, i, batch)
     network.cpu()
     simulated.cpu()
+
+
+def _round_biases_again(simulated: fx.GraphModule, bits: int, log: PassLog) -> None:
+    """To the steps that the new scales give; the log gets what is new, the biases that now overflow."""
+    for node in weighted_nodes(simulated):
+        module_of(simulated, node).bias_qparams = None
+    again, known = PassLog(), {(entry.action, entry.where) for entry in log.entries if entry.skipped}
+    quantize_biases(simulated, bits, again)
+    log.entries += [entry for entry in again.entries if entry.skipped and (entry.action, entry.where) not in known]
 
 
 def _note(layers: list[str], state: State, log: PassLog) -> None:
