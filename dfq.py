@@ -148,7 +148,8 @@ def quantize_data_free(
     # Rounding learned block by block, from what GPTQ gives. Not in the paper.
     if recipe.distill_rounding == "adaround":
         folder = cache_folder() / "rounding"
-        result = learn_rounding(result, own, recipe.bits_bias, Reconstruction(), device, folder)
+        bits_bias = recipe.bits_bias if recipe.engine.integer_biases else None
+        result = learn_rounding(result, own, bits_bias, Reconstruction(), device, folder)
     for warning in fidelity_warnings(result.fidelity, recipe, len(own.judging), own.real) if result.fidelity else ():
         result.log.warn(warning)
     return result

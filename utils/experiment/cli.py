@@ -272,7 +272,9 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
         parser.error(f"--opset is of ONNX files, and {args.export} is to be one of torch.export; leave out --opset")
     allowed = TARGETS[args.target]
     known = args.bits_weight in allowed.bits_weight and args.bits_activation in allowed.bits_activation
-    if (to_onnx or args.engine != "simulate") and not (known and args.bits_bias == 32 and args.bits_first_last in (None, 8)):
+    if (to_onnx or args.engine != "simulate") and not (
+        known and args.bits_bias == 32 and args.bits_first_last in (None, 8)
+    ):
         parser.error(
             f"--{'export' if to_onnx else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
             "and biases of 32; leave out --bits_weight, --bits_activation, --bits_first_last and --bits_bias"

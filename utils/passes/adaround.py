@@ -43,7 +43,7 @@ SENSITIVITY_IMAGES = 16  # on which the output's sensitivity is measured
 def learn_rounding(
     result: Quantized,
     images: Images,
-    bits_bias: int,
+    bits_bias: int | None,
     settings: Reconstruction,
     device: torch.device | None = None,
     folder: Path | None = None,
@@ -113,7 +113,7 @@ def reconstruct(
     simulated.cpu()
 
 
-def _round_biases_again(simulated: fx.GraphModule, bits: int, log: PassLog) -> None:
+def _round_biases_again(simulated: fx.GraphModule, bits: int | None, log: PassLog) -> None:
     """To the steps that the new scales give; the log gets what is new, the biases that now overflow."""
     for node in weighted_nodes(simulated):
         module_of(simulated, node).bias_qparams = None

@@ -152,4 +152,5 @@ class SoftQuantizer(nn.Module):
 def scaled_quantizer(quantizer: Quantizer, factor: float) -> Quantizer:
     """A quantizer with its scale times a factor, and the same zero point; caps keep their values."""
     cap = None if quantizer.cap is None else quantizer.cap * quantizer.scale
-    return Quantizer(replace(quantizer.qparams, scale=quantizer.qparams.scale * factor), cap)
+    low = quantizer.step_min * quantizer.scale if quantizer.rectifies else None
+    return Quantizer(replace(quantizer.qparams, scale=quantizer.qparams.scale * factor), cap, low=low)
