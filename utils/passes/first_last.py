@@ -3,7 +3,7 @@
 from torch import fx
 
 from utils.graph.layers import WEIGHTED
-from utils.graph.nodes import module_of, output_node, weighted_nodes
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.ops import keeps_grid
 from utils.quantization.placement import is_concat
 
@@ -24,7 +24,7 @@ def first_and_last_layers(model: fx.GraphModule) -> list[fx.Node]:
     layers' weights and inputs at 8.
     """
     behind = _layers_reached(model, [node for node in model.graph.nodes if node.op == "placeholder"], "users")
-    before = _layers_reached(model, [output_node(model)], "all_input_nodes")
+    before = _layers_reached(model, [model.graph.output_node()], "all_input_nodes")
     return [node for node in weighted_nodes(model) if node in behind or node in before]
 
 
