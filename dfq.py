@@ -16,35 +16,13 @@ from operator import attrgetter
 import torch
 from torch import Tensor, fx, nn
 
-from utils.calibration.distillation import Distillation, describe_fit, distill, for_search, statistics_fit
+from utils.calibration.distillation import Distillation, describe_fit, distill, few_images, for_search, statistics_fit
 from utils.calibration.fidelity import fidelity
 from utils.calibration.images import Images, halves, unseen, whose
-from utils.calibration.moments import Moments, Statistics, Unknown, propagate
-from utils.calibration.observers import layer_extremes, layer_means
-from utils.calibration.range_rules import (
-    clip_bounds,
-    describe_fitted,
-    describe_guesses,
-    extreme_ranges,
-    fit_ranges,
-    fitted_ranges,
-    guessed_tensors,
-    guesses_replaced,
-    image_extremes,
-    measuring_images,
-    starting_ranges,
-    weight_noise,
-)
-from utils.calibration.ranges import (
-    RangeOf,
-    analytic_ranges,
-    batchnorm_ranges,
-    describe_contradictions,
-    observed_ranges,
-    width_ratios,
-)
+from utils.calibration.moments import Statistics, propagate
+from utils.calibration.observers import layer_extremes
+from utils.calibration.ranges import batchnorm_ranges
 from utils.core.cache import cache_folder
-from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.networks import plain
 from utils.core.predictions import Predictions
@@ -52,18 +30,19 @@ from utils.graph.capture import capture
 from utils.graph.in_place import run_in_place
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.regions import find_regions
+from utils.passes.activation_ranges import activation_ranges, guess_ranges
 from utils.passes.adaround import learn_rounding
-from utils.passes.advice import fidelity_warnings, other_ranges
+from utils.passes.advice import check_statistics, fidelity_warnings
 from utils.passes.bias_absorption import absorb_high_biases
-from utils.passes.bias_correction import analytical_bias_correction, empirical_bias_correction, round_and_correct
+from utils.passes.bias_correction import correct_biases
 from utils.passes.block_learning import Reconstruction
 from utils.passes.clip_weights import clip_weights
 from utils.passes.dead_channels import clear_dead_channels
 from utils.passes.equalization import ScalesOf, cle_scales, equalize
-from utils.passes.exactness import Reference, check_capture, check_unchanged, deviation, probed_outputs
+from utils.passes.exactness import Reference, check_capture, check_unchanged, note_change, probed_outputs
 from utils.passes.first_last import bits_of_first_and_last
 from utils.passes.fold_batchnorm import fold_batchnorm
-from utils.passes.insert_quantizers import averaged_into_output, insert_quantizers, quantized_tensors
+from utils.passes.insert_quantizers import insert_quantizers
 from utils.passes.log import PassLog
 from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_optimal_scales, observe_on_images
 from utils.passes.quantize_bias import quantize_biases
@@ -74,8 +53,6 @@ from utils.quantization.recipe import Recipe, Value
 from utils.quantization.target import DEFAULT
 from utils.search.auto import check_near, find_recipe
 from utils.search.search import Found
-
-FEW = Distillation(images=16, steps=20)  # for ranges that nothing else tells of: seconds, for a small network
 
 
 def quantize_data_free(
@@ -98,16 +75,39 @@ def quantize_data_free(
     should be exact and changes the output of a probe batch.
     """
     recipe.check_images(images)
+    own = None if images is None else Images(images, images if judging is None else judging, real)
+    start = _exact_passes(plain(model), spec, recipe, captured, own)
+
+    # Cross-layer equalization, section 4.1; by distilled images whichever scales come nearest, ours.
+    if recipe.distill_equalize:
+        result = _quantize_nearest(start)
+    else:
+        result = _quantize_equalized(start, _cle(start) if recipe.equalize else None)
+
+    # Rounding learned block by block, from what GPTQ gives. Not in the paper.
+    if recipe.distill_rounding == "adaround":
+        folder = cache_folder() / "rounding"
+        result = learn_rounding(result, own, recipe.steps_of_biases, Reconstruction(), device, folder)
+    for warning in fidelity_warnings(result.fidelity, recipe, len(own.judging), own.real) if result.fidelity else ():
+        result.log.warn(warning)
+    return result
+
+
+def _exact_passes(
+    model: nn.Module, spec: InputSpec, recipe: Recipe, captured: fx.GraphModule | None, images: Images | None
+) -> _Start:
+    """The passes before equalization, which leave what the network computes as it is, but for --relu.
+
+    model: as plain() gives it, in float32 and evaluating.
+    """
     log = PassLog()
     if recipe.quantize and recipe.target != DEFAULT:
         log.note(str(recipe.engine))
-    model = plain(model)  # as capture() takes it: in float32, evaluating
     network = capture(model if captured is None else captured, spec)
     probe = spec.probe(network.meta["batch"] or 2)
     reference = check_capture(model, network, spec, probe, log)
-    own = None if images is None else Images(images, images if judging is None else judging, real)
-    if own and len(fit := statistics_fit(network, spec, images)) > 1:
-        log.note(describe_fit(fit, len(images), "of your images" if real else "distilled images"))
+    if images and len(fit := statistics_fit(network, spec, images.calibration)) > 1:
+        log.note(describe_fit(fit, len(images.calibration), f"{'of ' if images.real else ''}{whose(images.real)}"))
 
     # Fold BatchNorm, and keep what it knew of every layer's output.
     statistics = fold_batchnorm(network, log)
@@ -117,15 +117,11 @@ def quantize_data_free(
     check_unchanged("BatchNorm folding", network, reference, log)
     log.weights["BatchNorm folded"] = weight_ranges(network)
     if not statistics and images is None:
-        _refuse_without_statistics(recipe)
+        check_statistics(recipe)
 
     # Layers in a row that no BatchNorm tells of: their ranges come from images, a few distilled ones if there are none.
-    guesses = guessed_tensors(network, statistics)
-    written = quantized_tensors(network, recipe.engine)
-    names = {node.name: guesses[node.name] for node in written if node.name in guesses}
-    if recipe.quantize and names:
-        (log.note if real else log.warn)(describe_guesses(names, whose(real)) + ("" if real else "; try --images DIR"))
-    few = distill(model, spec, FEW, torch.device("cpu")) if recipe.quantize and names and images is None else None
+    guessed = guess_ranges(network, statistics, recipe, images is not None and images.real, log)
+    few = distill(model, spec, few_images(spec), torch.device("cpu")) if guessed and images is None else None
 
     # ReLU6 -> ReLU, section 5.1.1: changes the function. Without it equalization keeps ReLU6 exact.
     if recipe.relu:
@@ -137,22 +133,7 @@ def quantize_data_free(
         statistics = clear_dead_channels(network, spec, statistics, log)
         check_unchanged("clearing dead channels", network, reference, log)
         log.weights["dead channels cleared"] = weight_ranges(network)
-
-    # Cross-layer equalization, section 4.1; by distilled images whichever scales come nearest, ours.
-    start = _Start(network, spec, statistics, recipe, own, few, log, reference)
-    if recipe.distill_equalize:
-        result = _quantize_nearest(start)
-    else:
-        result = _quantize_equalized(start, _cle(start) if recipe.equalize else None)
-
-    # Rounding learned block by block, from what GPTQ gives. Not in the paper.
-    if recipe.distill_rounding == "adaround":
-        folder = cache_folder() / "rounding"
-        bits_bias = recipe.bits_bias if recipe.engine.integer_biases else None
-        result = learn_rounding(result, own, bits_bias, Reconstruction(), device, folder)
-    for warning in fidelity_warnings(result.fidelity, recipe, len(own.judging), own.real) if result.fidelity else ():
-        result.log.warn(warning)
-    return result
+    return _Start(network, spec, statistics, recipe, images, few, log, reference)
 
 
 def quantize(
@@ -168,19 +149,18 @@ def quantize(
 
     few: images for the ranges of tensors that no BatchNorm tells of, where there are no others.
     """
-    # High-bias absorption, section 4.1.3.
+    # High-bias absorption, section 4.1.3; not exact.
     if recipe.absorption:
         expected = probed_outputs(network, spec.probe())
         statistics = absorb_high_biases(network, statistics, log)
-        moved = deviation(expected, network, spec.probe())
-        log.note(f"absorption moved the output by {moved:.1e} of its largest value")
+        note_change("absorption", expected, network, spec.probe(), log)
     if not recipe.quantize:
         return Quantized(run_in_place(network), None, log)
 
     # Activation ranges from BatchNorm statistics, section 5, or from distilled images.
     moments = propagate(network, spec, statistics)
     at_hand = Images(few, few) if images is None and few is not None else images
-    range_of = _activation_ranges(network, spec, statistics, moments, recipe, at_hand, log)
+    range_of = activation_ranges(network, spec, statistics, moments, recipe, at_hand, log)
     simulated = copy.deepcopy(network)
     layers = quantizable_layers(simulated, range_of, log)
     bits_held, bits_read = bits_of_first_and_last(network, recipe.bits_first_last)
@@ -189,18 +169,16 @@ def quantize(
     # Weights: clipped, section 5.1.2, and rounded to the nearest steps.
     if recipe.clip_weight:
         clip_weights(simulated, recipe.clip_weight, log)
-    symmetric, channel_scales = not recipe.asymmetric, recipe.channel_scales
-    bits_bias = recipe.bits_bias if recipe.engine.integer_biases else None
-    grid = recipe.bits_weight, channel_scales, symmetric, bits_bias
+    grid = recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric, recipe.steps_of_biases
     quantize_weights(simulated, layers, *grid, log, recipe.engine.bits_first, bits_held)
     log.weights["quantized"] = weight_ranges(simulated)
 
     # Bias correction, section 4.2.
     if recipe.correction:
-        _correct_biases(simulated, network, statistics, moments, recipe, images, log)
+        correct_biases(simulated, network, statistics, moments, recipe, images, log)
 
     # Biases: to the steps of the int32 accumulator.
-    quantize_biases(simulated, bits_bias, log)
+    quantize_biases(simulated, recipe.steps_of_biases, log)
     near = None if images is None else fidelity(network, simulated, images.judging)
     return Quantized(run_in_place(network), run_in_place(simulated), log, near)
 
@@ -266,90 +244,6 @@ def _quantize_nearest(start: _Start) -> Quantized:
     chosen, why = choose_nearest(ways, attrgetter("fidelity"), sinks)
     chosen.log.note(why)
     return chosen
-
-
-def _correct_biases(
-    simulated: fx.GraphModule,
-    network: fx.GraphModule,
-    statistics: Statistics,
-    moments: dict[str, Moments | Unknown],
-    recipe: Recipe,
-    images: Images | None,
-    log: PassLog,
-) -> None:
-    """Analytically, or on images, there with GPTQ layer by layer.
-
-    Real images also serve the layers of whose input no BatchNorm tells.
-    """
-    if recipe.distill_correction:
-        means = layer_means(network, images.calibration)
-        if recipe.distill_rounding:
-            round_and_correct(simulated, network, means, images.calibration, log)
-        else:
-            empirical_bias_correction(simulated, means, images.calibration, log)
-        return
-    unknown: set[str] = set()
-    if images is not None and images.real:
-        guessed = guessed_tensors(network, statistics)
-        layers = weighted_nodes(network)
-        unknown = {node.target for node in layers if node.args[0].name in guessed or not statistics}
-    analytical_bias_correction(simulated, network, moments, log, unknown)
-    if unknown:
-        means = layer_means(network, images.calibration)
-        empirical_bias_correction(simulated, means, images.calibration, log, unknown)
-
-
-def _activation_ranges(
-    network: fx.GraphModule,
-    spec: InputSpec,
-    statistics: Statistics,
-    moments: dict[str, Moments | Unknown],
-    recipe: Recipe,
-    images: Images | None,
-    log: PassLog,
-) -> RangeOf:
-    """What every node's output is taken to lie in: from BatchNorm, and from images where these may be used.
-
-    Without --distill_range images only tell of tensors that no BatchNorm tells of.
-    """
-    analytic = analytic_ranges(moments)
-    guessed = guessed_tensors(network, statistics)
-    written, signed = quantized_tensors(network, recipe.engine), recipe.engine.signed
-    told = [node for node in written if node.name not in guessed]
-    if images is None or not (recipe.distill_range or images.real or len(told) < len(written)):
-        return analytic
-    calibration = images.calibration
-    if recipe.distill_range and recipe.range_method != "minmax":
-        observed = observed_ranges(network, spec, calibration, recipe.range_method, recipe.bits_activation, signed)
-    else:
-        extremes = image_extremes(network, calibration)
-        observed = extreme_ranges(spec, extremes)
-    if contradictions := describe_contradictions(told, observed, analytic, whose(images.real)):
-        cut = any(ratio > 1 for ratio in width_ratios(told, observed, analytic).values())
-        (log.warn if cut else log.note)(contradictions + (other_ranges(recipe, images.real) if cut else ""))
-    if not recipe.distill_range:
-        return guesses_replaced(analytic, observed, guessed, clip_bounds(network))
-    if recipe.range_method != "minmax":
-        return observed
-    grid = recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric
-    ranges = starting_ranges(written, analytic, observed, guessed, recipe.relu)
-    some = measuring_images(calibration, extremes, ranges)
-    last = {node.name for node in written if averaged_into_output(network, node)}
-    allowed = weight_noise(network, some, *grid)
-    bits = recipe.bits_activation, bits_of_first_and_last(network, recipe.bits_first_last)[1]
-    fitted = fit_ranges(network, ranges, some, bits[0], allowed, last, signed, bits[1])
-    log.note(describe_fitted(fitted))
-    return fitted_ranges(fitted, observed)
-
-
-def _refuse_without_statistics(recipe: Recipe) -> None:
-    needy = [flag for flag in ("quantize", "correction", "absorption", "clear_dead") if getattr(recipe, flag)]
-    if needy:
-        flags = " and ".join(f"--{flag}" for flag in needy)
-        raise UserError(
-            f"the network has no BatchNorm, whose statistics {flags} would need; pass --images DIR with at least 2 "
-            "pictures (8 and more are better), or use a network trained with BatchNorm"
-        )
 
 
 # ------------------------------------------------------------------------------------------- auto

@@ -52,7 +52,9 @@ def test_relu_in_the_place_of_relu6_must_cost_nothing():
 
 
 def test_stages_add_up():
-    result, _ = found(lambda r: 20.0 + 3 * r.per_channel + 4 * r.distill_range + 5 * r.distill_rounding - 9 * r.relu)
+    result, _ = found(
+        lambda r: 20.0 + 3 * r.per_channel + 4 * r.distill_range + 5 * bool(r.distill_rounding) - 9 * r.relu
+    )
     chosen = result.chosen.recipe
     assert chosen.per_channel and chosen.distill_range and chosen.distill_rounding and chosen.distill_correction
     assert result.candidates[0] is result.chosen

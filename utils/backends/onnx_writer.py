@@ -12,7 +12,7 @@ only the batch is dynamic. An operator that the table lacks is written by torch.
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,17 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from utils.backends.base import INPUT
 from utils.backends.batch_axes import BatchAxes
-from utils.backends.caps import reached_caps
+from utils.backends.onnx_modules import MODULES, Value
 from utils.backends.torch_onnx import TORCH_OPSET, Input, exported_by_torch, part_of
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.graph.layers import WEIGHTED, ChannelAffine, Clip, Elementwise, padding, per_channel
 from utils.graph.nodes import describe, is_tensor, module_of, shape
 from utils.graph.onnx_elementwise import ELEMENTWISE
-from utils.graph.onnx_forms import padding_by_axis
 from utils.graph.ops import operator_of
 from utils.quantization.qparams import QParams
-from utils.quantization.quantizer import Quantizer
 from utils.quantization.target import DEFAULT, TARGETS, Target
 
 OPSET = 13  # of 2020: the first whose DequantizeLinear knows scales per channel
@@ -89,14 +83,6 @@ class _NeedsOpset(Exception):
     """Of an operator that torch.onnx has to write, in words: it writes newer opsets alone."""
 
 
-@dataclass(frozen=True)
-class _Value:
-    """A float tensor of the model. grid: the scale and zero point that its values lie on, if any."""
-
-    name: str
-    grid: tuple[float, int] | None = None
-
-
 class _Writer:
     """What has been written so far, and the values that fx nodes have become."""
 
@@ -105,7 +91,7 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
-        self.values: dict[fx.Node, _Value | list[_Value]] = {}
+        self.values: dict[fx.Node, Value | list[Value]] = {}
 
     def write_all(self) -> None:
         for node in self.model.graph.nodes:
@@ -114,16 +100,16 @@ class _Writer:
     def write(self, node: fx.Node) -> None:
         """Write what the node does to tensors; what it does to sizes is known already."""
         if node.op == "placeholder":
-            self.values[node] = _Value(INPUT)
+            self.values[node] = Value(INPUT)
         elif node.op == "output":
             self._outputs(node)
         elif node.op == "get_attr":
-            self.values[node] = _Value(self.constant(node.name, self.tensor(node)))
+            self.values[node] = Value(self.constant(node.name, self.tensor(node)))
         elif node.op == "call_module":
             module = module_of(self.model, node)
-            rule = next(rule for kind, rule in _MODULES.items() if isinstance(module, kind))
+            rule = next(rule for kind, rule in MODULES.items() if isinstance(module, kind))
             result = rule(self, node, module)
-            self.values[node] = result if isinstance(result, _Value) else _Value(result)
+            self.values[node] = result if isinstance(result, Value) else Value(result)
         elif node.target is operator.getitem:
             self.values[node] = self.values[node.args[0]][node.args[1]]
         elif "tensor_meta" in node.meta and node.users:  # else it is a size, or a check
@@ -136,12 +122,12 @@ class _Writer:
         if result is None:
             result = self.by_torch(node, *part_of(self.model, node))
         if isinstance(result, list):
-            values = [_Value(name) for name in result]
+            values = [Value(name) for name in result]
             self.values[node] = [self._on_grid(node, result[0], result[0]), *values[1:]] if row.keeps_grid else values
         elif row.keeps_grid:
             self.values[node] = self._on_grid(node, result, node.name)
         else:
-            self.values[node] = _Value(result)
+            self.values[node] = Value(result)
 
     # ---------------------------------------------------------------- what forms (utils/graph/onnx_forms) call
 
@@ -191,7 +177,7 @@ class _Writer:
         free = self.batch_axes.of(node)
         return [-1 if axis in free else side for axis, side in enumerate(shape(node))] if len(free) < 2 else None
 
-    def quantize(self, source: str, name: str, grid: tuple[float, int], cap: Tensor | None = None) -> _Value:
+    def quantize(self, source: str, name: str, grid: tuple[float, int], cap: Tensor | None = None) -> Value:
         """Round a tensor to a grid of 8 bits. cap: per-channel bounds that broadcast over it, in steps of the grid."""
         kind = np.dtype(np.int8 if self.target.signed else np.uint8)
         scale = self.constant(f"{name}_scale", np.float32(grid[0]))
@@ -201,7 +187,7 @@ class _Writer:
         if cap is not None:
             bounds = self.constant(f"{name}_cap", cap.numpy().astype(kind))
             self.add("Min", [f"{name}_uncapped", bounds], integers)
-        return _Value(self.add("DequantizeLinear", [integers, scale, zero], name), grid)
+        return Value(self.add("DequantizeLinear", [integers, scale, zero], name), grid)
 
     def layer_input(self, node: fx.Node, layer: nn.Module) -> str:
         """What a layer reads. For one that is kept in float, dequantized with the same scale for every channel.
@@ -240,13 +226,13 @@ class _Writer:
 
     # ------------------------------------------------------------------------------------ the rest
 
-    def _on_grid(self, node: fx.Node, result: str, name: str) -> _Value:
+    def _on_grid(self, node: fx.Node, result: str, name: str) -> Value:
         """What only moved values of one grid, back on it."""
         read = [s for s in node.all_input_nodes if is_tensor(s) and s.meta["tensor_meta"].dtype.is_floating_point]
-        inputs = [self.values[source] for source in read if isinstance(self.values.get(source), _Value)]
+        inputs = [self.values[source] for source in read if isinstance(self.values.get(source), Value)]
         grids = {value.grid for value in inputs}
         if len(grids) != 1 or None in grids:
-            return _Value(result)
+            return Value(result)
         return self.quantize(result, f"{name}_on_grid", grids.pop())
 
     def _outputs(self, node: fx.Node) -> None:
@@ -275,214 +261,3 @@ class _Writer:
         self.nodes += nodes
         self.initializers += initializers
         return outputs[0] if is_tensor(node) else outputs
-
-
-# ------------------------------------------------------------------------------------------- modules
-
-
-def _quantizer(w: _Writer, node: fx.Node, module: Quantizer) -> _Value:
-    _check_bits(module.qparams, w.target.bits_activation, f"the activations of {node.name!r}")
-    source, grid = w.operand(node.args[0], node.name), (module.scale, module.zero_point)
-    if module.step_min == 0 and module.rectifies:
-        source = w.add("Relu", [source], f"{node.name}_relu")
-    elif module.rectifies:
-        low = w.number(f"{node.name}_low", module.step_min * module.scale)
-        source = w.add("Max", [source, low], f"{node.name}_above")
-    if (cap := reached_caps(w.model, node, module)) is not None:
-        cap = per_channel(cap, len(shape(node)))[None] if cap.dim() else cap
-        if w.target.caps == "integers":
-            return w.quantize(source, node.name, grid, cap + module.zero_point)
-        if w.target.caps == "between":  # quantized before and after, so that the layer's kernel stays one of integers
-            source = w.quantize(source, f"{node.name}_uncapped", grid).name
-        bounds = w.constant(f"{node.name}_cap", cap * module.scale)
-        source = w.add("Min", [source, bounds], f"{node.name}_below")
-    return w.quantize(source, node.name, grid)
-
-
-def _check_bits(qparams: QParams, bits: tuple[int, ...], what: str) -> None:
-    if qparams.bits not in bits:
-        raise UserError(
-            f"{what} have {qparams.bits} bits; INT8 engines take weights and activations of 8 bits and biases of 32: "
-            "leave out --bits_weight, --bits_activation and --bits_bias"
-        )
-
-
-def _parameters(w: _Writer, node: fx.Node, layer: nn.Module, axis: int = 0) -> list[str]:
-    weights, biases = layer.weight_qparams, layer.bias_qparams
-    if weights is not None:
-        _check_bits(weights, (*w.target.bits_weight, w.target.bits_first), f"the weights of layer {node.target!r}")
-    if biases is not None:
-        _check_bits(biases, (32,), f"the bias of layer {node.target!r}")
-    return [
-        w.parameter(f"{node.name}_weight", layer.weight, weights, getattr(torch, w.target.weights), axis),
-        w.parameter(f"{node.name}_bias", layer.bias, biases, torch.int32),
-    ]
-
-
-def _layer(w: _Writer, node: fx.Node, layer: nn.Module) -> str:
-    if isinstance(layer, nn.Linear):
-        return _linear(w, node, layer)
-    transposed = isinstance(layer, _ConvTransposeNd)
-    if transposed and layer.groups > 1 and layer.weight_qparams is not None and layer.weight_qparams.per_channel:
-        raise UserError(
-            f"layer {node.target!r} is a grouped transposed convolution, whose scales per channel ONNX cannot hold; "
-            "leave out --per_channel"
-        )
-    before, after = padding(layer)
-    source = node.args[0]
-    if _pads_zeros(source) and not transposed:
-        low, high = padding_by_axis(source.args[1], len(shape(source)))
-        before, after = (
-            [a + b for a, b in zip(own, more[2:], strict=True)] for own, more in ((before, low), (after, high))
-        )
-        source = source.args[0]
-    options = {
-        "kernel_shape": layer.kernel_size,
-        "strides": layer.stride,
-        "dilations": layer.dilation,
-        "group": layer.groups,
-    }
-    options |= {"output_padding": layer.output_padding} if transposed else {}
-    inputs = [w.layer_input(source, layer), *_parameters(w, node, layer, axis=1 if transposed else 0)]
-    kind = "ConvTranspose" if transposed else "Conv"
-    return w.add(kind, inputs, node.name, pads=[*before, *after], **options)
-
-
-def _pads_zeros(node: fx.Node) -> bool:
-    """Whether a node pads positions with zeros, which a convolution can do by itself."""
-    if node.target is not aten.pad.default or node.args[2] != "constant" or node.args[3]:
-        return False
-    low, high = padding_by_axis(node.args[1], len(shape(node)))
-    return not any((*low[:2], *high[:2]))
-
-
-def _linear(w: _Writer, node: fx.Node, layer: nn.Linear) -> str:
-    weight, bias = _parameters(w, node, layer)
-    if len(shape(node)) == 2:
-        return w.add("Gemm", [w.layer_input(node.args[0], layer), weight, bias], node.name, transB=1)
-    if (size := w.full_shape(node)) is not None:
-        rows = w.sizes(f"{node.name}_rows_shape", [-1, layer.in_features])
-        x = w.add("Reshape", [w.name(node.args[0]), rows], f"{node.name}_rows")
-        product = w.add("Gemm", [x, weight, bias], node.name, [f"{node.name}_product"], transB=1)
-        return w.add("Reshape", [product, w.sizes(f"{node.name}_shape", size)], f"{node.name}_reshape", [node.name])
-    turned = w.add("Transpose", [weight], f"{weight}_turned", perm=[1, 0])
-    product = w.add("MatMul", [w.name(node.args[0]), turned], f"{node.name}_product")
-    return w.add("Add", [product, bias], node.name)
-
-
-def _clip(w: _Writer, node: fx.Node, clip: Clip) -> str:
-    dims, name = len(shape(node)), w.operand(node.args[0], node.name)
-    low, high = (per_channel(end, dims) if end.dim() else end for end in (clip.low, clip.high))
-    if clip.rectifies and not clip.capped:
-        return w.add("Relu", [name], node.name)
-    if low.dim() == high.dim() == 0:
-        bounds = [w.number(f"{node.name}_{side}", float(end)) for side, end in (("low", low), ("high", high))]
-        return w.add("Clip", [name, *bounds], node.name)
-    name = w.add("Max", [name, w.constant(f"{node.name}_low", low)], f"{node.name}_above")
-    return w.add("Min", [name, w.constant(f"{node.name}_high", high)], node.name)
-
-
-def _affine(w: _Writer, node: fx.Node, affine: ChannelAffine) -> str:
-    dims = len(shape(node))
-    scale, shift = (per_channel(part, dims) if part.dim() else part for part in (affine.scale, affine.shift))
-    x = w.operand(node.args[0], node.name)
-    product = w.add("Mul", [x, w.constant(f"{node.name}_scale", scale)], f"{node.name}_product")
-    return w.add("Add", [product, w.constant(f"{node.name}_shift", shift)], node.name)
-
-
-def _batchnorm(w: _Writer, node: fx.Node, norm: _BatchNorm) -> str:
-    ones = torch.ones_like(norm.running_mean)
-    parts = (
-        norm.weight if norm.affine else ones,
-        norm.bias if norm.affine else 0 * ones,
-        norm.running_mean,
-        norm.running_var,
-    )
-    names = [w.constant(f"{node.name}_{i}", part) for i, part in enumerate(parts)]
-    return w.add("BatchNormalization", [w.name(node.args[0]), *names], node.name, epsilon=norm.eps)
-
-
-def _elementwise(w: _Writer, node: fx.Node, function: Elementwise) -> str:
-    """The activation's own operators; as torch.onnx writes it where one has no form here."""
-    nodes, initializers = len(w.nodes), len(w.initializers)
-    copied = _Inner(w, node)
-    ShapeProp(function.inner).propagate(torch.zeros(shape(node)))  # which operators give truth values
-    for inner in function.inner.graph.nodes:
-        if not copied.write(inner):
-            del w.nodes[nodes:], w.initializers[initializers:]
-            return w.by_torch(node, function, [node.args[0]])
-    if not function.level.dim():
-        return copied.result
-    level = w.constant(f"{node.name}_level", per_channel(function.level, len(shape(node))))
-    return w.add("Mul", [copied.result, level], f"{node.name}_levelled")
-
-
-class _Inner:
-    """Writes the operators of an activation with names of their own; the last has the activation's."""
-
-    def __init__(self, w: _Writer, outer: fx.Node):
-        self.w, self.outer, self.result = w, outer, ""
-
-    def write(self, inner: fx.Node) -> bool:
-        """Whether the operator has a form."""
-        if inner.op == "placeholder":
-            self.w.values[inner] = self._input()
-        elif inner.op == "get_attr":
-            self.w.values[inner] = _Value(self.w.constant(f"{self.outer.name}_{inner.name}", self.w.tensor(inner)))
-        elif inner.op == "output":
-            self.result = self.w.name(inner.args[0])
-        else:
-            form = ELEMENTWISE.get(inner.target)
-            named = _Named(self.w, self.outer)
-            result = form(named, inner, *inner.args, **inner.kwargs) if form else None
-            if result is None:
-                return False
-            self.w.values[inner] = _Value(result)
-        return True
-
-    def _input(self) -> _Value:
-        """What the activation reads, times its gain."""
-        value = _Value(self.w.operand(self.outer.args[0], self.outer.name))
-        function = module_of(self.w.model, self.outer)
-        if not function.gain.dim():
-            return value
-        gain = self.w.constant(f"{self.outer.name}_gain", per_channel(function.gain, len(shape(self.outer))))
-        return _Value(self.w.add("Mul", [value.name, gain], f"{self.outer.name}_scaled"))
-
-
-class _Named:
-    """A writer that puts an activation's name before those of its operators."""
-
-    def __init__(self, w: _Writer, outer: fx.Node):
-        self.w, self.prefix = w, f"{outer.name}_"
-
-    def _own(self, name: str) -> str:
-        return f"{self.prefix}{name}"
-
-    def add(self, kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
-        return self.w.add(kind, inputs, self._own(name), **attributes)
-
-    def constant(self, name: str, value: Tensor) -> str:
-        return self.w.constant(self._own(name), value)
-
-    def number(self, name: str, value: float) -> str:
-        return self.w.number(self._own(name), value)
-
-    def operand(self, argument: Any, name: str) -> str:
-        return self.w.operand(argument, self._own(name))
-
-    def name(self, node: fx.Node) -> str:
-        return self.w.name(node)
-
-    def tensor(self, node: fx.Node) -> Tensor:
-        return self.w.tensor(node)
-
-
-_MODULES = {
-    Quantizer: _quantizer,
-    WEIGHTED: _layer,
-    Clip: _clip,
-    ChannelAffine: _affine,
-    _BatchNorm: _batchnorm,
-    Elementwise: _elementwise,
-}

@@ -1,6 +1,7 @@
 """Warnings that a user can act on: what may cost accuracy, and which flags to try."""
 
 from utils.calibration.fidelity import Fidelity, held_out
+from utils.core.errors import UserError
 from utils.quantization.recipe import Recipe
 
 LEAST_OUTPUT = 15.0  # dB of the output over its noise, below which predictions change visibly
@@ -35,3 +36,14 @@ def fidelity_warnings(near: Fidelity, recipe: Recipe, images: int, real: bool) -
             f"(most: {worst} {cut[worst]:.2g} %){other_ranges(recipe, real)}"
         )
     return warnings
+
+
+def check_statistics(recipe: Recipe) -> None:
+    """Refuse what a network without BatchNorm cannot have without images."""
+    needy = [flag for flag in ("quantize", "correction", "absorption", "clear_dead") if getattr(recipe, flag)]
+    if needy:
+        flags = " and ".join(f"--{flag}" for flag in needy)
+        raise UserError(
+            f"the network has no BatchNorm, whose statistics {flags} would need; pass --images DIR with at least 2 "
+            "pictures (8 and more are better), or use a network trained with BatchNorm"
+        )

@@ -5,14 +5,48 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, fx, nn
 
-from utils.calibration.moments import Moments, Unknown
-from utils.calibration.observers import channel_mean, run_layers
+from utils.calibration.images import Images
+from utils.calibration.moments import Moments, Statistics, Unknown
+from utils.calibration.observers import channel_mean, layer_means, run_layers
+from utils.calibration.range_rules import guessed_tensors
 from utils.graph.layers import per_channel
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.gptq import gptq_round_layer
 from utils.passes.log import PassLog
+from utils.quantization.recipe import Recipe
 
 ACTION = "corrected biases"
+
+
+def correct_biases(
+    simulated: fx.GraphModule,
+    network: fx.GraphModule,
+    statistics: Statistics,
+    moments: dict[str, Moments | Unknown],
+    recipe: Recipe,
+    images: Images | None,
+    log: PassLog,
+) -> None:
+    """Analytically, or on images, there with GPTQ layer by layer; what the recipe asks for.
+
+    Real images also serve the layers of whose input no BatchNorm tells.
+    """
+    if recipe.distill_correction:
+        means = layer_means(network, images.calibration)
+        if recipe.distill_rounding:
+            round_and_correct(simulated, network, means, images.calibration, log)
+        else:
+            empirical_bias_correction(simulated, means, images.calibration, log)
+        return
+    unknown: set[str] = set()
+    if images is not None and images.real:
+        guessed = guessed_tensors(network, statistics)
+        layers = weighted_nodes(network)
+        unknown = {node.target for node in layers if node.args[0].name in guessed or not statistics}
+    analytical_bias_correction(simulated, network, moments, log, unknown)
+    if unknown:
+        means = layer_means(network, images.calibration)
+        empirical_bias_correction(simulated, means, images.calibration, log, unknown)
 
 
 def analytical_bias_correction(

@@ -50,6 +50,11 @@ def deviation(expected: list[Tensor], model: nn.Module, probe: Tensor) -> float:
     return max(float((before - after).abs().max() / before.abs().max().clamp_min(1e-30)) for before, after in pairs)
 
 
+def note_change(name: str, expected: list[Tensor], model: nn.Module, probe: Tensor, log: PassLog) -> None:
+    """Say by how much a pass that is not exact moved the output on the probe."""
+    log.note(f"{name} moved the output by {deviation(expected, model, probe):.1e} of its largest value")
+
+
 def check_capture(model: nn.Module, network: fx.GraphModule, spec: InputSpec, probe: Tensor, log: PassLog) -> Reference:
     """Hold a captured network to the one as loaded, on the probe and on a batch of another size."""
     reference = Reference(probe, probed_outputs(model, probe), model)

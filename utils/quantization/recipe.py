@@ -251,6 +251,11 @@ class Recipe:
         return TARGETS[self.target]
 
     @property
+    def steps_of_biases(self) -> int | None:
+        """Bits of biases; None where the target's engine adds them in float."""
+        return self.bits_bias if self.engine.integer_biases else None
+
+    @property
     def channel_scales(self) -> bool:
         """Whether weights have a scale per output channel: as asked for, or as the target has them anyway."""
         return self.per_channel or self.engine.per_channel

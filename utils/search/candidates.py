@@ -33,7 +33,7 @@ def start(bits: dict[str, int]) -> Recipe:
     return Recipe(quantize=True, equalize=True, correction=True, **bits)
 
 
-def stages(network: fx.GraphModule, per_channel: bool, real: bool) -> Iterator[Stage]:
+def stages(network: fx.GraphModule, per_channel: bool, real: bool, bits_weight: int = 8) -> Iterator[Stage]:
     """The stages for a network. per_channel: whether they are a choice. real: whether images are photographs."""
     gain = SAME if real else IMAGES_GAIN
     if per_channel:
@@ -42,7 +42,9 @@ def stages(network: fx.GraphModule, per_channel: bool, real: bool) -> Iterator[S
     yield Stage({"distill_range": True}, gain)
     yield Stage({"distill_correction": True}, gain)
     yield Stage({"equalize": True, "distill_equalize": True}, gain)
-    yield Stage({"distill_correction": True, "distill_rounding": True}, gain)
+    yield Stage({"distill_correction": True, "distill_rounding": "gptq"}, gain)
+    if bits_weight < 8:
+        yield Stage({"distill_correction": True, "distill_rounding": "adaround"}, gain)  # minutes
     if any(isinstance(module, Clip) and module.rectifies and module.capped for module in network.modules()):
         yield Stage({"relu": True}, -RELU_LOSS)
 
