@@ -21,6 +21,7 @@ from utils.calibration.distillation import (
     statistics_fit,
 )
 from utils.core.errors import UserError
+from utils.core.input_spec import InputSpec
 
 CPU = torch.device("cpu")
 FEW = Distillation(images=6, batch=4, steps=15)
@@ -174,3 +175,11 @@ def test_images_with_evidence_reach_further_at_the_output():
         images = distill.distill(model, SPEC, replace(FEW, evidence=evidence), CPU)
         reached.append(float(model(images).softmax(1).amax(1).mean()))
     assert reached[1] > reached[0] + 0.05
+
+
+def test_a_few_images_take_the_memory_of_sixteen_of_224_pixels():
+    """Ranges that nothing else tells of must not need more memory than the rest of a run, however large the images."""
+    assert distill.few_images(InputSpec(size=(224, 224), resize=224)).batch == 16
+    large = distill.few_images(InputSpec(size=(360, 480), resize=360))
+    assert large.images == 16 and large.batch * 360 * 480 <= 16 * 224 * 224 < (large.batch + 1) * 360 * 480
+    assert distill.few_images(InputSpec(size=(2000, 2000), resize=2000)).batch == 1
