@@ -19,7 +19,7 @@ import torch
 
 from utils.core.errors import UserError
 
-_LONGEST = 200  # characters of a reason that came with an exception
+_LONGEST = 400  # characters of a reason that came with an exception
 
 
 class Skipped:
