@@ -16,9 +16,17 @@ from operator import attrgetter
 import torch
 from torch import Tensor, fx, nn
 
-from utils.calibration.distillation import Distillation, describe_fit, distill, few_images, for_search, statistics_fit
+from utils.calibration.distillation import (
+    Distillation,
+    describe_fit,
+    distill,
+    few_images,
+    for_search,
+    search_images,
+    statistics_fit,
+)
 from utils.calibration.fidelity import fidelity
-from utils.calibration.images import Images, halves, unseen, whose
+from utils.calibration.images import Images, halves, whose
 from utils.calibration.moments import Statistics, propagate
 from utils.calibration.observers import layer_extremes
 from utils.calibration.ranges import batchnorm_ranges
@@ -51,7 +59,7 @@ from utils.passes.relu6 import replace_relu6
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe, Value
 from utils.quantization.target import DEFAULT
-from utils.search.auto import check_near, find_recipe
+from utils.search.auto import check_near, find_recipe, unseen
 from utils.search.search import Found
 
 
@@ -264,7 +272,8 @@ def quantize_auto(
     outputs, to compare. settings: of Recipe, that every candidate has, such as bits_weight=4.
     """
     if images is None:
-        shown = Images(*(distill(model, spec, one, torch.device("cpu")) for one in for_search(Distillation())))
+        made = (distill(model, spec, one, torch.device("cpu")) for one in for_search(Distillation()))
+        shown = search_images(*made)
     else:
         shown = Images(*halves(images), real=True)
     captured = capture(model, spec)

@@ -33,7 +33,18 @@ def run(processes: int, folder: Path, cache: Path, tasks: int = 3) -> list[dict]
     (folder / "driver.py").write_text(DRIVER)
     results = folder / f"{processes}.jsonl"
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    shared = ["--quantize", "--equalize", "--correction", "--distill_range", "--range_method", "percentile", "--batch_size", "2", "--workers", "0"]
+    shared = [
+        "--quantize",
+        "--equalize",
+        "--correction",
+        "--distill_range",
+        "--range_method",
+        "percentile",
+        "--batch_size",
+        "2",
+        "--workers",
+        "0",
+    ]
     small = ["--limit", "7", "--distill_images", "3", "--distill_batch", "1", "--distill_steps", "1"]
     places = ["--results", str(results), "--distill_cache", str(folder / f"distilled{processes}")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DFQ_CACHE": str(cache), "PYTHONPATH": str(ROOT)}

@@ -70,7 +70,7 @@ def test_the_doctor_says_what_was_captured_and_what_to_type(images, tmp_path, ca
     printed = capsys.readouterr().out
     assert "layers: 3 Conv2d, 1 Linear" in printed and "activations: 3 ReLU6" in printed
     assert "ONNX Runtime runs 4 of 4 layers on integers" in printed
-    assert "--auto --export test_auto_uneven-int8.onnx" in printed.splitlines()[-4]
+    assert "--auto --export test_auto_uneven-int8.onnx" in printed
     assert "4 of 4 layers" in (tmp_path / "page" / "doctor.html").read_text()
     assert not (tmp_path / "runs.jsonl").exists()
 
@@ -78,6 +78,58 @@ def test_the_doctor_says_what_was_captured_and_what_to_type(images, tmp_path, ca
 def test_the_doctor_ends_with_2_where_nothing_can_be_quantized(images, tmp_path, capsys):  # noqa: F811
     argv = flags(images, tmp_path, "--doctor", model="test_auto:nothing")
     assert failure(argv, capsys)
+
+
+def test_the_doctor_follows_the_target(images, tmp_path, capsys):  # noqa: F811
+    main_cls.main(flags(images, tmp_path, "--doctor", "--target", "tensorrt", "--verbose", model="test_auto:uneven"))
+    printed = capsys.readouterr().out
+    assert "int8 activations, zero point 0" in printed and "TensorRT is not here to say" in printed
+    assert "names: 0.0, 1.0, 2.0, 3.linear" in printed
+    main_cls.main(flags(images, tmp_path, "--doctor", "--bits_weight", "4", model="test_auto:uneven"))
+    printed = capsys.readouterr().out
+    assert "W4A8 is simulated" in printed and "--bits_weight 4 --auto\n" in printed
+
+
+@pytest.mark.parametrize(("count", "refused"), [(2, True), (3, True), (4, False)])
+def test_pictures_that_no_candidate_sees_are_needed(count, refused, images, tmp_path, capsys):  # noqa: F811
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for i, file in enumerate(sorted(images.rglob("*.png"))[:count]):
+        (folder / f"{i}.png").write_bytes(file.read_bytes())
+    argv = flags(images, tmp_path, "--auto", "--images", str(folder), model="test_auto:uneven")
+    if refused:
+        assert "pass at least 4 with --images DIR" in failure(argv, capsys)
+    else:
+        main_cls.main(argv)
+        assert "judged on 1 held-out images (yours)" in capsys.readouterr().out
+
+
+def test_with_no_layer_to_spare_a_noise_that_is_not_reached_is_a_warning(images, tmp_path, capsys):  # noqa: F811
+    argv = flags(images, tmp_path, "--auto", "--max_noise", "300", "--images", str(images), model="test_auto:uneven")
+    main_cls.main(argv)
+    assert "--max_noise 300 is not reached" in capsys.readouterr().out
+
+
+def fails():
+    raise NameError("first line\nsecond line")
+
+
+def test_code_that_fails_is_one_line(images, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "broken_module.py").write_text("x = undefined_name\n")
+    import sys
+
+    sys.path.insert(0, str(tmp_path))
+    line = failure(flags(images, tmp_path, "--doctor", model="broken_module:f"), capsys)
+    sys.path.remove(str(tmp_path))
+    assert "its code fails as it is imported (NameError: name 'undefined_name' is not defined)" in line
+    assert "first line" in failure(flags(images, tmp_path, "--doctor", model="test_auto:fails"), capsys)
+
+
+def test_without_data_a_run_still_says_what_it_did(images, tmp_path, capsys):  # noqa: F811
+    words = ["--model", "test_auto:uneven", "--image_size", "24", "--quantize", "--export", str(tmp_path / "x.onnx")]
+    main_cls.main(words)
+    printed = capsys.readouterr().out
+    assert "quantized weights" in printed and "exported" in printed
 
 
 def nothing():

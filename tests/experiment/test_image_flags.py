@@ -82,6 +82,8 @@ def test_mistakes_are_one_line(more, message, images, tmp_path, capsys):  # noqa
 
 
 def test_a_use_is_needed_and_named(images, tmp_path, capsys):  # noqa: F811
-    assert "--images needs --quantize, --equalize or --auto" in failure(flags(images, tmp_path, "--images", "x"), capsys)
+    assert "--images needs --quantize, --equalize or --auto" in failure(
+        flags(images, tmp_path, "--images", "x"), capsys
+    )
     refused = failure(flags(images, tmp_path, "--quantize", model="test_cli:without_batchnorm"), capsys)
     assert "no BatchNorm, whose statistics --quantize would need; pass --images DIR" in refused

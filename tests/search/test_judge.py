@@ -67,3 +67,8 @@ def test_sets_of_images_count_alike():
     quantized = quantize_data_free(model, SPEC, Recipe(quantize=True, bits_weight=4))
     alone = [Judge(graph, [one])(quantized).noise for one in views(images, real=False)]
     assert Judge(graph, views(images, real=False))(quantized).noise == pytest.approx(sum(alone) / 3)
+
+
+def test_one_image_is_judged_by_how_much_its_logits_differ():
+    logits = torch.tensor([[4.0, 0.0, -4.0]])
+    assert noise_share(logits, logits + 0.1) == pytest.approx(0.03 / 32, rel=1e-4)

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from utils.calibration.images import Images
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.hashing import weights_hash
@@ -66,10 +67,15 @@ def for_judging(settings: Distillation) -> Distillation:
     return replace(settings, images=max(2, settings.images // 4), seed=settings.seed + 1)
 
 
-def for_search(settings: Distillation) -> tuple[Distillation, Distillation]:
-    """Images to calibrate on, and to judge by: twice as many as else, since recipes choose by half of them themselves."""
-    other = for_judging(settings)
-    return settings, replace(other, images=2 * other.images)
+def for_search(settings: Distillation) -> tuple[Distillation, Distillation, Distillation]:
+    """Images to calibrate on, those by which recipes choose, both as in any run, and others to judge recipes by."""
+    own = for_judging(settings)
+    return settings, own, replace(own, seed=own.seed + 1)
+
+
+def search_images(calibration: Tensor, own: Tensor, others: Tensor) -> Images:
+    """The images that for_search asks for; those to judge by in turn, as utils.search.auto.unseen takes them apart."""
+    return Images(calibration, torch.stack([own, others], 1).flatten(0, 1))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -93,9 +93,3 @@ def load_images(
 def halves(images: Tensor) -> tuple[Tensor, Tensor]:
     """Every other image, for calibration and for judging: folders are sorted, so that both halves are of all kinds."""
     return images[::2], images[1::2]
-
-
-def unseen(images: Images) -> tuple[Images, Tensor]:
-    """Half of the images to judge by for what recipes choose by them, and [N, C, H, W] the other half, which none sees."""
-    own, others = halves(images.judging)
-    return replace(images, judging=own), others

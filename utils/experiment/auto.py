@@ -54,6 +54,14 @@ def find(
         f"  noisiest layers: {describe_noise(shares)} of the noise"
         + ("" if args.max_noise else "; --float_layers NAME ... keeps layers in float")
     )
+    if args.max_noise and found.chosen.noise < args.max_noise:
+        say(
+            f"  warning: --max_noise {args.max_noise:g} is not reached with half of the layers in float; leave the network in float, or try "
+            "--images DIR or more bits"
+        )
+    chosen = found.chosen.recipe
+    if chosen.distill_equalize and images.real:
+        say("  a plain run chooses its equalization by all pictures that are held out, and may choose another")
     say(f"  the same by: {cli.command(run.task.program, run.argv, found.chosen.recipe.words)}")
     try:
         check_near(found, images)

@@ -444,5 +444,5 @@ def run(main: Callable[[Sequence[str] | None], None], program: str) -> None:
 
 def _fail(program: str, message: str, code: int) -> int:
     which = "" if distributed.is_main_process() else f" (process {distributed.rank()})"
-    print(f"{program}{which}: error: {message}", file=sys.stderr)
+    print(f"{program}{which}: error: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -26,7 +26,7 @@ from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.insert_quantizers import quantized_tensors
 from utils.passes.log import PassLog
 from utils.passes.result import Quantized
-from utils.quantization.recipe import Recipe
+from utils.quantization.recipe import OF_A_ROW, SETTINGS, Recipe
 
 if TYPE_CHECKING:
     from utils.experiment.runner import Run
@@ -60,17 +60,19 @@ def diagnose(run: "Run", quantize: Quantize) -> tuple[Findings, UserError | None
     folded, log = capture(captured, run.spec), PassLog()
     statistics = fold_batchnorm(folded, log)
     findings["Captured"] = _operators(folded)
+    names = [node.target for node in weighted_nodes(folded)]
+    findings["Captured"] += [f"names: {', '.join(names)}"] if run.args.verbose else ["names of layers: with --verbose"]
     findings["Channels"] = _channels(folded, run.spec, statistics)
     findings["BatchNorm"] = _statistics(folded, run.spec, statistics)
     try:
         noise = run.spec.probe(2)  # in the place of images: no range that follows from it is shown
-        recipe = Recipe(quantize=True, target=run.args.target)
+        recipe = Recipe(quantize=True, **{name: getattr(run.args, name) for name in SETTINGS if name not in OF_A_ROW})
         quantized = quantize(model, run.spec, recipe, images=noise, captured=captured)
     except UserError as error:
         findings["Next"] = [f"nothing can be quantized as it is: {error}"]
         return findings, error
     findings["On integers"] = _engine(run, recipe, quantized)
-    findings["Next"] = _next(run, quantized)
+    findings["Next"] = _next(run, findings["BatchNorm"])
     return findings, None
 
 
@@ -211,11 +213,21 @@ def _deviations(found: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def _engine(run: "Run", recipe: Recipe, quantized: Quantized) -> list[str]:
     """What the engine at hand makes of the target's file, and how large that is."""
-    from utils.backends.onnxruntime.export import build, describe_kernels
+    from utils.backends.onnxruntime.export import build, checking_engine, describe_kernels
 
+    target = f"target: {str(recipe.engine).removeprefix('for ')}"
+    if (recipe.bits_weight, recipe.bits_activation) != (8, 8):
+        return [target, f"W{recipe.bits_weight}A{recipe.bits_activation} is simulated; files are of 8 bits"]
     model = build(quantized, run.spec, {}, run.args.opset, recipe.engine)
-    kernels = describe_kernels(model, quantized)
-    lines = [f"target: {str(recipe.engine).removeprefix('for ')}", *str(kernels).replace("  ", "").splitlines()]
+    size = f"file: {len(model.SerializeToString()) / 1e6:.2f} MB, ONNX opset {model.opset_import[0].version}"
+    engine, notes = checking_engine(recipe.engine)
+    if engine != recipe.target:
+        layers = [module_of(quantized.simulated, node) for node in weighted_nodes(quantized.simulated)]
+        count = sum(layer.weight_qparams is not None for layer in layers)
+        weights = f"{count} of {len(layers)} layers have integer weights and inputs; {recipe.engine.title} is not here to say which kernels it takes"
+        return [target, weights, *notes, size]
+    kernels = describe_kernels(model, quantized, engine)
+    lines = [target, *str(kernels).replace("  ", "").splitlines()]
     lines += [
         f"not quantized: {reason}"
         for action in ("quantized weights", "inserted quantizers")
@@ -224,7 +236,7 @@ def _engine(run: "Run", recipe: Recipe, quantized: Quantized) -> list[str]:
     floating = {kind: count for kind, count in kernels.operators.items() if not _on_integers(kind)}
     if floating:
         lines.append(f"other operators in float: {_counted(floating)}")
-    return [*lines, f"file: {len(model.SerializeToString()) / 1e6:.2f} MB, ONNX opset {model.opset_import[0].version}"]
+    return [*lines, size]
 
 
 def _on_integers(kind: str) -> bool:
@@ -235,15 +247,12 @@ def _on_integers(kind: str) -> bool:
     )
 
 
-def _next(run: "Run", quantized: Quantized) -> list[str]:
-    """The command to type, and what it may lack."""
-    words = cli.command(
-        run.task.program,
-        run.argv,
-        ["--auto", "--export", f"{run.network.name.replace(':', '_').replace('/', '_')}-int8.onnx"],
-    )
-    lines = [words]
-    if any("--images" in warning for warning in quantized.log.warnings):
+def _next(run: "Run", statistics: Sequence[str]) -> list[str]:
+    """The command to type, and what it may lack. statistics: what was found of BatchNorm."""
+    file = f"{run.network.name.replace(':', '_').replace('/', '_')}-int8.onnx"
+    words = ["--auto"] if run.args.bits_weight != 8 or run.args.bits_activation != 8 else ["--auto", "--export", file]
+    lines = [cli.command(run.task.program, run.argv, words)]
+    if any(line.startswith(("without:", "contradicted:")) for line in statistics):
         lines.append("add --images DIR, a folder of 8 or more unlabelled pictures: some ranges are guesses without")
     return lines
 

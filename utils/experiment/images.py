@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.calibration.distillation import Distillation, distilled, for_judging, for_search
+from utils.calibration.distillation import Distillation, distilled, for_judging, for_search, search_images
 from utils.calibration.images import Images, load_images
 from utils.core import distributed
 from utils.core.arguments import at_least
@@ -83,7 +83,7 @@ def check_image_flags(parser: ArgumentParser, args: Namespace, typed: Sequence[s
         parser.error(f"--images takes the place of distilled images; leave out --{distilling[0]}, or --images")
     if args.load:
         parser.error("--load takes the network, its input and its passes from the file; leave out --images")
-    if not (args.quantize or args.equalize or args.table or args.auto):
+    if not (args.quantize or args.equalize or args.table or args.auto or args.doctor):
         parser.error("--images needs --quantize, --equalize or --auto")
 
 
@@ -92,7 +92,7 @@ def images_of(
 ) -> Images | None:
     """The user's own, or distilled ones for the recipe or for --fidelity; None where neither needs any.
 
-    Distilled images to judge by are of another seed, and a quarter as many, or half as many for --auto.
+    Distilled images to judge by are of another seed, and a quarter as many; for --auto there are as many again.
     """
     if args.images:
         own = load_images(args.images, partial(task.read_image, spec=spec), args.images_count, args.skip_bad_images)
@@ -102,6 +102,7 @@ def images_of(
     if not (needed or args.fidelity):
         return None
     settings = Distillation(args.distill_images, args.distill_batch, args.distill_steps, args.seed)
-    both = for_search(settings) if args.auto else (settings, for_judging(settings))
     folder = args.distill_cache or cache_folder() / "distilled"
-    return Images(*(distilled(model, spec, one, device, folder) for one in both))
+    wanted = for_search(settings) if args.auto else (settings, for_judging(settings))
+    made = [distilled(model, spec, one, device, folder) for one in wanted]
+    return search_images(*made) if args.auto else Images(*made)

@@ -19,7 +19,7 @@ def opened(
 ) -> tuple[Loaded | artifact.Saved, list[Recipe], Quantize]:
     """The network, its recipes and what quantizes it. build: the network of --model and --weights."""
     if not args.load:
-        return build(), recipes_of(args), quantize
+        return _built(args, build), recipes_of(args), quantize
     saved = artifact.load(args.load, task)
     strange = saved.recipe.keys() ^ {field.name for field in fields(Recipe)}
     if strange:
@@ -29,3 +29,16 @@ def opened(
     quantized = Quantized(saved.float, saved.simulated, PassLog())
     quantized.log.note(f"loaded from {args.load}")
     return saved, [Recipe(**saved.recipe)], lambda *_, **__: quantized
+
+
+def _built(args: Namespace, build: Callable[[], Loaded]) -> Loaded:
+    """The network; whatever goes wrong in the user's own code is a UserError in one line."""
+    try:
+        return build()
+    except UserError:
+        raise
+    except Exception as error:  # a module of the user's may raise anything as it is imported
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"--model {args.model}: its code fails as it is imported ({type(error).__name__}: {first}); run it on its own"
+        ) from error

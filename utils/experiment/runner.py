@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from utils.backends.base import ENGINES
 from utils.calibration.fidelity import held_out
-from utils.calibration.images import Images, unseen
+from utils.calibration.images import Images
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.files import make_folder
@@ -27,6 +27,7 @@ from utils.experiment.loading import Quantize
 from utils.graph.capture import capture
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
+from utils.search.auto import unseen
 from utils.search.judge import Judge, views
 from utils.tasks.base import Data, Task
 from utils.tasks.metrics import Metric
@@ -106,7 +107,9 @@ def _run_auto(run: Run, evaluator: Evaluator | None, quantize: Quantize) -> None
     found, ranking = auto.find(run, captured, images, judging, quantize)
     recipe, quantized = found.chosen.recipe, found.quantized
     _write_files(run, recipe, quantized, evaluator)
-    if evaluator is not None:
+    if evaluator is None:
+        _say(run, quantized, images)
+    else:
         row = evaluate_row(run, evaluator, recipe, quantized, images, {"ranking": ranking})
         _keep(run, evaluator, row)
 
@@ -130,6 +133,7 @@ def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe
         quantized = quantize(run.network.model, run.spec, recipes[i], captured=captured, **sources)
         _write_files(run, recipes[i], quantized, evaluator)
         if evaluator is None:
+            _say(run, quantized, images)
             return
         row = evaluate_row(run, evaluator, recipes[i], quantized, images)
         lines[i] = row.line
@@ -171,18 +175,7 @@ def evaluate_row(
     args, labels, line = run.args, dict(recipe.labels), run.line(recipe) | known
     networks = networks_of(run.network.model, quantized, recipe)
     print(cli.headline(args, run.network, len(evaluator.data.samples), str(recipe)))
-    if args.verbose or not args.table:
-        print(quantized.log.report(args.verbose))
-    else:
-        print("".join(f"{line}\n" for line in quantized.log.warning_lines()), end="")
-    measured = {}
-    if quantized.fidelity:
-        count = len(images.judging)
-        same = agreement(quantized.float, quantized.simulated, images.judging, run.task.predictions)
-        print(quantized.fidelity.report(count, args.verbose, images.real))
-        print(f"  on {held_out(count, images.real)}: {same:.1f} % of predictions agree with the float network's")
-        judge = Judge(capture(run.network.model, run.spec), views(images.judging, images.real))
-        measured = {"images": count, "agreement": same, "noise": judge(quantized).noise} | asdict(quantized.fidelity)
+    measured = _say(run, quantized, images)
     if args.engine != "simulate":
         name, simulated = labels["quantized"], networks.pop("quantized")
         labels |= {"simulated": f"{name}, simulated", "quantized": f"{name}, {ENGINES[args.engine].title}"}
@@ -203,6 +196,23 @@ def evaluate_row(
     if args.engine != "simulate":
         line["agreement"] = deployment.check_agreement(networks["quantized"])
     return Row(recipe, quantized, images, networks, metrics, labels, found, line)
+
+
+def _say(run: Run, quantized: Quantized, images: Images | None) -> dict[str, Any]:
+    """Print what the passes did, and how near the network is to float on images; returns the latter, as a line has it."""
+    args = run.args
+    if args.verbose or not args.table:
+        print(quantized.log.report(args.verbose))
+    else:
+        print("".join(f"{line}\n" for line in quantized.log.warning_lines()), end="")
+    if quantized.fidelity is None:
+        return {}
+    count = len(images.judging)
+    same = agreement(quantized.float, quantized.simulated, images.judging, run.task.predictions)
+    print(quantized.fidelity.report(count, args.verbose, images.real))
+    print(f"  on {held_out(count, images.real)}: {same:.1f} % of predictions agree with the float network's")
+    judge = Judge(capture(run.network.model, run.spec), views(images.judging, images.real))
+    return {"images": count, "agreement": same, "noise": judge(quantized).noise} | asdict(quantized.fidelity)
 
 
 def _recorded(run: Run, defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

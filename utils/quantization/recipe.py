@@ -425,8 +425,8 @@ TABLE = {
 
 
 def recipes_of(args: Namespace) -> list[Recipe]:
-    """The recipe that the flags ask for, none with --auto; with --table those of its rows, or of --rows, at the bits that the flags say."""
-    if args.auto:
+    """The recipe that the flags ask for, none with --auto and --doctor; with --table those of its rows, or of --rows, at the bits that the flags say."""
+    if args.auto or args.doctor:
         return []
     if not args.table:
         return [Recipe.from_args(args)]

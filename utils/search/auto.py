@@ -1,12 +1,13 @@
 """Recipes for a network that nobody chose one for, judged on images that none of them has seen."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
-from utils.calibration.images import Images
+from utils.calibration.images import Images, halves
 from utils.core.errors import UserError
 from utils.core.predictions import Predictions
 from utils.passes.result import Quantized
@@ -17,6 +18,20 @@ from utils.search.judge import Judge, views
 from utils.search.search import Found, search
 
 FAR = 10.0  # dB of the output over its noise, below which nothing is written without --force
+
+
+def unseen(images: Images) -> tuple[Images, Tensor]:
+    """Every other image to judge by for what recipes choose by them, and [N, C, H, W] the others, which none sees.
+
+    Fewer than two are a UserError.
+    """
+    if len(images.judging) < 2:
+        raise UserError(
+            f"--auto judges recipes on images that none has seen; {len(images.calibration) + len(images.judging)} pictures are too "
+            "few for that; pass at least 4 with --images DIR (8 and more are better)"
+        )
+    own, others = halves(images.judging)
+    return replace(images, judging=own), others
 
 
 def find_recipe(

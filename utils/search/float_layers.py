@@ -63,8 +63,8 @@ def add_until(
     measured, total = 10 ** (-found.chosen.noise / 10), sum(shares.values())
     left = [measured * (1 - sum(list(shares.values())[: i + 1]) / max(total, 1e-30)) for i in range(len(names))]
     count = next((i + 1 for i, share in enumerate(left) if share <= 10 ** (-wanted / 10)), len(names))
-    most = max(1, int(MOST * len(names)))
-    while best.noise < wanted:
+    most = int(MOST * len(names))
+    while most and best.noise < wanted:
         recipe = replace(found.chosen.recipe, float_layers=tuple(names[: min(count, most)]))
         quantized = quantize(recipe)
         candidate = Candidate(recipe, judge(quantized))
@@ -75,6 +75,8 @@ def add_until(
         if count >= most:
             break
         count *= 2
-    reached = f"{best.noise:.1f} dB with {len(best.recipe.float_layers)} layers in float, {wanted:g} wanted"
+    reached = (
+        f"{best.noise:.1f} dB with {len(best.recipe.float_layers)} of {len(names)} layers in float, {wanted:g} wanted"
+    )
     ranked = tuple(sorted(candidates, key=lambda one: -one.noise))
     return Found(ranked, best, kept, f"{name_of(best.recipe)}: {reached}")

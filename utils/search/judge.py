@@ -97,7 +97,8 @@ def noise_share(expected: Tensor, found: Tensor) -> float:
     """
     expected, found = expected.double(), found.double()
     others = [axis for axis in range(expected.dim()) if axis != class_axis(expected)]
-    varied = (expected - expected.mean(others, keepdim=True)).square().sum()
+    alone = expected.numel() == expected.shape[class_axis(expected)]  # one image says nothing of what others share
+    varied = (expected - (expected.mean() if alone else expected.mean(others, keepdim=True))).square().sum()
     share = float((expected - found).square().sum() / varied.clamp_min(1e-30))
     return share if math.isfinite(share) else 1.0
 

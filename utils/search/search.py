@@ -87,10 +87,10 @@ def line_of(candidate: Candidate) -> str:
     if candidate.judgement is None:
         return f"{name} not run: {candidate.reason}"
     found = candidate.judgement
-    return f"{name} {found.noise:6.1f} dB {found.agreement:9.2f} % {found.saturation:9.3f} %"
+    return f"{name} {found.noise:9.1f} dB {found.agreement:9.2f} % {found.saturation:9.3f} %"
 
 
-HEAD = f"{'candidate':<36} {'noise':>9} {'agreement':>11} {'most cut':>11}"
+HEAD = f"{'candidate':<36} {'over noise':>12} {'agreement':>11} {'most cut':>11}"
 
 
 def reason(ranked: list[Candidate], best: Candidate) -> str:
@@ -105,5 +105,5 @@ def reason(ranked: list[Candidate], best: Candidate) -> str:
         )
     return (
         f"{first.noise - best.noise:.1f} dB behind {name_of(first.recipe)}, which is no more than what differs by chance or by the images; "
-        "it is the simpler of the two"
+        "it is the simpler or the faster of the two"
     )
