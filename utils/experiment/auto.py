@@ -1,6 +1,6 @@
 """--auto in a run: the search, as it is printed and recorded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,19 @@ def find(
         args.max_noise,
         say,
     )
+    _say_found(run, found, shares, images.real, say)
+    try:
+        check_near(found, images)
+    except UserError:
+        if not args.force:
+            raise
+        say("  warning: far from float, and taken as it is because of --force")
+    return found, ranking_of(found, judged)
+
+
+def _say_found(run: "Run", found: Found, shares: dict[str, float], real: bool, say: Callable[[str], None]) -> None:
+    """What was taken and why, what it may cost, and how to have the same again."""
+    args = run.args
     say(f"auto: {name_of(found.chosen.recipe)}, {found.why}")
     if told := forecast(found.chosen.noise, known_points()):
         say(f"  expected change of the score: {told} points, by rows of other networks that are as noisy")
@@ -60,16 +73,9 @@ def find(
             "--images DIR or more bits"
         )
     chosen = found.chosen.recipe
-    if chosen.distill_equalize and images.real:
+    if chosen.distill_equalize and real:
         say("  a plain run chooses its equalization by all pictures that are held out, and may choose another")
     say(f"  the same by: {cli.command(run.task.program, run.argv, found.chosen.recipe.words)}")
-    try:
-        check_near(found, images)
-    except UserError:
-        if not args.force:
-            raise
-        say("  warning: far from float, and taken as it is because of --force")
-    return found, ranking_of(found, judged)
 
 
 def ranking_of(found: Found, judged: int) -> dict[str, Any]:
