@@ -111,7 +111,7 @@ def _words(line: Line) -> list[str]:
     for flag in ("--results", "--workers", "--batch_size"):
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
-    return [word for word in words if word != "--verbose"]
+    return [word for word in words if word not in ("--verbose", "--fidelity")]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
