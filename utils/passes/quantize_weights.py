@@ -30,7 +30,8 @@ def quantizable_layers(model: fx.GraphModule, range_of: RangeOf, log: PassLog) -
         else:
             chosen.add(node.target)
     if not chosen:
-        raise UserError("no layer of the network can be quantized: see the reasons above with --verbose")
+        reasons = "; ".join(log.reasons(ACTION)) or "it has no convolution or linear layer"
+        raise UserError(f"no layer of the network can be quantized: {reasons}")
     return chosen
 
 
