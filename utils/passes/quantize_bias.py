@@ -1,4 +1,4 @@
-"""Bias quantization: to the steps of an integer engine's accumulator, weight scale times input scale."""
+"""Bias quantization: to the steps of an integer engine's accumulator; what would overflow them stays in float, and is said."""
 
 from torch import fx
 

@@ -1,4 +1,4 @@
-"""Weight quantization: every layer's weights get their parameters and are rounded to the nearest steps."""
+"""Weight quantization: every layer's parameters, with room for its bias in int32; weights rounded to the nearest steps."""
 
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
