@@ -6,7 +6,6 @@ width serves all of these, so that the width is measured: a tensor's range is as
 without its noise mattering at the network's output.
 """
 
-import copy
 import math
 import operator
 from collections.abc import Collection, Iterable, Mapping
@@ -19,6 +18,7 @@ from utils.calibration.moments import Unknown
 from utils.calibration.observers import Observer, channel_mean, layer_means, observe, run_layers
 from utils.calibration.ranges import RangeOf
 from utils.core.input_spec import InputSpec
+from utils.graph.in_place import without_overwriting
 from utils.graph.layers import WEIGHTED, Clip
 from utils.graph.layers import per_channel as per_channel_view
 from utils.graph.nodes import is_tensor, module_of, outputs_of
@@ -203,7 +203,7 @@ class Rerun:
     """
 
     def __init__(self, model: fx.GraphModule, images: Tensor):
-        self.model = _without_overwriting(model)
+        self.model = without_overwriting(model)
         observer = Observer(self.model, lambda node, value: None)
         observer.garbage_collect_values = False
         with torch.inference_mode():
@@ -234,7 +234,7 @@ def weight_noise(model: fx.GraphModule, images: Tensor, bits: int, per_channel: 
 
     With every layer's mean left as it is, as bias correction will.
     """
-    rounded, means = _without_overwriting(model), layer_means(model, images)
+    rounded, means = without_overwriting(model), layer_means(model, images)
 
     def run(name: str, layer: nn.Module, value: Tensor) -> Tensor:
         round_weight(layer, choose_weight_qparams(layer, bits, per_channel, symmetric))
@@ -243,7 +243,7 @@ def weight_noise(model: fx.GraphModule, images: Tensor, bits: int, per_channel: 
         return result - (shift if isinstance(layer, nn.Linear) else per_channel_view(shift, result.dim()))
 
     with torch.no_grad():
-        expected = outputs_of(_without_overwriting(model)(images))
+        expected = outputs_of(without_overwriting(model)(images))
     pairs = zip(expected, outputs_of(run_layers(rounded, images, run)), strict=True)
     return sum(float((a - b).double().square().sum() / a.double().square().sum().clamp_min(1e-30)) for a, b in pairs)
 
@@ -314,12 +314,3 @@ def describe_fitted(fitted: Mapping[str, Fitted]) -> str:
         worst = ", ".join(f"{name} to {fitted[name].factor:.2g}" for name in narrowed[:3])
         text += f"; {len(narrowed)} narrowed, since rounding at full width costs more than clipping ({worst})"
     return text
-
-
-def _without_overwriting(model: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which no module writes over its input."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
-    return model

@@ -1,5 +1,7 @@
 """Activations that overwrite their input, where it is a fresh tensor that nobody else reads."""
 
+import copy
+
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -27,3 +29,12 @@ def _is_fresh(module: nn.Module | None, node: fx.Node) -> bool:
         return row is not None and row.kind in _FRESH
     writes = hasattr(module, "inplace") or getattr(module, "makes_new_tensor", False)
     return writes or isinstance(module, (*WEIGHTED, _BatchNorm))
+
+
+def without_overwriting(model: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which no module writes over its input."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return model

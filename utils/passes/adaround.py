@@ -24,7 +24,7 @@ from utils.calibration.sensitivity import output_sensitivity
 from utils.core import distributed
 from utils.core.files import atomic_write, make_folder
 from utils.core.hashing import weights_hash
-from utils.graph.in_place import run_in_place
+from utils.graph.in_place import run_in_place, without_overwriting
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.ops import keeps_grid
 from utils.passes.block_learning import BlockLearner, Handed, Reconstruction, State, Values, channel_weights
@@ -53,7 +53,7 @@ def learn_rounding(
     result: a network that is quantized. device: to learn on; None: the CPU. folder: where blocks that are done are
     kept, so that a run that was stopped goes on behind them; None: nowhere.
     """
-    network, simulated = (_without_overwriting(one) for one in (result.float, result.simulated))
+    network, simulated = (without_overwriting(one) for one in (result.float, result.simulated))
     few = images.calibration[:SENSITIVITY_IMAGES]
     known = output_sensitivity(network, few, input_means(network, few)).activations if settings.sensitivity else {}
     log = copy.deepcopy(result.log)
@@ -128,15 +128,6 @@ def _note(layers: list[str], state: State, log: PassLog) -> None:
         log.applied(ACTION, where, f"{state['gain']:.1f} dB less noise of the block's output on held-out images")
     else:
         log.skipped(ACTION, where, "the block's output on held-out images came no nearer")
-
-
-def _without_overwriting(model: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which no module writes over its input."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
-    return model
 
 
 def _start(network: fx.GraphModule, images: Tensor) -> Handed:

@@ -1,6 +1,5 @@
 """Layers that stay in float: those whose noise dominates, as few as reach a wanted distance from float."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from utils.calibration.range_rules import MEASURED, Rerun
+from utils.graph.in_place import without_overwriting
 from utils.graph.nodes import weighted_nodes
 from utils.passes.result import Quantized
 from utils.quantization.placement import quantizer_before
@@ -24,15 +24,13 @@ def layer_noise(quantized: Quantized, images: Tensor) -> dict[str, float]:
     images: [N, C, H, W], of which a few are used. The largest first; layers that are in float are not among them.
     """
     rerun = Rerun(quantized.float, images[:MEASURED])
-    simulated, shares = quantized.simulated, {}
+    simulated, shares = without_overwriting(quantized.simulated), {}
     sources = {node.target: quantizer_before(simulated, node.args[0]) for node in weighted_nodes(simulated)}
     with torch.inference_mode():
         for node in weighted_nodes(rerun.model):
             layer, quantizer = simulated.get_submodule(node.target), sources[node.target]
             if layer.weight_qparams is None or quantizer is None:
                 continue
-            quantizer = copy.copy(quantizer)
-            quantizer.inplace = False
             value = layer(quantizer(rerun.values[node.args[0].name]))
             shares[node.target] = rerun.noise(node.name, value)
     return dict(sorted(shares.items(), key=lambda item: -item[1]))

@@ -34,8 +34,7 @@ def views(images: Tensor, real: bool) -> list[Tensor]:
     """The sets of images that candidates are judged on: photographs as they are; distilled ones also mirrored, and dimmed.
 
     Distilled images were made so that the network sees what it should, and flatter what was fitted to others like
-    them. Changed, they are to it what it was not shown: so the order of candidates is nearer to that on photographs
-    (results/ranges.txt).
+    them. Changed, they are to it what it was not shown: so the order of candidates is nearer to that on photographs.
     """
     return [images] if real else [images, images.flip(-1), DIMMED * images]
 

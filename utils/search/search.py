@@ -46,8 +46,7 @@ def search(
 ) -> Found:
     """Try every stage's change on the best recipe of the stages before, and take it where it is nearer by the stage's gain.
 
-    say: is told of each candidate as it is judged. A first recipe that cannot be run is a UserError, as is any that
-    stops for another reason than its own settings.
+    say: is told of each candidate as it is judged. A first recipe that cannot be run is a UserError; a later one is told of.
     """
     tried: dict[Recipe, Candidate] = {}
 
