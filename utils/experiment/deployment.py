@@ -17,7 +17,6 @@ from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.predictions import Agreement
 from utils.experiment import records
-from utils.graph.capture import capture
 from utils.passes.result import Quantized
 from utils.quantization import serialization as artifact
 from utils.quantization.recipe import Recipe
@@ -40,7 +39,7 @@ def write_files(run: "Run", recipe: Recipe, quantized: Quantized, names: Mapping
         parts = quantized.float, quantized.simulated
         about = dict(recipe.settings), run.spec, run.task.name, network.name, network.weights
         extras = {**run.extras, "names": dict(names)}
-        artifact.save(args.save, artifact.Saved(capture(network.model, run.spec), *parts, *about, extras))
+        artifact.save(args.save, artifact.Saved(run.captured, *parts, *about, extras))
         print(f"saved {args.save}: {args.save.stat().st_size / 1e6:.2f} MB")
     if args.export:
         metadata = describe(run, recipe, names)

@@ -53,6 +53,11 @@ class Run:
     def weights_sha256(self) -> str:
         return weights_hash(self.network.model)
 
+    @cached_property
+    def captured(self) -> fx.GraphModule:
+        """The network's graph, to be read or copied, not edited."""
+        return capture(self.network.model, self.spec)
+
     def line(self, recipe: Recipe) -> dict[str, Any]:
         """The part of a row's line that is known before it runs."""
         args = Namespace(**vars(self.args) | recipe.settings)
@@ -148,7 +153,7 @@ def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe
 
 def _captured(run: Run, evaluator: Evaluator | None) -> fx.GraphModule:
     """The network's graph, whose batch the evaluation must be able to feed."""
-    captured = capture(run.network.model, run.spec)
+    captured = run.captured
     if captured.meta["batch"] not in (None, run.args.batch_size) and evaluator is not None:
         raise UserError(
             f"the network takes {captured.meta['batch']} image(s) at a time; pass --batch_size {captured.meta['batch']}"
@@ -211,7 +216,7 @@ def _say(run: Run, quantized: Quantized, images: Images | None) -> dict[str, Any
     same = agreement(quantized.float, quantized.simulated, images.judging, run.task.predictions)
     print(quantized.fidelity.report(count, args.verbose, images.real))
     print(f"  on {held_out(count, images.real)}: {same:.1f} % of predictions agree with the float network's")
-    judge = Judge(capture(run.network.model, run.spec), views(images.judging, images.real))
+    judge = Judge(run.captured, views(images.judging, images.real))
     return {"images": count, "agreement": same, "noise": judge(quantized).noise} | asdict(quantized.fidelity)
 
 
