@@ -15,7 +15,7 @@ from torch import nn
 
 from utils.backends.base import ENGINES
 from utils.core.errors import UserError
-from utils.quantization.recipe import as_today
+from utils.quantization.recipe import OF_A_ROW, as_today
 
 _PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnx", "onnxruntime", "openvino")
 _FOLDER = Path(__file__).resolve().parents[2]
@@ -73,12 +73,14 @@ def identity(line: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Equal for two lines that score the same network, passes and images.
 
     defaults: of the flags of the task's script. A flag that did not exist when a line was recorded counts as that; one
-    that is gone counts where it was given. A value that a flag once had counts as what it means today.
+    that is gone counts where it was given. A value that a flag once had counts as what it means today. What --auto chose
+    was found, not asked for, and does not count.
     """
     flags = {
         key: value for key, value in as_today(line["flags"]).items() if key in defaults or value not in (None, False)
     }
-    known = {key: value for key, value in {**_plain(defaults), **flags}.items() if key not in _NEUTRAL}
+    ignored = {*_NEUTRAL, *OF_A_ROW} if flags.get("auto") else _NEUTRAL
+    known = {key: value for key, value in {**_plain(defaults), **flags}.items() if key not in ignored}
     return json.dumps([line["task"], line["weights_sha256"], line["data"], line["engine"], known], sort_keys=True)
 
 
