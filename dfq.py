@@ -129,7 +129,11 @@ def _exact_passes(
 
     # Layers in a row that no BatchNorm tells of: their ranges come from images, a few distilled ones if there are none.
     guessed = guess_ranges(network, statistics, recipe, images is not None and images.real, log)
-    few = distill(model, spec, few_images(spec), torch.device("cpu")) if guessed and images is None else None
+    few = (
+        distill(model if captured is None else captured, spec, few_images(spec), torch.device("cpu"))
+        if guessed and images is None
+        else None
+    )
 
     # ReLU6 -> ReLU, section 5.1.1: changes the function. Without it equalization keeps ReLU6 exact.
     if recipe.relu:
@@ -271,12 +275,12 @@ def quantize_auto(
     the output must be over its noise; the noisiest layers stay in float until it is. predictions: class indices of the
     outputs, to compare. settings: of Recipe, that every candidate has, such as bits_weight=4.
     """
+    captured = capture(model, spec)
     if images is None:
-        made = (distill(model, spec, one, torch.device("cpu")) for one in for_search(Distillation()))
+        made = (distill(captured, spec, one, torch.device("cpu")) for one in for_search(Distillation()))
         shown = search_images(*made)
     else:
         shown = Images(*halves(images), real=True)
-    captured = capture(model, spec)
     quantize = partial(quantize_data_free, model, spec, captured=captured)
     shown, judging = unseen(shown)
     found, _ = find_recipe(captured, shown, judging, quantize, settings, predictions, max_noise)

@@ -1,8 +1,13 @@
-"""What tests share: where real data and weights are, if they are there at all."""
+"""What tests share: a thread a worker, one cache, and where real data and weights are, if they are there at all."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: workers that each take all cores wait for one another. Processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -12,6 +17,16 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 def _no_grad_and_seed():
     torch.manual_seed(0)
     with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_cache(tmp_path_factory: pytest.TempPathFactory):
+    """The demo's scenes are rendered once for all workers, and nothing of the user's own cache is read."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DFQ_CACHE", str(folder))
         yield
 
 

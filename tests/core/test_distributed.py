@@ -23,12 +23,7 @@ with process_group():
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-def run(processes: int, folder: Path, cache: Path, tasks: int = 3) -> list[dict]:
+def run(processes: int, folder: Path, tasks: int = 3) -> list[dict]:
     """The lines of the first scripts' runs on the demo; images and thread count leave nothing to chance."""
     (folder / "driver.py").write_text(DRIVER)
     results = folder / f"{processes}.jsonl"
@@ -47,7 +42,7 @@ def run(processes: int, folder: Path, cache: Path, tasks: int = 3) -> list[dict]
     ]
     small = ["--limit", "7", "--distill_images", "3", "--distill_batch", "1", "--distill_steps", "1"]
     places = ["--results", str(results), "--distill_cache", str(folder / f"distilled{processes}")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DFQ_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(
         [*start, str(folder / "driver.py"), str(tasks), *shared, *small, *places],
         cwd=ROOT,
@@ -64,12 +59,12 @@ def found(line: dict) -> dict:
     return {key: line[key] for key in kept}
 
 
-def test_two_and_three_processes_find_what_one_finds(tmp_path, cache):
-    alone, two, three = run(1, tmp_path, cache), run(2, tmp_path, cache, tasks=1), run(3, tmp_path, cache)
+def test_two_and_three_processes_find_what_one_finds(tmp_path):
+    alone, two, three = run(1, tmp_path), run(2, tmp_path), run(3, tmp_path, tasks=1)
     assert [line["task"] for line in alone] == ["classification", "segmentation", "detection"]
     assert [line["samples"] for line in alone] == [7, 7, 7]
-    assert list(map(found, alone)) == list(map(found, three))
-    assert found(alone[0]) == found(two[0])  # the first script stands for all: shards are cut in one place
+    assert list(map(found, alone)) == list(map(found, two))
+    assert found(alone[0]) == found(three[0])  # the first script stands for all: shards are cut in one place
     assert two[0]["command"].startswith("torchrun --nproc-per-node=2 main_cls.py ")
 
 
@@ -106,8 +101,7 @@ def test_shares_are_the_whole(monkeypatch):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_more_processes_than_images(tmp_path, cache, monkeypatch):
-    monkeypatch.setenv("DFQ_CACHE", str(cache))
+def test_more_processes_than_images(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     monkeypatch.setattr(distributed, "all_gather", lambda value: [value])
     with pytest.raises(UserError, match="3 processes for 2 images; start at most 2"):

@@ -17,16 +17,9 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One cache for the scenes of all runs."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.parametrize("task", RUNS)
-def test_the_command_runs_on_the_demo(task, cache, tmp_path, monkeypatch, capsys):
+def test_the_command_runs_on_the_demo(task, tmp_path, capsys):
     script, metric, least, loss = RUNS[task]
-    monkeypatch.setenv("DFQ_CACHE", str(cache))
     file, report = tmp_path / "runs.jsonl", tmp_path / "report"
     flags = ["--quantize", "--relu", "--equalize", "--correction", "--workers", "0"]
     script.main([*flags, "--results", str(file), "--report", str(report)])

@@ -23,14 +23,8 @@ DEFAULTS = cli.defaults(main_cls.TASK)
 ROWS = ["Original", "+ReLU+LE", "+LE+BC", "+LE+BC per channel"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def table(cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("DFQ_CACHE", str(cache))
+def table(tmp_path):
     return ["--table", "--limit", "24", "--workers", "0", "--results", str(tmp_path / "runs.jsonl")]
 
 

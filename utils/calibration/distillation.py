@@ -349,19 +349,27 @@ def _from_bytes(pixels: Tensor, spec: InputSpec) -> Tensor:
 # ------------------------------------------------------------------------------------- the cache
 
 
-def distilled(model: nn.Module, spec: InputSpec, settings: Distillation, device: torch.device, folder: Path) -> Tensor:
+def distilled(
+    model: nn.Module,
+    spec: InputSpec,
+    settings: Distillation,
+    device: torch.device,
+    folder: Path,
+    captured: fx.GraphModule | None = None,
+) -> Tensor:
     """distill(), kept in a folder by the network's weights, its input and the settings.
 
-    A damaged file is made anew, and that is said; a folder that cannot be written to is a UserError.
+    captured: capture(model, spec), where it is at hand. A damaged file is made anew, and that is said; a folder that cannot be written to is a UserError.
     """
     key = hashlib.sha256(f"{weights_hash(model)} {spec} {settings}".encode()).hexdigest()[:16]
     file = folder / f"{key}.pt"
+    network = model if captured is None else captured
     images = distributed.all_gather(_read(file, spec, settings.images) if distributed.is_main_process() else None)[0]
     if images is None and distributed.is_main_process():
         with _kept(file) as handle:
-            images = distill(model, spec, settings, device)
+            images = distill(network, spec, settings, device)
             torch.save(_to_bytes(images, spec), handle)
-    return distill(model, spec, settings, device) if images is None else images
+    return distill(network, spec, settings, device) if images is None else images
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from utils.calibration.distillation import Distillation, distilled, for_judging, for_search, search_images
 from utils.calibration.images import Images, load_images
@@ -88,11 +88,17 @@ def check_image_flags(parser: ArgumentParser, args: Namespace, typed: Sequence[s
 
 
 def images_of(
-    args: Namespace, task: Task, model: nn.Module, spec: InputSpec, device: torch.device, needed: bool
+    args: Namespace,
+    task: Task,
+    model: nn.Module,
+    spec: InputSpec,
+    device: torch.device,
+    needed: bool,
+    captured: fx.GraphModule | None = None,
 ) -> Images | None:
     """The user's own, or distilled ones for the recipe or for --fidelity; None where neither needs any.
 
-    Distilled images to judge by are of another seed, and a quarter as many; for --auto there are as many again.
+    captured: capture(model, spec), where it is at hand. Distilled images to judge by are of another seed, and a quarter as many; for --auto there are as many again.
     """
     if args.images:
         own = load_images(args.images, partial(task.read_image, spec=spec), args.images_count, args.skip_bad_images)
@@ -104,5 +110,5 @@ def images_of(
     settings = Distillation(args.distill_images, args.distill_batch, args.distill_steps, args.seed)
     folder = args.distill_cache or cache_folder() / "distilled"
     wanted = for_search(settings) if args.auto else (settings, for_judging(settings))
-    made = [distilled(model, spec, one, device, folder) for one in wanted]
+    made = [distilled(model, spec, one, device, folder, captured) for one in wanted]
     return search_images(*made) if args.auto else Images(*made)

@@ -106,8 +106,8 @@ def run_rows(run: Run, data: Data | None, recipes: Sequence[Recipe], quantize: Q
 
 def _run_auto(run: Run, evaluator: Evaluator | None, quantize: Quantize) -> None:
     """The row of the recipe that a search finds."""
-    images = images_of(run.args, run.task, run.network.model, run.spec, run.device, True)
     captured = _captured(run, evaluator)
+    images = images_of(run.args, run.task, run.network.model, run.spec, run.device, True, captured)
     images, judging = unseen(images)
     found, ranking = auto.find(run, captured, images, judging, quantize)
     recipe, quantized = found.chosen.recipe, found.quantized
@@ -128,11 +128,11 @@ def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe
         print(f"{len(recipes)} rows, {len(recipes) - len(missing)} of them in {args.results} already")
     needed = any(recipes[i].needs_images for i in missing)
     model, spec = run.network.model, run.spec
-    images = images_of(args, run.task, model, spec, run.device, needed) if missing else None
+    captured = _captured(run, evaluator) if missing else None
+    images = images_of(args, run.task, model, spec, run.device, needed, captured) if missing else None
     sources = (images.calibration, images.judging, images.real) if images else (None, None, False)
     sources = dict(zip(("images", "judging", "real"), sources, strict=True))
     sources["device"] = run.device
-    captured = _captured(run, evaluator)
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
         quantized = quantize(run.network.model, run.spec, recipes[i], captured=captured, **sources)
