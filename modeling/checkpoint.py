@@ -217,7 +217,7 @@ def adapt_input(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         old.weight = nn.Parameter(torch.empty(old.out_channels, *weight.shape[1:], dtype=old.weight.dtype))
 
 
-def outputs_of(tensors: Mapping[str, Tensor], model: nn.Module, default: int) -> int:
+def count_outputs(tensors: Mapping[str, Tensor], model: nn.Module, default: int) -> int:
     """How many outputs a checkpoint is for, by the last tensor of the network whose layout it has."""
     last = tensors.get(list(model.state_dict())[-1])
     return default if last is None or last.dim() == 0 else last.shape[0]

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from modeling.checkpoint import fit, outputs_of, read_checkpoint
+from modeling.checkpoint import count_outputs, fit, read_checkpoint
 from modeling.efficientnet_lite import SPEC as LITE_SPEC
 from modeling.efficientnet_lite import bundled_weights, efficientnet_lite0, to_timm_layout
 from modeling.factory import build_from_factory, near_matches
@@ -66,7 +66,7 @@ def _from_torchvision(name: str, weights: str | None, key: str | None) -> tuple[
     options = {}
     if _has_aux(name):
         options = {"aux_logits": any("aux" in key.lower() for key in tensors), "init_weights": False}
-    classes = outputs_of(tensors, models.get_model(name, **options), 1000)
+    classes = count_outputs(tensors, models.get_model(name, **options), 1000)
     return fit(models.get_model(name, num_classes=classes, **options), tensors, weights), spec, weights
 
 
@@ -82,7 +82,7 @@ def _from_timm(name: str, weights: str | None, key: str | None) -> tuple[nn.Modu
         raise UserError(f"timm has no network {name!r}{near_matches(name, timm.list_models())}")
     if weights:
         tensors = read_checkpoint(weights, key)
-        model = timm.create_model(name, num_classes=outputs_of(tensors, timm.create_model(name), 1000))
+        model = timm.create_model(name, num_classes=count_outputs(tensors, timm.create_model(name), 1000))
         fit(model, tensors, weights)
     else:
         try:

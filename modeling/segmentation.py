@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from modeling.checkpoint import fit, outputs_of, read_checkpoint
+from modeling.checkpoint import count_outputs, fit, read_checkpoint
 from modeling.deeplab import deeplab_for, to_deeplab_layout
 from modeling.factory import build_from_factory, near_matches
 from modeling.smp import SPEC as SMP_SPEC
@@ -66,6 +66,6 @@ def _from_torchvision(name: str, weights: str | None, key: str | None) -> tuple[
     tensors = {
         key: value for key, value in tensors.items() if not key.startswith("aux_classifier.")
     }  # for training only
-    classes = outputs_of(tensors, models.get_model(name, **options), 21)
+    classes = count_outputs(tensors, models.get_model(name, **options), 21)
     model = fit(models.get_model(name, num_classes=classes, **options), tensors, weights or official.url)
     return Logits(model).eval(), spec, weights or f"torchvision {official}"

@@ -4,7 +4,7 @@ from types import ModuleType
 
 from torch import nn
 
-from modeling.checkpoint import fit, outputs_of, read_checkpoint
+from modeling.checkpoint import count_outputs, fit, read_checkpoint
 from modeling.factory import near_matches
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -33,7 +33,7 @@ def build_smp(name: str, weights: str | None, key: str | None = None) -> nn.Modu
     _check_names(smp, arch, encoder)
     tensors = read_checkpoint(weights, key)
     try:
-        classes = outputs_of(tensors, smp.create_model(arch, encoder, encoder_weights=None), 1)
+        classes = count_outputs(tensors, smp.create_model(arch, encoder, encoder_weights=None), 1)
         model = smp.create_model(arch, encoder, encoder_weights=None, classes=classes)
     except Exception as error:  # pairs that do not go together: the library raises many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from torch import nn
 
 from utils.backends.base import ENGINES
 from utils.core.errors import UserError
-from utils.quantization.recipe import OF_A_ROW, as_today
+from utils.quantization.recipe import OF_A_ROW, as_today, row_name
 
 _PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnx", "onnxruntime", "openvino")
 _FOLDER = Path(__file__).resolve().parents[2]
@@ -178,8 +178,8 @@ def recover(file: Path) -> list[dict[str, Any]]:
 
 def name_of(line: Mapping[str, Any]) -> str:
     """The row's name in a table."""
-    scales = " per channel" if line["flags"]["per_channel"] else ""
-    return line["recipe"] + scales + (f" in {ENGINES[line['engine']].title}" if line["engine"] in ENGINES else "")
+    name = row_name(line["recipe"], line["flags"]["per_channel"])
+    return name + (f" in {ENGINES[line['engine']].title}" if line["engine"] in ENGINES else "")
 
 
 def file_name(line: Mapping[str, Any]) -> str:

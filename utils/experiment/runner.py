@@ -20,7 +20,7 @@ from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
-from utils.experiment import auto, cli, deployment, doctor, page, records, scores
+from utils.experiment import cli, deployment, doctor, page, recipe_search, records, scores
 from utils.experiment.evaluation import Evaluator, agreement, networks_of
 from utils.experiment.images import images_of
 from utils.experiment.loading import Quantize
@@ -109,7 +109,7 @@ def _run_auto(run: Run, evaluator: Evaluator | None, quantize: Quantize) -> None
     captured = _captured(run, evaluator)
     images = images_of(run.args, run.task, run.network.model, run.spec, run.device, True, captured)
     images, judging = unseen(images)
-    found, ranking = auto.find(run, captured, images, judging, quantize)
+    found, ranking = recipe_search.find(run, captured, images, judging, quantize)
     recipe, quantized = found.chosen.recipe, found.quantized
     _write_files(run, recipe, quantized, evaluator)
     if evaluator is None:

@@ -312,8 +312,13 @@ class Recipe:
         return given(self.settings)
 
     def __str__(self) -> str:
-        """The row's name as in the published tables, such as +ReLU+LE+BC +clip_15."""
+        """The passes as the published tables name them, such as +ReLU+LE+BC +clip_15."""
         return _name(self._given())
+
+    @property
+    def row_name(self) -> str:
+        """What a row of a table is called."""
+        return row_name(str(self), self.per_channel)
 
 
 SETTINGS: dict[str, Field] = {one.name: one for one in fields(Recipe)}
@@ -335,8 +340,13 @@ def given(settings: dict[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in settings.items() if value != SETTINGS[name].default}
 
 
+def row_name(passes: str, per_channel: bool) -> str:
+    """What a row of a table is called, by its recipe's passes as a line of results holds them."""
+    return passes + " per channel" * per_channel
+
+
 def _name(given: dict[str, Value]) -> str:
-    """The row's name: the parts of the settings that were given."""
+    """The parts of the settings that were given, put together."""
     parts = []
     for name, value in given.items():
         part: Abbreviation | None = SETTINGS[name].metadata["abbreviation"]
@@ -393,7 +403,7 @@ _LEARNED = {"distill_rounding": "adaround"}
 
 
 TABLE = {
-    f"{recipe}{' per channel' if recipe.per_channel else ''}": recipe
+    recipe.row_name: recipe
     for recipe in (
         _row(),  # the published ones
         _row("relu"),

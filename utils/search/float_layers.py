@@ -13,7 +13,7 @@ from utils.passes.result import Quantized
 from utils.quantization.placement import quantizer_before
 from utils.quantization.recipe import Recipe
 from utils.search.judge import Judge
-from utils.search.search import Candidate, Found, line_of, name_of
+from utils.search.search import Candidate, Found, line_of
 
 MOST = 0.5  # of the layers, beyond which a network is better left in float as a whole
 
@@ -77,4 +77,4 @@ def add_until(
         f"{best.noise:.1f} dB with {len(best.recipe.float_layers)} of {len(names)} layers in float, {wanted:g} wanted"
     )
     ranked = tuple(sorted(candidates, key=lambda one: -one.noise))
-    return Found(ranked, best, kept, f"{name_of(best.recipe)}: {reached}")
+    return Found(ranked, best, kept, f"{best.recipe.row_name}: {reached}")

@@ -75,14 +75,9 @@ def search(
     return Found(tuple(ranked), best, kept, reason(ranked, best))
 
 
-def name_of(recipe: Recipe) -> str:
-    """A recipe as a row of a table is called."""
-    return f"{recipe}{' per channel' if recipe.per_channel else ''}"
-
-
 def line_of(candidate: Candidate) -> str:
     """A candidate in a line of the ranking."""
-    name = f"{name_of(candidate.recipe):<36}"
+    name = f"{candidate.recipe.row_name:<36}"
     if candidate.judgement is None:
         return f"{name} not run: {candidate.reason}"
     found = candidate.judgement
@@ -103,6 +98,6 @@ def reason(ranked: list[Candidate], best: Candidate) -> str:
             else "the only candidate"
         )
     return (
-        f"{first.noise - best.noise:.1f} dB behind {name_of(first.recipe)}, which is no more than what differs by chance or by the images; "
+        f"{first.noise - best.noise:.1f} dB behind {first.recipe.row_name}, which is no more than what differs by chance or by the images; "
         "it is the simpler or the faster of the two"
     )

@@ -16,7 +16,7 @@ FEW = ("--distill_images", "8", "--distill_steps", "3")
 
 
 def uneven():
-    """A network that equalization helps, for --model test_auto:uneven."""
+    """A network that equalization helps, for --model test_recipe_search:uneven."""
     return settle(spread_gains(settle(randomise(chain()))))
 
 
@@ -32,7 +32,7 @@ def test_a_search_is_recorded_with_its_ranking_and_repeated_by_its_flags(images,
             str(tmp_path / "x.onnx"),
             "--report",
             str(tmp_path / "page"),
-            model="test_auto:uneven",
+            model="test_recipe_search:uneven",
         )
     )
     printed = capsys.readouterr().out
@@ -53,7 +53,9 @@ def test_a_search_is_recorded_with_its_ranking_and_repeated_by_its_flags(images,
 
 def test_a_network_far_from_float_writes_nothing_unless_forced(images, tmp_path, capsys):  # noqa: F811
     bits = ("--bits_weight", "2", "--bits_activation", "2", "--distill_cache", str(tmp_path / "cache"), *FEW)
-    argv = flags(images, tmp_path, "--auto", *bits, "--save", str(tmp_path / "x.dfq"), model="test_auto:uneven")
+    argv = flags(
+        images, tmp_path, "--auto", *bits, "--save", str(tmp_path / "x.dfq"), model="test_recipe_search:uneven"
+    )
     assert "no candidate comes near to float" in failure(argv, capsys)
     assert not (tmp_path / "x.dfq").exists()
     main_cls.main([*argv, "--force"])
@@ -66,26 +68,30 @@ def test_without_batchnorm_a_search_asks_for_images(images, tmp_path, capsys):  
 
 
 def test_the_doctor_says_what_was_captured_and_what_to_type(images, tmp_path, capsys):  # noqa: F811
-    main_cls.main(flags(images, tmp_path, "--doctor", "--report", str(tmp_path / "page"), model="test_auto:uneven"))
+    main_cls.main(
+        flags(images, tmp_path, "--doctor", "--report", str(tmp_path / "page"), model="test_recipe_search:uneven")
+    )
     printed = capsys.readouterr().out
     assert "layers: 3 Conv2d, 1 Linear" in printed and "activations: 3 ReLU6" in printed
     assert "ONNX Runtime runs 4 of 4 layers on integers" in printed
-    assert "--auto --export test_auto_uneven-int8.onnx" in printed
+    assert "--auto --export test_recipe_search_uneven-int8.onnx" in printed
     assert "4 of 4 layers" in (tmp_path / "page" / "doctor.html").read_text()
     assert not (tmp_path / "runs.jsonl").exists()
 
 
 def test_the_doctor_ends_with_2_where_nothing_can_be_quantized(images, tmp_path, capsys):  # noqa: F811
-    argv = flags(images, tmp_path, "--doctor", model="test_auto:nothing")
+    argv = flags(images, tmp_path, "--doctor", model="test_recipe_search:nothing")
     assert failure(argv, capsys)
 
 
 def test_the_doctor_follows_the_target(images, tmp_path, capsys):  # noqa: F811
-    main_cls.main(flags(images, tmp_path, "--doctor", "--target", "tensorrt", "--verbose", model="test_auto:uneven"))
+    main_cls.main(
+        flags(images, tmp_path, "--doctor", "--target", "tensorrt", "--verbose", model="test_recipe_search:uneven")
+    )
     printed = capsys.readouterr().out
     assert "int8 activations, zero point 0" in printed and "TensorRT is not here to say" in printed
     assert "names: 0.0, 1.0, 2.0, 3.linear" in printed
-    main_cls.main(flags(images, tmp_path, "--doctor", "--bits_weight", "4", model="test_auto:uneven"))
+    main_cls.main(flags(images, tmp_path, "--doctor", "--bits_weight", "4", model="test_recipe_search:uneven"))
     printed = capsys.readouterr().out
     assert "W4A8 is simulated" in printed and "--bits_weight 4 --auto\n" in printed
 
@@ -96,7 +102,7 @@ def test_pictures_that_no_candidate_sees_are_needed(count, refused, images, tmp_
     folder.mkdir()
     for i, file in enumerate(sorted(images.rglob("*.png"))[:count]):
         (folder / f"{i}.png").write_bytes(file.read_bytes())
-    argv = flags(images, tmp_path, "--auto", "--images", str(folder), model="test_auto:uneven")
+    argv = flags(images, tmp_path, "--auto", "--images", str(folder), model="test_recipe_search:uneven")
     if refused:
         assert "pass at least 4 with --images DIR" in failure(argv, capsys)
     else:
@@ -105,7 +111,9 @@ def test_pictures_that_no_candidate_sees_are_needed(count, refused, images, tmp_
 
 
 def test_with_no_layer_to_spare_a_noise_that_is_not_reached_is_a_warning(images, tmp_path, capsys):  # noqa: F811
-    argv = flags(images, tmp_path, "--auto", "--max_noise", "300", "--images", str(images), model="test_auto:uneven")
+    argv = flags(
+        images, tmp_path, "--auto", "--max_noise", "300", "--images", str(images), model="test_recipe_search:uneven"
+    )
     main_cls.main(argv)
     assert "--max_noise 300 is not reached" in capsys.readouterr().out
 
@@ -122,18 +130,26 @@ def test_code_that_fails_is_one_line(images, tmp_path, capsys):  # noqa: F811
     line = failure(flags(images, tmp_path, "--doctor", model="broken_module:f"), capsys)
     sys.path.remove(str(tmp_path))
     assert "its code fails as it is imported (NameError: name 'undefined_name' is not defined)" in line
-    assert "first line" in failure(flags(images, tmp_path, "--doctor", model="test_auto:fails"), capsys)
+    assert "first line" in failure(flags(images, tmp_path, "--doctor", model="test_recipe_search:fails"), capsys)
 
 
 def test_without_data_a_run_still_says_what_it_did(images, tmp_path, capsys):  # noqa: F811
-    words = ["--model", "test_auto:uneven", "--image_size", "24", "--quantize", "--export", str(tmp_path / "x.onnx")]
+    words = [
+        "--model",
+        "test_recipe_search:uneven",
+        "--image_size",
+        "24",
+        "--quantize",
+        "--export",
+        str(tmp_path / "x.onnx"),
+    ]
     main_cls.main(words)
     printed = capsys.readouterr().out
     assert "quantized weights" in printed and "exported" in printed
 
 
 def nothing():
-    """A network without a layer, for --model test_auto:nothing."""
+    """A network without a layer, for --model test_recipe_search:nothing."""
     from torch import nn
 
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -1,4 +1,4 @@
-"""--auto in a run: the search, as it is printed and recorded."""
+"""The search for a recipe (--auto) in a run: as it is printed and recorded."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from utils.quantization.recipe import OF_A_ROW, SETTINGS
 from utils.search.auto import check_near, find_recipe
 from utils.search.float_layers import describe_noise
 from utils.search.forecast import forecast, known_points
-from utils.search.search import HEAD, Found, name_of
+from utils.search.search import HEAD, Found
 
 if TYPE_CHECKING:
     from utils.experiment.runner import Run
@@ -60,7 +60,7 @@ def find(
 def _say_found(run: "Run", found: Found, shares: dict[str, float], real: bool, say: Callable[[str], None]) -> None:
     """What was taken and why, what it may cost, and how to have the same again."""
     args = run.args
-    say(f"auto: {name_of(found.chosen.recipe)}, {found.why}")
+    say(f"auto: {found.chosen.recipe.row_name}, {found.why}")
     if told := forecast(found.chosen.noise, known_points()):
         say(f"  expected change of the score: {told} points, by rows of other networks that are as noisy")
     say(
@@ -83,6 +83,6 @@ def ranking_of(found: Found, judged: int) -> dict[str, Any]:
 
     def plain(one: Any) -> Mapping[str, Any]:
         figures = {name: round(value, 4) for name, value in asdict(one.judgement).items()} if one.judgement else {}
-        return {"recipe": name_of(one.recipe), "flags": one.recipe.words, **figures, "reason": one.reason}
+        return {"recipe": one.recipe.row_name, "flags": one.recipe.words, **figures, "reason": one.reason}
 
     return {"images": judged, "why": found.why, "candidates": [plain(one) for one in found.candidates]}
