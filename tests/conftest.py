@@ -1,5 +1,6 @@
 """What tests share: a thread a worker, one cache, and where real data and weights are, if they are there at all."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def _one_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DFQ_CACHE", str(folder))
         yield
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: to look through it again and again for garbage is a tenth of what a capture costs."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -449,10 +449,10 @@ def test_half_an_overlap_is_no_match():
 @pytest.mark.parametrize("hits", range(11))
 def test_recall_reaches_its_eleven_points_exactly(hits):
     found = torch.ones(hits, dtype=torch.bool)
-    assert RULES["voc07"](found, 10) == pytest.approx(
+    assert RULES["voc07"](found, torch.tensor(10)) == pytest.approx(
         (hits + 1) / 11 if hits else 0
     )  # 3 of 10 is recall 0.3, whatever floats say
-    assert RULES["voc12"](found, 10) == pytest.approx(hits / 10)
+    assert RULES["voc12"](found, torch.tensor(10)) == pytest.approx(hits / 10)
 
 
 def test_matching_equals_a_plain_loop():

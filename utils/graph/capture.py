@@ -101,15 +101,17 @@ def _as_graph(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch.export prints and logs of its own parts: an error is told in a line of ours."""
-    disabled = logging.root.manager.disable
+    """Without what torch.export prints, logs and notes of its own parts: an error is told in a line of ours."""
+    disabled, untraced = logging.root.manager.disable, fx.config.do_not_emit_stack_traces
     logging.disable(logging.CRITICAL)
+    fx.config.do_not_emit_stack_traces = True  # of every operation, which take time and are not read
     nowhere = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
+        fx.config.do_not_emit_stack_traces = untraced
         logging.disable(disabled)
 
 

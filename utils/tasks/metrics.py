@@ -245,7 +245,7 @@ class MeanAveragePrecision:
         area = RULES[rule or self.rule]
         counting, found = self._counting(), self._found()
         return {
-            name: 100 * area(found.of(label).hits, int(counting[:, label].sum()))
+            name: 100 * float(area(found.of(label).hits, counting[:, label].sum()))
             for name, label in self._scored().items()
         }
 
@@ -256,11 +256,13 @@ class MeanAveragePrecision:
         precisions = []
         for label in self._scored().values():
             ranked = found.of(label)
+            rows = max(1, _AT_ONCE // max(1, len(ranked.images)))
             known = [
-                area(ranked.hits, int(total), drawn[ranked.images]) if total else float("nan")
-                for drawn, total in zip(weights, objects[:, label], strict=True)
+                area(ranked.hits, total, drawn[:, ranked.images])
+                for drawn, total in zip(weights.split(rows), objects[:, label].split(rows), strict=True)
             ]
-            precisions.append(torch.tensor(known, dtype=torch.double))
+            known = torch.cat(known)
+            precisions.append(torch.where(objects[:, label] > 0, known, torch.nan))
         return 100 * torch.stack(precisions).nanmean(0)
 
     def shifts(self) -> dict[str, float]:
@@ -349,36 +351,38 @@ def match(found: Detections, objects: Objects, iou_thresh: float = 0.5) -> tuple
     return matched & ~neutral & (first[which] == rank), neutral
 
 
-def eleven_points(hits: Tensor, objects: int, weights: Tensor | None = None) -> float:
+def eleven_points(hits: Tensor, objects: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of the best precision at recall 0, 0.1, ..., 1 or beyond (VOC until 2009).
 
-    hits: [K] by falling score. weights: [K], how often each detection counts (default: once).
+    hits: [K] by falling score. objects: [] or [R]. weights: [R, K], how often each detection counts (default: once).
     """
-    weights = torch.ones(len(hits), dtype=torch.long) if weights is None else weights
-    needed = (torch.arange(11) * objects + 9).div(10, rounding_mode="floor")  # hits for that recall, exactly
-    place = torch.searchsorted((hits * weights).cumsum(0), needed)
-    return float(torch.cat([_best_beyond(hits, weights), torch.zeros(1)])[place].mean())
+    weights = torch.ones_like(hits, dtype=torch.long) if weights is None else weights
+    needed = (torch.arange(11) * objects[..., None] + 9).div(10, rounding_mode="floor")  # hits for that recall, exactly
+    place = torch.searchsorted((hits * weights).cumsum(-1), needed)
+    best = _best_beyond(hits, weights)
+    return torch.cat([best, best.new_zeros(*best.shape[:-1], 1)], -1).gather(-1, place).mean(-1)
 
 
-def area_under_curve(hits: Tensor, objects: int, weights: Tensor | None = None) -> float:
+def area_under_curve(hits: Tensor, objects: Tensor, weights: Tensor | None = None) -> Tensor:
     """Area under the best precision at a recall or beyond (VOC since 2010).
 
-    hits: [K] by falling score. weights: [K], how often each detection counts (default: once).
+    hits: [K] by falling score. objects: [] or [R]. weights: [R, K], how often each detection counts (default: once).
     """
-    weights = torch.ones(len(hits), dtype=torch.long) if weights is None else weights
-    return float((_best_beyond(hits, weights) * hits * weights).sum() / objects)
+    weights = torch.ones_like(hits, dtype=torch.long) if weights is None else weights
+    return (_best_beyond(hits, weights) * hits * weights).sum(-1) / objects
 
 
 RULES = {"voc07": eleven_points, "voc12": area_under_curve}
+_AT_ONCE = 1 << 20  # detections, over all resamples, that the rules are computed for at a time
 
 
 def _precision(hits: Tensor, weights: Tensor) -> Tensor:
-    return (hits * weights).cumsum(0).double() / weights.cumsum(0).clamp_min(1)
+    return (hits * weights).cumsum(-1).double() / weights.cumsum(-1).clamp_min(1)
 
 
 def _best_beyond(hits: Tensor, weights: Tensor) -> Tensor:
     """The best precision at each detection or after it."""
-    return _precision(hits, weights).flip(0).cummax(0).values.flip(0)
+    return _precision(hits, weights).flip(-1).cummax(-1).values.flip(-1)
 
 
 def sqnr(reference: Tensor, noisy: Tensor) -> float:
