@@ -8,6 +8,7 @@ from functools import partial
 import demo
 import dfq
 from modeling import build_model
+from modeling.classification import build_classifier
 from utils.core.networks import scored
 from utils.core.predictions import count_classes
 from utils.experiment import cli
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.with_demo(TASK, parse_args(argv), demo.open)
     device = cli.prepare(args)
 
-    build = partial(build_model, args.model, args.weights, TASK.name, args.checkpoint_key)
+    build = partial(build_model, args.model, args.weights, build_classifier, args.checkpoint_key)
     network, recipes, quantize = opened(args, TASK.name, build, dfq.quantize_data_free)
     spec = cli.input_spec(args, network.spec)
     network = replace(network, model=scored(network.model, spec, TASK.output_dims))

@@ -7,7 +7,8 @@ from functools import partial
 
 import demo
 import dfq
-from modeling import box_coder, build_model
+from modeling import build_model
+from modeling.detection import box_coder, build_detector
 from utils.core.networks import scored
 from utils.experiment import cli
 from utils.experiment.loading import opened
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.with_demo(TASK, parse_args(argv), demo.open)
     device = cli.prepare(args)
 
-    build = partial(build_model, args.model, args.weights, TASK.name, args.checkpoint_key)
+    build = partial(build_model, args.model, args.weights, build_detector, args.checkpoint_key)
     network, recipes, quantize = opened(args, TASK.name, build, dfq.quantize_data_free)
     spec = cli.input_spec(args, network.spec)
     network = replace(network, model=scored(network.model, spec, TASK.output_dims))

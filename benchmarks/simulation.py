@@ -18,18 +18,22 @@ from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from modeling import build_model
+from modeling.classification import build_classifier
+from modeling.detection import build_detector
 from modeling.mobilenet_v2 import mobilenet_v2
+from modeling.segmentation import build_segmenter
 from utils.backends.lowering import lower_to_integers
 from utils.core.input_spec import InputSpec
 from utils.experiment.evaluation import deploy, tune_allocator
 
 RECIPES = {"+ReLU+LE+BC": Recipe(relu=True, equalize=True, quantize=True, correction=True)}
+BUILDERS = {"classification": build_classifier, "segmentation": build_segmenter, "detection": build_detector}
 RECIPES |= {"+LE+BC": Recipe(equalize=True, quantize=True, correction=True)}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="classification", help="classification (default), segmentation or detection")
+    parser.add_argument("--task", default="classification", choices=BUILDERS, help="(default: classification)")
     parser.add_argument("--model", default="mobilenet_v2", help="as for the task's script")
     parser.add_argument("--weights", help="checkpoint (default: random weights for mobilenet_v2, which are as fast)")
     parser.add_argument("--side", type=int, default=224, help="side of the input in pixels")
@@ -84,7 +88,7 @@ def load(args: argparse.Namespace) -> nn.Module:
     if args.weights is None and args.model == "mobilenet_v2":
         torch.manual_seed(0)
         return mobilenet_v2().eval()
-    return build_model(args.model, args.weights, args.task).model
+    return build_model(args.model, args.weights, BUILDERS[args.task]).model
 
 
 def answer_rounds(model: nn.Module, images: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 """Networks, their checkpoints, and what they take as input."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,8 +8,6 @@ from torch import nn
 
 from modeling.checkpoint import check_finite, input_channels
 from modeling.classification import build_classifier
-from modeling.detection import box_coder, build_detector
-from modeling.segmentation import build_segmenter
 from utils.core import distributed
 from utils.core.input_spec import InputSpec, natural_pixels
 
@@ -25,22 +23,22 @@ class Network:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
-__all__ = ["Network", "box_coder", "build_model"]
-
-_BUILDERS = {"classification": build_classifier, "segmentation": build_segmenter, "detection": build_detector}
+# Name, weights and checkpoint key to the network, its input and where its weights are from; one in each task's file.
+Builder = Callable[[str, str | None, str | None], tuple[nn.Module, InputSpec, str]]
 
 
 def build_model(
-    name: str, weights: str | None = None, task: str = "classification", checkpoint_key: str | None = None
+    name: str, weights: str | None = None, build: Builder = build_classifier, checkpoint_key: str | None = None
 ) -> Network:
     """Build, load and check a network; every mistake is a UserError.
 
     name: a network of the project, 'torchvision:NAME', 'timm:NAME' or 'package.module:factory'.
-    weights: path or URL; None: the official weights (a factory's own). checkpoint_key: as read_checkpoint takes it.
+    weights: path or URL; None: the official weights (a factory's own). build: of the task's file, such as
+    modeling.segmentation.build_segmenter. checkpoint_key: as read_checkpoint takes it.
     A network whose images have other channels than its usual input gets ImageNet's mean and deviation for them.
     """
     with distributed.main_process_first():  # weights that are not there yet are downloaded once
-        model, spec, source = _BUILDERS[task](name, weights, checkpoint_key)
+        model, spec, source = build(name, weights, checkpoint_key)
     check_finite(model)
     channels = input_channels(model, len(spec.mean))
     if channels != len(spec.mean):

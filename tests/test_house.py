@@ -84,6 +84,7 @@ def test_the_scripts_are_short_and_differ_in_their_task_alone():
     assert len(scripts) == 3 and all(text.count("\n") < 50 for text in scripts)
     names = ("classification", "segmentation", "detection")
     bare = [text.replace(name, "TASK") for text in scripts for name in names if f"utils.tasks.{name}" in text]
+    bare = [re.sub("build_(classifier|segmenter|detector)", "build_TASK", text) for text in bare]
     without_boxes = [text for text in bare if "box_coder" not in text]
     assert len(without_boxes) == 2 and without_boxes[0] == without_boxes[1]
 

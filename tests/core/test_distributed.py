@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import main_cls
+import main_det
+import main_seg
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.experiment.records import read_lines
@@ -18,40 +21,35 @@ import sys
 import main_cls, main_det, main_seg
 from utils.core.distributed import process_group
 with process_group():
-    for script in (main_cls, main_seg, main_det)[: int(sys.argv[1])]:
-        script.main(sys.argv[2:])
+    for name in sys.argv[1].split(","):
+        {"cls": main_cls, "seg": main_seg, "det": main_det}[name].main(sys.argv[2:])
 """
+# Images and thread count leave nothing to chance.
+FLAGS = ["--quantize", "--equalize", "--correction", "--distill_range", "--range_method", "percentile"]
+FLAGS += ["--batch_size", "2", "--workers", "0", "--limit", "7"]
+FLAGS += ["--distill_images", "3", "--distill_batch", "1", "--distill_steps", "1"]
 
 
-def run(processes: int, folder: Path, tasks: int = 3) -> list[dict]:
-    """The lines of the first scripts' runs on the demo; images and thread count leave nothing to chance."""
+def places(folder: Path, name: str) -> list[str]:
+    return ["--results", str(folder / f"{name}.jsonl"), "--distill_cache", str(folder / f"distilled {name}")]
+
+
+def run(processes: int, scripts: str, folder: Path) -> dict[str, dict]:
+    """The lines of the scripts' runs on the demo, by task."""
     (folder / "driver.py").write_text(DRIVER)
-    results = folder / f"{processes}.jsonl"
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    shared = [
-        "--quantize",
-        "--equalize",
-        "--correction",
-        "--distill_range",
-        "--range_method",
-        "percentile",
-        "--batch_size",
-        "2",
-        "--workers",
-        "0",
-    ]
-    small = ["--limit", "7", "--distill_images", "3", "--distill_batch", "1", "--distill_steps", "1"]
-    places = ["--results", str(results), "--distill_cache", str(folder / f"distilled{processes}")]
+    command = [*start, str(folder / "driver.py"), scripts, *FLAGS, *places(folder, str(processes))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*start, str(folder / "driver.py"), str(tasks), *shared, *small, *places],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        capture_output=True,
-        timeout=600,
-    )
-    return read_lines(results)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
+    return {line["task"]: line for line in read_lines(folder / f"{processes}.jsonl")}
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def found(line: dict) -> dict:
@@ -59,13 +57,15 @@ def found(line: dict) -> dict:
     return {key: line[key] for key in kept}
 
 
-def test_two_and_three_processes_find_what_one_finds(tmp_path):
-    alone, two, three = run(1, tmp_path), run(2, tmp_path), run(3, tmp_path, tasks=1)
-    assert [line["task"] for line in alone] == ["classification", "segmentation", "detection"]
-    assert [line["samples"] for line in alone] == [7, 7, 7]
-    assert list(map(found, alone)) == list(map(found, two))
-    assert found(alone[0]) == found(three[0])  # the first script stands for all: shards are cut in one place
-    assert two[0]["command"].startswith("torchrun --nproc-per-node=2 main_cls.py ")
+def test_two_and_three_processes_find_what_one_finds(tmp_path, one_thread):
+    """Each script once in one process, and once in several; shards are cut in one place for all of them."""
+    for script in (main_cls, main_seg, main_det):
+        script.main([*FLAGS, *places(tmp_path, "1")])
+    alone = read_lines(tmp_path / "1.jsonl")
+    several = run(3, "cls", tmp_path) | run(2, "seg,det", tmp_path)
+    assert [(line["task"], line["samples"]) for line in alone] == [(task, 7) for task in several]
+    assert list(map(found, alone)) == list(map(found, several.values()))
+    assert several["segmentation"]["command"].startswith("torchrun --nproc-per-node=2 main_seg.py ")
 
 
 def test_a_lost_process_ends_the_run_with_a_line(tmp_path):

@@ -18,6 +18,7 @@ from torch import nn
 from modeling import build_model
 from modeling.checkpoint import fit, read_checkpoint
 from modeling.mobilenet_v2 import mobilenet_v2, to_torchvision_layout
+from modeling.segmentation import build_segmenter
 from utils.core.errors import UserError
 from utils.core.torchvision_compat import torchvision
 
@@ -416,5 +417,5 @@ def grey_segmenter():
 
 def test_input_channels_follow_a_users_network():
     assert build_model(f"{__name__}:grey").spec.mean == (0.449,)
-    assert build_model(f"{__name__}:grey_segmenter", task="segmentation").spec.std == (0.226,)
+    assert build_model(f"{__name__}:grey_segmenter", build=build_segmenter).spec.std == (0.226,)
     assert build_model("networks:chain").spec.mean == (0.485, 0.456, 0.406)

@@ -7,6 +7,7 @@ from torch import nn
 
 from dfq import quantize_data_free
 from modeling import build_model
+from modeling.segmentation import build_segmenter
 from utils.backends.onnxruntime.export import export
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -30,7 +31,7 @@ def unet(tmp_path_factory) -> tuple[nn.Module, str]:
 
 def test_a_network_is_built_for_its_checkpoint(unet):
     model, weights = unet
-    network = build_model("smp:unet/resnet18", weights, "segmentation")
+    network = build_model("smp:unet/resnet18", weights, build_segmenter)
     assert network.spec.size == (512, 512)
     images = SPEC.probe(1)
     torch.testing.assert_close(network.model(images), model(images))
@@ -38,7 +39,7 @@ def test_a_network_is_built_for_its_checkpoint(unet):
 
 
 def test_it_is_quantized_whole_and_exported(unet, tmp_path):
-    network = build_model("smp:Unet/resnet18", unet[1], "segmentation")
+    network = build_model("smp:Unet/resnet18", unet[1], build_segmenter)
     quantized = quantize_data_free(network.model, SPEC, Recipe(equalize=True, quantize=True, correction=True))
     layers = [layer for layer in quantized.simulated.modules() if isinstance(layer, nn.Conv2d)]
     assert len(layers) == 31 and all(layer.weight_qparams is not None for layer in layers)
@@ -58,5 +59,5 @@ def test_it_is_quantized_whole_and_exported(unet, tmp_path):
 )
 def test_a_name_that_the_library_does_not_know_is_one_line(unet, name, message):
     with pytest.raises(UserError, match=message) as error:
-        build_model(name, unet[1], "segmentation")
+        build_model(name, unet[1], build_segmenter)
     assert "\n" not in str(error.value)

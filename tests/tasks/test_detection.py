@@ -12,8 +12,8 @@ from networks import randomise
 from PIL import Image
 from torch import Tensor, nn
 
-from modeling import box_coder, build_model
-from modeling.detection import RawHeads
+from modeling import build_model
+from modeling.detection import RawHeads, box_coder, build_detector
 from modeling.mobilenet_v2 import to_torchvision_layout
 from modeling.ssd_lite import SSDLite, ssd_coder, ssd_lite
 from utils.core.errors import UserError
@@ -144,7 +144,7 @@ def checkpoint(tmp_path_factory) -> tuple[str, dict[str, Tensor]]:
 
 def test_a_qfgaohao_checkpoint_loads_as_it_is_and_gives_the_same_heads(checkpoint):
     path, tensors = checkpoint
-    network = build_model("ssd_lite_mobilenet_v2", path, "detection")
+    network = build_model("ssd_lite_mobilenet_v2", path, build_detector)
     images = torch.randn(2, 3, 96, 96)
     for heads, expected in zip(network.model(images), upstream_forward(tensors, images), strict=True):
         torch.testing.assert_close(heads, expected, rtol=1e-4, atol=1e-4)
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_network_is_refused_by_name(checkpoint, tmp_path
     tensors["extra.weight"] = tensors.pop("extras.2.conv.4.bias")
     torch.save(tensors, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"1 missing \(extras.2.conv.1.1.bias\); 1 unexpected \(extra.weight\)"):
-        build_model("ssd_lite_mobilenet_v2", str(tmp_path / "other.pth"), "detection")
+        build_model("ssd_lite_mobilenet_v2", str(tmp_path / "other.pth"), build_detector)
 
 
 def test_blocks_are_renamed_wherever_they_stand():
@@ -232,7 +232,7 @@ def test_torchvisions_detectors_give_what_torchvision_gives(name):
 def test_a_torchvision_checkpoint_says_how_many_classes(tmp_path):
     ssd = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5)
     torch.save(ssd.state_dict(), tmp_path / "ssdlite.pth")
-    network = build_model("torchvision:ssdlite320_mobilenet_v3_large", str(tmp_path / "ssdlite.pth"), "detection")
+    network = build_model("torchvision:ssdlite320_mobilenet_v3_large", str(tmp_path / "ssdlite.pth"), build_detector)
     assert network.model(torch.zeros(1, 3, 320, 320))[0].shape[-1] == 5
     assert (network.spec.mean, network.spec.std) == ((0.5,) * 3, (0.5,) * 3)
 
@@ -255,17 +255,17 @@ def classifier() -> nn.Module:
 )
 def test_a_model_that_is_no_detector_is_refused(name, message):
     with pytest.raises(UserError, match=message):
-        build_model(name, None, "detection")
+        build_model(name, None, build_detector)
 
 
 def test_a_network_that_returns_no_heads_is_refused():
-    network = build_model(f"{__name__}:classifier", None, "detection")
+    network = build_model(f"{__name__}:classifier", None, build_detector)
     with pytest.raises(UserError, match=r"returns \(1, 2\); a detector must return class logits \[N, 3000, classes\]"):
         count_classes(network.model, network.spec, box_coder(network.model, network.spec))
 
 
 def test_the_users_own_detector_brings_its_coder():
-    network = build_model(f"{__name__}:small_detector", None, "detection")
+    network = build_model(f"{__name__}:small_detector", None, build_detector)
     assert len(box_coder(network.model, network.spec).priors) == 3000
 
 
@@ -649,7 +649,7 @@ def test_evaluation_pictures_and_curves(voc, tmp_path):
 
 
 def test_the_helmet_network_scores_as_with_the_code_that_trained_it(shared):
-    network = build_model("ssd_lite_mobilenet_v2", str(shared / "weights/mb2-ssd-lite-helmet.pth"), "detection")
+    network = build_model("ssd_lite_mobilenet_v2", str(shared / "weights/mb2-ssd-lite-helmet.pth"), build_detector)
     samples, labels = voc_detection(open_voc(str(shared / "data/helmet-voc"), "Main", "test"), network.spec, CLASSES)
     metric = MeanAveragePrecision(labels, box_coder(network.model, network.spec), "voc07")
     # This network multiplies rounding by 100,000 in two layers, and kernels round by batch size and threads.

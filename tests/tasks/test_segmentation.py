@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from modeling import build_model
 from modeling.deeplab import STAGES, DeepLab
+from modeling.segmentation import build_segmenter
 from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.input_spec import InputSpec
@@ -128,7 +129,7 @@ def saved(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def load(weights: str, name: str = "deeplabv3plus_mobilenet_v2") -> nn.Module:
-    return build_model(name, weights, "segmentation").model
+    return build_model(name, weights, build_segmenter).model
 
 
 def test_checkpoint_of_upstream_gives_upstreams_output(tmp_path):
@@ -195,7 +196,7 @@ def test_unusable_network_is_one_line(tmp_path, monkeypatch, name, message):
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        network = build_model(name, None, "segmentation")
+        network = build_model(name, None, build_segmenter)
         scored(network.model, network.spec, TASK.output_dims)
     assert "\n" not in str(error.value)
 
@@ -475,7 +476,7 @@ def test_pictures_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 def test_real_checkpoint_scores_and_measures_as_it_did_upstream(shared):
     weights = shared / "weights/deeplab-mobilenet-camvid.pth.tar"
-    network = build_model("deeplabv3plus_mobilenet_v2", str(weights), "segmentation")
+    network = build_model("deeplabv3plus_mobilenet_v2", str(weights), build_segmenter)
     samples, names = voc_segmentation(str(shared / "data/camvid-voc"), None, replace(network.spec, size=(360, 480)), 11)
     assert len(samples) == 101 and names[0] == "sky"
     inputs = []

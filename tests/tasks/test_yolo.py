@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import main_det
 from dfq import quantize_data_free
-from modeling import box_coder, build_model
+from modeling import build_model
+from modeling.detection import box_coder, build_detector
 from utils.backends.onnxruntime.export import export
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -273,7 +274,7 @@ YOLO_SPEC = InputSpec(size=(64, 96), resize=64, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 def test_ultralytics_boxes_and_scores_are_its_own(ultralytics_network):
     model, weights = ultralytics_network
-    network = build_model("yolo:yolov8n.yaml", weights, "detection")
+    network = build_model("yolo:yolov8n.yaml", weights, build_detector)
     assert network.spec.size == (640, 640) and network.spec.range() == (0, 1)
     images, coder = YOLO_SPEC.probe(2), box_coder(network.model, YOLO_SPEC)
     assert count_classes(network.model, YOLO_SPEC, coder) == 2
@@ -288,7 +289,7 @@ def test_ultralytics_boxes_and_scores_are_its_own(ultralytics_network):
 
 
 def test_ultralytics_is_quantized_whole_and_exported(ultralytics_network, tmp_path):
-    network = build_model("yolo:yolov8n.yaml", ultralytics_network[1], "detection")
+    network = build_model("yolo:yolov8n.yaml", ultralytics_network[1], build_detector)
     quantized = quantize_data_free(
         network.model, YOLO_SPEC, Recipe(equalize=True, quantize=True, correction=True, per_channel=True)
     )
@@ -308,10 +309,10 @@ def test_ultralytics_is_quantized_whole_and_exported(ultralytics_network, tmp_pa
 )
 def test_an_unknown_ultralytics_network_is_one_line(ultralytics_network, name, message):
     with pytest.raises(UserError, match=message) as error:
-        build_model(name, ultralytics_network[1], "detection")
+        build_model(name, ultralytics_network[1], build_detector)
     assert "\n" not in str(error.value)
 
 
 def test_a_yolo_without_weights_is_one_line():
     with pytest.raises(UserError, match=r"yolo:yolov8n\.yaml has no weights of its own; pass --weights"):
-        build_model("yolo:yolov8n.yaml", None, "detection")
+        build_model("yolo:yolov8n.yaml", None, build_detector)

@@ -178,7 +178,8 @@ def add_deployment_flags(parser: ArgumentParser) -> None:
         "--engine",
         choices=("simulate", *ENGINES),
         default="simulate",
-        help="what runs the INT8 network: float arithmetic, or ONNX Runtime or OpenVINO on integers (default: simulate)",
+        help="what runs the INT8 network: float arithmetic, or "
+        f"{' or '.join(engine.title for engine in ENGINES.values())} on integers (default: simulate)",
     )
     group.add_argument(
         "--opset",

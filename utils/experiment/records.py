@@ -17,7 +17,13 @@ from utils.backends.base import ENGINES
 from utils.core.errors import UserError
 from utils.quantization.recipe import OF_A_ROW, as_today, row_name
 
-_PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnx", "onnxruntime", "openvino")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "timm",
+    *(name for engine in ENGINES.values() for name in engine.packages),
+)
 _FOLDER = Path(__file__).resolve().parents[2]
 
 

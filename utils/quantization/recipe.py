@@ -268,7 +268,9 @@ class Recipe:
             about = SETTINGS[name].metadata
             if about["chosen_per_row"]:
                 bare = value is True or value == about["argument"].get("const")
-                values = value if isinstance(value, tuple) else [f"{value:g}" if name == "clip_weight" else str(value)]
+                values = (
+                    value if isinstance(value, tuple) else [f"{value:g}" if isinstance(value, float) else str(value)]
+                )
                 words += [f"--{name}"] if bare else [f"--{name}", *values]
         return words
 
