@@ -144,7 +144,7 @@ def rendered(kind: str, root: str | None = None) -> Path:
     """The folder of a data set ("classification" or "voc"), rendered now unless it is there and whole."""
     folder = cache_folder(root) / "demo" / kind
     try:
-        fault = _fault(folder, kind)
+        fault = _fault(folder)
         if fault is None:
             return folder
         if folder.exists():
@@ -188,13 +188,13 @@ def _replace(folder: Path, fresh: Path) -> None:
     try:
         fresh.rename(folder)
     except OSError:
-        if _fault(folder, fresh.name) is not None:  # another process was first
+        if _fault(folder) is not None:  # another process was first
             raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _fault(folder: Path, kind: str) -> str | None:
+def _fault(folder: Path) -> str | None:
     """What is wrong with a rendered data set; None: nothing."""
     if not folder.is_dir():
         return "nothing"

@@ -187,3 +187,9 @@ def ways(graph: fx.GraphModule, fan: Fan) -> dict[str, list[fx.Node]]:
 
 def _is_start(node: fx.Node, name: str) -> bool:
     return node.target == f"layers.{name}"
+
+
+def sqnr(reference: Tensor, noisy: Tensor) -> float:
+    """Signal-to-quantization-noise ratio of two tensors of one shape, in dB."""
+    noise = (reference - noisy).square().mean()
+    return float(10 * torch.log10(reference.square().mean() / noise.clamp_min(1e-30)))

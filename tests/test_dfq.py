@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from networks import NETWORKS, SPEC, chain, made, modules_in, randomise, settle
+from networks import NETWORKS, SPEC, chain, made, modules_in, randomise, settle, sqnr
 from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.core.errors import UserError
 from utils.graph.layers import Clip
-from utils.tasks.metrics import sqnr
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -188,7 +188,7 @@ def test_a_folder_that_is_not_there_is_refused_before_the_work(tmp_path):
 
 
 @pytest.mark.parametrize("script", [main_cls, main_seg, main_det])
-def test_saved_loaded_and_exported_it_is_the_same_network(script, tmp_path, monkeypatch, capsys):
+def test_saved_loaded_and_exported_it_is_the_same_network(script, tmp_path, capsys):
     """The demo, quantized once and scored three ways: in simulation, in the engine, and loaded from a file."""
     few = ["--limit", "12", "--workers", "0", "--results", str(tmp_path / "runs.jsonl")]
     kept, first, second = (str(tmp_path / name) for name in ("net.dfq", "first.onnx", "second.onnx"))
@@ -252,7 +252,7 @@ def test_a_sum_of_steps_rounds_as_the_engines_kernel(seed):
     assert torch.equal(found.clamp(0, 255).byte(), torch.from_numpy(expected))
 
 
-def test_a_saved_network_of_another_version_is_refused(tmp_path, monkeypatch):
+def test_a_saved_network_of_another_version_is_refused(tmp_path):
     kept = tmp_path / "net.dfq"
     main_cls.main(
         ["--limit", "2", "--workers", "0", "--results", str(tmp_path / "r.jsonl"), "--quantize", "--save", str(kept)]

@@ -69,7 +69,7 @@ def test_the_most_uneven_layer():
 
 
 @pytest.mark.parametrize("flags", [[], ["--quantize"], ["--table", "--rows", "Original", "+LE+BC per channel"]])
-def test_the_demo_is_reported(flags, tmp_path, capsys):
+def test_the_demo_is_reported(flags, tmp_path):
     folder = tmp_path / "report"
     run = ["--limit", "8", "--workers", "0", "--results", str(tmp_path / "r.jsonl"), "--report", str(folder)]
     main_cls.main([*run, *flags])

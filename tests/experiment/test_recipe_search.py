@@ -133,7 +133,7 @@ def test_code_that_fails_is_one_line(images, tmp_path, capsys):  # noqa: F811
     assert "first line" in failure(flags(images, tmp_path, "--doctor", model="test_recipe_search:fails"), capsys)
 
 
-def test_without_data_a_run_still_says_what_it_did(images, tmp_path, capsys):  # noqa: F811
+def test_without_data_a_run_still_says_what_it_did(tmp_path, capsys):
     words = [
         "--model",
         "test_recipe_search:uneven",

@@ -95,10 +95,11 @@ def test_detection_compares_with_the_float_network_that_ran_once(table, tmp_path
     assert second["metrics"]["quantized"]["score_shift_mean"] > 0
 
 
-def test_a_killed_table_goes_on_where_it_was(table, tmp_path):
+def test_a_killed_table_goes_on_where_it_was(table, tmp_path, capsys):
     """Killed while rows are being written, again and again, until none is missing."""
     file = tmp_path / "runs.jsonl"
-    command = [sys.executable, "main_cls.py", *table, "--rows", *ROWS]
+    argv = [*table, "--rows", *ROWS]
+    command = [sys.executable, "main_cls.py", *argv]
 
     def rows_there():
         return file.read_bytes().count(b"\n") if file.exists() else 0
@@ -112,11 +113,12 @@ def test_a_killed_table_goes_on_where_it_was(table, tmp_path):
         assert rows_there() > before
     with file.open("ab") as handle:
         handle.write(b'{"format": 2, "task": "class')
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "torn line" in done.stderr
+    main_cls.main(argv)
+    assert "torn line" in capsys.readouterr().err
     rows = read_lines(file)
     assert len(rows) == len(ROWS) == len({identity(row, DEFAULTS) for row in rows})
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    main_cls.main(argv)
+    again = capsys.readouterr().out
     assert f"{len(ROWS)} rows, {len(ROWS)} of them in {file} already" in again
     assert [name for name in ROWS if re.search(rf"^{re.escape(name)} +\d", again, re.MULTILINE)] == ROWS
     assert rows_there() == len(ROWS)

@@ -1,8 +1,11 @@
 """The passes on the whole networks of segmentation and detection."""
 
+import copy
+from functools import cache
+
 import pytest
 import torch
-from networks import randomise, settle
+from networks import randomise, settle, sqnr
 
 from dfq import Recipe, quantize_data_free
 from modeling.deeplab import DeepLab
@@ -17,7 +20,6 @@ from utils.passes.exactness import deviation, probed_outputs
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
 from utils.quantization.quantizer import Quantizer
-from utils.tasks.metrics import sqnr
 
 SPEC = InputSpec(size=(96, 128))
 
@@ -38,10 +40,18 @@ def torchvision_segmenter():
 NETWORKS = {"deeplab": deeplab, "ssd_lite": ssd_lite, "lraspp": torchvision_segmenter}
 
 
+@cache
+def built(name):
+    """A network with the statistics of random images, and its graph, which the passes copy."""
+    torch.manual_seed(0)
+    model = settle(randomise(NETWORKS[name]()), SPEC, images=64)
+    return model, capture(model, SPEC)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_exact_passes_keep_every_output(name):
-    model = randomise(NETWORKS[name]())
-    result = quantize_data_free(model, SPEC, Recipe(equalize=True))
+    model, graph = built(name)
+    result = quantize_data_free(model, SPEC, Recipe(equalize=True), captured=graph)
     images = SPEC.probe(2, seed=9)
     assert deviation(probed_outputs(model, images), result.float, images) < 1e-4
     assert result.log.counts()["equalized"]["applied"] >= 15
@@ -50,8 +60,8 @@ def test_exact_passes_keep_every_output(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_layer_is_quantized_and_stays_close(name):
-    model = settle(randomise(NETWORKS[name]()), SPEC, images=64)
-    result = quantize_data_free(model, SPEC, Recipe(equalize=True, quantize=True, correction=True))
+    model, graph = built(name)
+    result = quantize_data_free(model, SPEC, Recipe(equalize=True, quantize=True, correction=True), captured=graph)
     counts = result.log.counts()
     assert (
         counts["quantized weights"]
@@ -68,7 +78,7 @@ def test_every_layer_is_quantized_and_stays_close(name):
 
 
 def test_the_tap_is_equalized_with_all_of_its_sinks():
-    captured = capture(randomise(ssd_lite()), SPEC)
+    captured = copy.deepcopy(built("ssd_lite")[1])
     fold_batchnorm(captured, PassLog())
     sinks = {region.sources: [sink.name for sink in region.sinks] for region in find_regions(captured)[0]}
     assert sinks["base_net.14.conv.0.0",] == [
@@ -79,8 +89,8 @@ def test_the_tap_is_equalized_with_all_of_its_sinks():
 
 
 def test_the_pyramids_branches_share_one_grid():
-    model = settle(randomise(deeplab()), SPEC, images=16)
-    result = quantize_data_free(model, SPEC, Recipe(quantize=True))
+    model, graph = built("deeplab")
+    result = quantize_data_free(model, SPEC, Recipe(quantize=True), captured=graph)
     scales = {
         name: module.scale
         for name, module in result.simulated.named_modules()

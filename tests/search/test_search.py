@@ -95,9 +95,16 @@ def uneven():
     return made(chain, randomise, settle, spread_gains, settle)
 
 
-def test_on_a_network_it_takes_what_is_nearest(uneven):
-    model, _ = uneven
-    result = quantize_auto(model, SPEC, SPEC.probe(16, seed=4), bits_weight=6)
+@pytest.fixture(scope="module")
+def searched(uneven):
+    """What a search finds on it, by these images."""
+    images = SPEC.probe(16, seed=4)
+    torch.manual_seed(0)
+    return quantize_auto(uneven[0], SPEC, images, bits_weight=6), images
+
+
+def test_on_a_network_it_takes_what_is_nearest(uneven, searched):
+    model, result = uneven[0], searched[0]
     assert result.chosen.recipe.bits_weight == 6 and result.chosen.recipe.quantize
     assert result.chosen.noise >= max(one.noise for one in result.candidates) - IMAGES_GAIN
     images = SPEC.probe(32, seed=9)
@@ -108,10 +115,8 @@ def test_on_a_network_it_takes_what_is_nearest(uneven):
     assert measured > plain - 3, "it is not as near on other images as it was judged"
 
 
-def test_layers_stay_in_float_until_the_noise_is_low_enough(uneven):
-    model, _ = uneven
-    images = SPEC.probe(16, seed=4)
-    plain = quantize_auto(model, SPEC, images, bits_weight=6)
+def test_layers_stay_in_float_until_the_noise_is_low_enough(uneven, searched):
+    model, (plain, images) = uneven[0], searched
     wanted = plain.chosen.noise + 3
     result = quantize_auto(model, SPEC, images, max_noise=wanted, bits_weight=6)
     assert result.chosen.noise >= wanted

@@ -383,9 +383,3 @@ def _precision(hits: Tensor, weights: Tensor) -> Tensor:
 def _best_beyond(hits: Tensor, weights: Tensor) -> Tensor:
     """The best precision at each detection or after it."""
     return _precision(hits, weights).flip(-1).cummax(-1).values.flip(-1)
-
-
-def sqnr(reference: Tensor, noisy: Tensor) -> float:
-    """Signal-to-quantization-noise ratio of two tensors of one shape, in dB."""
-    noise = (reference - noisy).square().mean()
-    return float(10 * torch.log10(reference.square().mean() / noise.clamp_min(1e-30)))
