@@ -29,6 +29,7 @@ from utils.graph.activations import find_activations, is_elementwise
 from utils.graph.constants import KnownConstants
 from utils.graph.functional import functionalize, inline_contexts
 from utils.graph.nodes import first_line, propagate_shapes, tidy
+from utils.graph.ops import OPERATORS
 from utils.graph.rules import RULES
 from utils.graph.translate import translate
 
@@ -176,24 +177,16 @@ def place(error: BaseException) -> str:
 
 
 def _needs_decomposition(node: fx.Node) -> bool:
-    """Whether an operator is made of others, and has no rule of its own."""
+    """Whether an operator is made of others, and has neither a row nor a rule of its own."""
     if not isinstance(node.target, torch._ops.OpOverload) or is_elementwise(node):
+        return False
+    if node.target in OPERATORS:
         return False
     name = node.target._schema.name.partition("::")[2]
     composite = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
     return composite and name.removesuffix("_") not in RULES and name not in _KEPT
 
 
-# Composite operators that engines have as they are.
-_KEPT = {"layer_norm", "group_norm", "instance_norm", "softmax", "log_softmax", "pixel_shuffle", "pixel_unshuffle"}
-_KEPT |= {"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"}
-_KEPT |= {"upsample_linear1d", "upsample_trilinear3d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "matmul"}
-_KEPT |= {
-    "max_pool2d",
-    "max_pool1d",
-    "max_pool3d",
-    "scaled_dot_product_attention",
-    "channel_shuffle",
-    "sym_size",
-    "rms_norm",
-}
+# Composite operators without a row in the table that torch.onnx writes as they are.
+_KEPT = {"rms_norm", "sym_size", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"}
+_KEPT |= {"_upsample_nearest_exact2d", "_upsample_bilinear2d_aa"}
