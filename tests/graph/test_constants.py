@@ -10,7 +10,7 @@ from torch import nn
 
 from utils.core.errors import UserError
 from utils.core.torchvision_compat import torchvision
-from utils.graph.capture import capture
+from utils.graph.capture import _export, _OfImages, capture
 
 
 class Body(nn.Module):
@@ -131,3 +131,17 @@ def test_a_mask_that_is_written_into_weights_is_in_the_graphs_weights(forward):
 def test_data_of_a_value_is_the_value():
     network = Body(lambda net, x: net.body(x).data * 2).eval()
     torch.testing.assert_close(captured(network)(SPEC.probe(3)), network(SPEC.probe(3)))
+
+
+def test_a_network_that_computes_with_constants_is_exported_in_one_piece():
+    """torch.export cuts a graph wherever gradients are switched, which takes minutes for networks of many layers."""
+
+    def forward(net, x):
+        with torch.no_grad():
+            x = net.body(x)
+        return x * (net.scale * 2).view(1, -1, 1, 1)
+
+    with torch.no_grad():
+        program = _export(_OfImages(Body(forward).eval()), SPEC.probe(2), None)
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert all(isinstance(target, torch._ops.OpOverload) for target in called)

@@ -33,6 +33,8 @@ class KnownConstants(TorchFunctionMode):
         self.given = set(self.values)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch._C._set_grad_enabled:  # by which torch.export cuts its graph in parts, in quadratic time
+            return None
         if func == torch.Tensor.data.__get__:  # which is no operator, and so in no graph
             func = torch.Tensor.detach
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -57,7 +59,7 @@ class KnownConstants(TorchFunctionMode):
 
         Such a one is written once, where the values are, and is no part of the graph.
         """
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes():
             if func == torch.Tensor.data.__set__ and len(tensors) == 2 and id(tensors[0]) in self.given:
                 self.values[id(tensors[0])].copy_(self.values[id(tensors[1])])
                 return True
@@ -94,7 +96,7 @@ class KnownConstants(TorchFunctionMode):
         args, kwargs = tree_map(
             lambda leaf: self.values[id(leaf)] if isinstance(leaf, Tensor) else leaf, (args, kwargs)
         )
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes():  # and no gradient, as in all of capture()
             return func(*args, **kwargs)
 
 
