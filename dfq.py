@@ -111,7 +111,8 @@ def _exact_passes(
     log = PassLog()
     if recipe.quantize and recipe.target != DEFAULT:
         log.note(str(recipe.engine))
-    network = capture(model if captured is None else captured, spec)
+    captured = capture(model, spec) if captured is None else captured
+    network = capture(captured, spec)
     probe = spec.probe(network.meta["batch"] or 2)
     reference = check_capture(model, network, spec, probe, log)
     if images and len(fit := statistics_fit(network, spec, images.calibration)) > 1:
@@ -129,11 +130,7 @@ def _exact_passes(
 
     # Layers in a row that no BatchNorm tells of: their ranges come from images, a few distilled ones if there are none.
     guessed = guess_ranges(network, statistics, recipe, images is not None and images.real, log)
-    few = (
-        distill(model if captured is None else captured, spec, few_images(spec), torch.device("cpu"))
-        if guessed and images is None
-        else None
-    )
+    few = distill(captured, spec, few_images(spec), torch.device("cpu")) if guessed and images is None else None
 
     # ReLU6 -> ReLU, section 5.1.1: changes the function. Without it equalization keeps ReLU6 exact.
     if recipe.relu:

@@ -13,6 +13,7 @@ from torch import nn
 from dfq import Recipe, quantize_data_free
 from utils.backends.onnxruntime.export import build, check_parity
 from utils.backends.onnxruntime.session import OnnxNetwork, find_kernels
+from utils.backends.torch_onnx import Input, exported_by_torch
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.passes.exactness import probed_outputs
@@ -137,6 +138,42 @@ class Einsum(nn.Module):
         return torch.einsum(self.equation, *((self.weight, x) if self.first else (x, self.weight)))
 
 
+class EachImage(nn.Module):
+    """A convolution whose weights are mixed for every image, all images in one call: CondConv."""
+
+    def __init__(self, groups: int, bias: bool):
+        super().__init__()
+        self.routing, self.groups = nn.Linear(8, 3), groups
+        self.experts = nn.Parameter(torch.randn(3, 8 * 8 // groups * 9) / 5)
+        self.biases = nn.Parameter(torch.randn(3, 8)) if bias else None
+
+    def forward(self, x):
+        images, channels, *sides = x.shape
+        shares = torch.sigmoid(self.routing(x.mean((2, 3))))
+        kernels = (shares @ self.experts).view(images * 8, channels // self.groups, 3, 3)
+        bias = None if self.biases is None else (shares @ self.biases).view(-1)
+        y = F.conv2d(x.reshape(1, -1, *sides), kernels, bias, 2, 2, 2, groups=images * self.groups)
+        return y.view(images, 8, *y.shape[2:])
+
+
+class Beside(nn.Module):
+    """What torch.onnx writes as a loop over its operands."""
+
+    def forward(self, x):
+        return torch.hstack([x, x.flip(1)])
+
+
+class Merge(nn.Module):
+    """A constant matrix times what a kernel lies on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 72) / 8)
+
+    def forward(self, x):
+        return F.fold(self.weight @ F.unfold(x, 3, padding=1), x.shape[2:], 1)
+
+
 def fractions(x):
     """Where a sampling grid points that is the same for all images."""
     side = torch.linspace(-0.9, 0.9, 7)
@@ -176,6 +213,9 @@ MIDDLES = {
     "transposed, grouped": nn.ConvTranspose2d(8, 8, 2, 2, groups=4),
     "transposed, 1d": As(1, nn.ConvTranspose1d(8, 8, 2, 2)),
     "transposed, 3d": As(3, nn.ConvTranspose3d(2, 2, (1, 2, 2), (1, 2, 2))),
+    "weights of each image's own": EachImage(1, bias=False),
+    "weights of each image's own, depthwise": EachImage(8, bias=True),
+    "a layer as a product with patches": Merge(),
     "nearest": nn.Upsample(scale_factor=2),
     "nearest by a factor": nn.Upsample(scale_factor=1.7),
     "nearest to a size": nn.Upsample(size=(7, 19)),
@@ -295,6 +335,15 @@ def test_linear_layers_on_tokens_run_on_integers():
     result = quantized(Attention(fused=False))
     integer = find_kernels(build(result, SPEC, {}), result.simulated).integer
     assert {"middle.query", "middle.key", "middle.value"} <= set(integer)
+
+
+def test_loops_that_torch_onnx_writes_keep_their_names_apart():
+    """hstack is one, which the rules otherwise take: two of them in one file."""
+    module = Beside()
+    parts = [exported_by_torch(module, [Input("x", torch.zeros(2, 4), [0])], 18, prefix, "") for prefix in ("a", "b")]
+    nodes = [node for part in parts for node in part[0]]
+    inner = [step for node in nodes for attribute in node.attribute for step in attribute.g.node]
+    assert inner and len({name for step in inner for name in step.output}) == sum(len(s.output) for s in inner)
 
 
 def test_what_nobody_has_a_form_for_is_named():

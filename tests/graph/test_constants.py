@@ -10,7 +10,7 @@ from torch import nn
 
 from utils.core.errors import UserError
 from utils.core.torchvision_compat import torchvision
-from utils.graph.capture import capture
+from utils.graph.capture import _export, _OfImages, capture
 
 
 class Body(nn.Module):
@@ -98,3 +98,50 @@ def sliced_by_image(net, x):
 def test_what_is_asked_of_images_is_refused(ask):
     with pytest.raises(UserError, match="depends on its values"):
         capture(Body(ask).eval(), SPEC)
+
+
+def masked_in_place(net, x):
+    """PixelCNN's masks."""
+    net.body[0].weight.data *= net.taps
+    return net.body(x)
+
+
+def masked_anew(net, x):
+    net.body[0].weight.data = net.body[0].weight.data * net.taps
+    return net.body(x)
+
+
+def masked_without_gradient(net, x):
+    with torch.no_grad():
+        net.body[0].weight.masked_fill_(net.taps == 0, 0.0)
+    return net.body(x)
+
+
+@pytest.mark.parametrize("forward", [masked_in_place, masked_anew, masked_without_gradient])
+def test_a_mask_that_is_written_into_weights_is_in_the_graphs_weights(forward):
+    network = Body(forward).eval()
+    network.register_buffer("taps", (torch.arange(9) < 5).float().view(3, 3))
+    before = network.body[0].weight.detach().clone()
+    graph = capture(network, SPEC)
+    assert torch.equal(network.body[0].weight, before)  # the network itself stays as it is
+    assert torch.equal(graph.get_submodule("body.0").weight, before * network.taps)
+    torch.testing.assert_close(graph(SPEC.probe(3)), network(SPEC.probe(3)))
+
+
+def test_data_of_a_value_is_the_value():
+    network = Body(lambda net, x: net.body(x).data * 2).eval()
+    torch.testing.assert_close(captured(network)(SPEC.probe(3)), network(SPEC.probe(3)))
+
+
+def test_a_network_that_computes_with_constants_is_exported_in_one_piece():
+    """torch.export cuts a graph wherever gradients are switched, which takes minutes for networks of many layers."""
+
+    def forward(net, x):
+        with torch.no_grad():
+            x = net.body(x)
+        return x * (net.scale * 2).view(1, -1, 1, 1)
+
+    with torch.no_grad():
+        program = _export(_OfImages(Body(forward).eval()), SPEC.probe(2), None)
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert all(isinstance(target, torch._ops.OpOverload) for target in called)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SMALL, Fan, ways
+from networks import SMALL, Fan, modules_in, ways
 from torch import fx, nn
 
 from utils.graph.capture import capture
@@ -55,6 +55,7 @@ PARTS = {
     "everything": (lambda x: x[:, :], []),
     "one part": (lambda x: torch.cat([x], 1), []),
     "roll": (lambda x: x.roll(3, 2), [(SLICE, 2, 13, 16, 1), (SLICE, 2, 0, 13, 1), (CAT, 2)]),
+    "hstack": (lambda x: torch.hstack([x[:, 2:], x[:, :1]]), [(SLICE, 1, 2, 4, 1), (SLICE, 1, 0, 1, 1), (CAT, 1)]),
     "stack": (
         lambda x: torch.stack([x, x], 1),
         [(RESHAPE, [-1, 1, 4, 16, 16]), (RESHAPE, [-1, 1, 4, 16, 16]), (CAT, 1)],
@@ -106,6 +107,7 @@ NOTHING = {
 }
 CALLS = SHAPES | PARTS | PADDING | POOLING | ARITHMETIC | NOTHING
 WEIGHT = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+LEFT = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
 PRODUCTS = {  # linear layers, however they are written
     "nn_Linear": nn.Linear(16, 3),
     "matmul": lambda x: x @ WEIGHT,
@@ -157,6 +159,15 @@ def test_a_product_with_a_constant_matrix_is_a_linear_layer(captured, name):
     bias = fan.functions[name].bias if name == "nn_Linear" else torch.zeros(3)
     assert type(layer) is nn.Linear and layer.weight_qparams is None and layer.bias_qparams is None
     assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, bias)
+
+
+@pytest.mark.parametrize("way", [lambda x: LEFT @ x, lambda x: torch.bmm(LEFT.expand(len(x), -1, -1), x)])
+def test_a_product_from_the_left_is_a_convolution_of_width_1(way):
+    fan = Fan({"way": lambda x: way(x.flatten(2))}).eval()
+    graph = capture(fan, SMALL)
+    (layer,) = modules_in(graph, nn.Conv1d)
+    assert torch.equal(layer.weight, LEFT[:, :, None])
+    torch.testing.assert_close(graph(SMALL.probe(3)), fan(SMALL.probe(3))[0])
 
 
 def test_a_sum_over_positions_is_their_mean_times_their_number(captured):

@@ -5,7 +5,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -98,10 +98,20 @@ def _renamed(
     for node in graph.node:
         copied = onnx.NodeProto()
         copied.CopyFrom(node)
-        copied.name = f"{prefix}_{node.name}"
-        copied.input[:], copied.output[:] = [own(n) for n in node.input], [own(n) for n in node.output]
+        _rename(copied, own, prefix)
         nodes.append(copied)
     return nodes, initializers, [own(value.name) for value in graph.output]
+
+
+def _rename(node: onnx.NodeProto, own: Callable[[str], str], prefix: str) -> None:
+    """Give a node, and the nodes of the branches and loops in it, names of their own."""
+    node.name = f"{prefix}_{node.name}"
+    node.input[:], node.output[:] = [own(n) for n in node.input], [own(n) for n in node.output]
+    for inner in (attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH):
+        for value in (*inner.input, *inner.output, *inner.initializer, *inner.value_info):
+            value.name = own(value.name)
+        for step in inner.node:
+            _rename(step, own, prefix)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 _ASKS = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
+_MASKS = {"__imul__", "mul_", "masked_fill_", "clamp_", "zero_", "fill_", "copy_", "__iand__", "relu_", "abs_"}
 _RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "empty")
 
 
@@ -32,6 +33,10 @@ class KnownConstants(TorchFunctionMode):
         self.given = set(self.values)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch._C._set_grad_enabled:  # by which torch.export cuts its graph in parts, in quadratic time
+            return None
+        if func == torch.Tensor.data.__get__:  # which is no operator, and so in no graph
+            func = torch.Tensor.detach
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -40,12 +45,38 @@ class KnownConstants(TorchFunctionMode):
         known &= not any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves)
         if known and tensors and name in _ASKS:
             return self._computed(func, args, kwargs)
+        if known and self._settles(func, name, tensors, args, kwargs):
+            return written[0] if written else None
         result = func(*args, **kwargs)
         if written and (not known or id(written[0]) in self.given):  # the network's own stay as they are
             self._forget(written[0])
         elif known:
             self._note(result, self._computed(func, args, kwargs))
         return result
+
+    def _settles(self, func: Any, name: str, tensors: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        """Whether a call writes into one of the network's own what the next call would leave: a mask, into weight.data.
+
+        Such a one is written once, where the values are, and is no part of the graph.
+        """
+        with _disable_current_modes():
+            if func == torch.Tensor.data.__set__ and len(tensors) == 2 and id(tensors[0]) in self.given:
+                self.values[id(tensors[0])].copy_(self.values[id(tensors[1])])
+                return True
+            if name not in _MASKS or not tensors or not self._is_own(self.values[id(tensors[0])]):
+                return False
+            own = self.values[id(tensors[0])]
+            before = own.clone()
+            once = self._computed(func, args, kwargs).clone()
+            if torch.equal(once, self._computed(func, args, kwargs)):
+                return True
+            own.copy_(before)
+            return False
+
+    def _is_own(self, value: Tensor) -> bool:
+        """Whether a value is memory of the network's parameters and buffers."""
+        memory = value.untyped_storage().data_ptr()
+        return any(self.values[key].untyped_storage().data_ptr() == memory for key in self.given if key in self.values)
 
     def _note(self, result: Any, computed: Any) -> None:
         """What a call gave without values, and with them."""
@@ -65,7 +96,7 @@ class KnownConstants(TorchFunctionMode):
         args, kwargs = tree_map(
             lambda leaf: self.values[id(leaf)] if isinstance(leaf, Tensor) else leaf, (args, kwargs)
         )
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes():  # and no gradient, as in all of capture()
             return func(*args, **kwargs)
 
 

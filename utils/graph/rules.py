@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from utils.graph.dynamic_convolution import convolve_each_image
 from utils.graph.einsum import einsum
 from utils.graph.index_rules import INDEX_RULES
 from utils.graph.layers import make_layer
@@ -41,6 +42,8 @@ def _any_convolution(
 
 
 def _layer(t, x, weight, bias, dims, stride, padding, dilation, groups, transposed, output_padding) -> Any:
+    if isinstance(weight, fx.Node) and not transposed and len(size_of(x)) == dims + 2:
+        return convolve_each_image(t, x, weight, bias, stride, padding, dilation, groups)
     if not (isinstance(x, fx.Node) and isinstance(weight, Tensor) and is_constant(bias)) or len(size_of(x)) != dims + 2:
         return None
     stride, dilation, output_padding = (each(value, dims) for value in (stride, dilation, output_padding))
@@ -64,10 +67,24 @@ def _linear(t: Translator, node: fx.Node, x, weight, bias=None) -> Any:
 
 
 def _product(t: Translator, node: fx.Node, x, weight) -> Any:
-    """A product with a constant matrix is a linear layer."""
+    """A product with a constant matrix is a linear layer, one from the left of [N, C, L] a convolution of width 1."""
+    x, weight = _one_for_all(t, x), _one_for_all(t, weight)
+    if isinstance(x, Tensor) and x.dim() == 2 and isinstance(weight, fx.Node) and len(size_of(weight)) == 3:
+        options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        return t.layer(make_layer(nn.Conv1d, x[:, :, None], None, **options), weight, t.layer_name(x))
     if not (isinstance(x, fx.Node) and isinstance(weight, Tensor) and weight.dim() == 2 and len(size_of(x)) > 1):
         return None
     return t.layer(make_layer(nn.Linear, weight.T, None), x, t.layer_name(weight))
+
+
+def _one_for_all(t: Translator, x: Any) -> Any:
+    """A constant matrix that was expanded to one for every image, before it was."""
+    if isinstance(x, Tensor) and x.dim() == 3 and len(x) == (t.batch or 1) and bool((x == x[:1]).all()):
+        return x[0]
+    if not (isinstance(x, fx.Node) and x.target is aten.expand.default and x.args[0].op == "get_attr"):
+        return x
+    tensor = getattr(t.root, x.args[0].target)
+    return tensor[0] if tensor.dim() == 3 and len(tensor) == 1 else x
 
 
 def _addmm(t: Translator, node: fx.Node, bias, x, weight, *, beta=1, alpha=1) -> Any:
@@ -197,7 +214,7 @@ RULES: dict[str, Rule] = {
     **{f"conv_transpose{n}d": _convolution(n, transposed=True) for n in (1, 2, 3)},
     "convolution": _any_convolution,
     "linear": _linear,
-    **dict.fromkeys(("matmul", "mm"), _product),
+    **dict.fromkeys(("matmul", "mm", "bmm"), _product),
     "addmm": _addmm,
     "einsum": einsum,
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"), _batch_norm),

@@ -119,6 +119,21 @@ def _stack(t: Translator, node: fx.Node, parts, dim=0) -> Any:
     return t.emit(aten.cat.default, ([t.reshape(part, thin) for part in parts], axis))
 
 
+def _fold(t: Translator, node: fx.Node, x, size, kernel, dilation, padding, stride) -> Any:
+    """Patches of one position each are the map."""
+    plain = {*each(kernel, 2), *each(stride, 2)} == {1} and not any(each(padding, 2))
+    return t.reshape(x, t.size()) if plain else None
+
+
+def _stacked_along(axis: int) -> Rule:
+    """hstack and its kin: a concat along an axis that follows from the name, of tensors that have it."""
+
+    def rule(t: Translator, node: fx.Node, parts) -> Any:
+        return _cat(t, node, parts, axis) if all(len(size_of(part)) > max(axis, 1) for part in parts) else None
+
+    return rule
+
+
 def _roll(t: Translator, node: fx.Node, x, shifts, dims=()) -> Any:
     if not dims:
         return None
@@ -216,7 +231,9 @@ SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "stack": _stack,
+    **{name: _stacked_along(i) for name, i in (("vstack", 0), ("hstack", 1), ("column_stack", 1), ("dstack", 2))},
     "roll": _roll,
+    "col2im": _fold,
     "pad": _pad_rule(None),
     "constant_pad_nd": _pad_rule("constant"),
     **{f"reflection_pad{n}d": _pad_rule("reflect") for n in (1, 2, 3)},
