@@ -79,6 +79,22 @@ def test_a_published_network_shows_the_published_figures():
     assert "| 70.32 | -1.49 | 70.00 | 69.50 | -1.50 |" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "name", "figure"),
+    [
+        ({"flags": {"relu": True, "asymmetric": True}}, "+ReLU+LE asymmetric", "70.32"),
+        ({"flags": {"relu": True, "per_channel": True}}, "+ReLU+LE per channel", "-"),
+        ({"bits": {"weight": 6, "activation": 8, "bias": 32}}, "+ReLU+LE", "-"),
+        ({"engine": "onnxruntime"}, "+ReLU+LE in ONNX Runtime", "-"),
+        ({"recipe": "auto: +ReLU+LE"}, "auto: +ReLU+LE", "-"),
+    ],
+)
+def test_published_figures_stand_beside_rows_of_the_same_kind(changes, name, figure):
+    (group,) = tables.grouped([line(model="mobilenet_v2", data="ImageNet", **changes)])
+    row = tables.rows_table(group, ["row", "published"]).splitlines()[-1]
+    assert row == f"| {name} | {figure} |"
+
+
 def test_a_page_gets_the_rows_and_columns_that_it_asks_for(recorded):
     file = recorded(line(), line(**OTHER), line(model="other", flags={"relu": False}))
     page = f"before\n<!-- table: {file} | model: net | rows: Original, +ReLU+LE | columns: row, change -->\nold\n<!-- /table -->\nafter\n"

@@ -184,7 +184,7 @@ def recover(file: Path) -> list[dict[str, Any]]:
 
 def name_of(line: Mapping[str, Any]) -> str:
     """The row's name in a table."""
-    name = row_name(line["recipe"], line["flags"]["per_channel"])
+    name = row_name(line["recipe"], line["flags"])
     return name + (f" in {ENGINES[line['engine']].title}" if line["engine"] in ENGINES else "")
 
 

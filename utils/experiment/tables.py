@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.backends.base import ENGINES
 from utils.core.arguments import Parser
 from utils.core.errors import UserError
 from utils.experiment import cli
@@ -64,7 +65,11 @@ def _bits(line: Line, group: Group) -> str:
 
 
 def _published(line: Line, group: Group) -> float | None:
-    return group.source and group.source.quantized.get(name_of(line))
+    """The published figure of a row of the same passes and bits, in simulation and per tensor."""
+    bits = line["bits"] and (line["bits"]["weight"], line["bits"]["activation"])
+    if group.source is None or line["flags"].get("per_channel") or line["engine"] in ENGINES or bits != (8, 8):
+        return None
+    return group.source.quantized.get(line["recipe"])
 
 
 def _interval(line: Line, group: Group) -> str:

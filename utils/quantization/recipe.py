@@ -268,9 +268,8 @@ class Recipe:
             about = SETTINGS[name].metadata
             if about["chosen_per_row"]:
                 bare = value is True or value == about["argument"].get("const")
-                values = (
-                    value if isinstance(value, tuple) else [f"{value:g}" if isinstance(value, float) else str(value)]
-                )
+                text = f"{value:g}" if isinstance(value, float) else str(value)
+                values = value if isinstance(value, tuple) else [text]
                 words += [f"--{name}"] if bare else [f"--{name}", *values]
         return words
 
@@ -320,7 +319,7 @@ class Recipe:
     @property
     def row_name(self) -> str:
         """What a row of a table is called."""
-        return row_name(str(self), self.per_channel)
+        return row_name(str(self), self.settings)
 
 
 SETTINGS: dict[str, Field] = {one.name: one for one in fields(Recipe)}
@@ -342,9 +341,11 @@ def given(settings: dict[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in settings.items() if value != SETTINGS[name].default}
 
 
-def row_name(passes: str, per_channel: bool) -> str:
-    """What a row of a table is called, by its recipe's passes as a line of results holds them."""
-    return passes + " per channel" * per_channel
+def row_name(passes: str, settings: Mapping[str, Value]) -> str:
+    """What a row of a table is called: its recipe's passes as a line of results holds them, and how weights are rounded."""
+    return passes + "".join(
+        f" {name.replace('_', ' ')}" for name in ("per_channel", "asymmetric") if settings.get(name)
+    )
 
 
 def _name(given: dict[str, Value]) -> str:
