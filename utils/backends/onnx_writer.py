@@ -207,6 +207,16 @@ class _Writer:
             self.add("DequantizeLinear", [f"{value.name}_uint8", scales, zeros], name, axis=1)
         return name
 
+    def _free(self, names: Sequence[str]) -> None:
+        """Rename the tensors inside that have an output's name, as where a layer is called as what it hands out."""
+        taken = {name: f"{name}_inside" for name in names if name != INPUT}
+        for node in self.nodes:
+            for values in (node.input, node.output):
+                values[:] = [taken.get(value, value) for value in values]
+        for node, value in self.values.items():
+            if value.name in taken:
+                self.values[node] = replace(value, name=taken[value.name])
+
     def parameter(self, name: str, values: Tensor, qparams: QParams | None, kind: torch.dtype, axis: int = 0) -> str:
         """A weight or bias: integers behind their DequantizeLinear, or floats where it is not quantized."""
         if qparams is None:
@@ -238,8 +248,9 @@ class _Writer:
     def _outputs(self, node: fx.Node) -> None:
         results = node.args[0] if isinstance(node.args[0], tuple | list) else [node.args[0]]
         names = self.model.meta.get("outputs") or [f"output_{i}" for i in range(len(results))]
+        self._free(names)
         for name, result in zip(names, results, strict=True):
-            self.add("Identity", [self.name(result)], name)
+            self.add("Identity", [self.name(result)], f"{name}_handed_out", [name])
             batch = self.model.meta.get("batch") or "N"
             kind = _KINDS.get(result.meta["tensor_meta"].dtype, TensorProto.FLOAT)
             info = helper.make_tensor_value_info(name, kind, [batch, *shape(result)[1:]])
