@@ -209,7 +209,8 @@ class _Writer:
 
     def _free(self, names: Sequence[str]) -> None:
         """Rename the tensors inside that have an output's name, as where a layer is called as what it hands out."""
-        taken = {name: f"{name}_inside" for name in names if name != INPUT}
+        made = {output for node in self.nodes for output in node.output}
+        taken = {name: f"{name}_inside" for name in names if name in made}
         for node in self.nodes:
             for values in (node.input, node.output):
                 values[:] = [taken.get(value, value) for value in values]
