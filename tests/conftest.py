@@ -37,6 +37,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+LONG = ("test_distributed", "test_properties", "test_demo_runs", "test_export", "test_table", "test_real_networks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Long tests first, so that no worker has one left when the others are done."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real data and weights, which is not part of the project."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from networks import NETWORKS, SPEC, chain, made, settle
+from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.backends.lowering import QuantizeToSteps, lower_to_integers
@@ -26,6 +27,29 @@ def test_lowering_changes_no_layer_by_more_than_a_rounding_tie(name):
     assert ((simulated_out - lowered_out).abs() > 1e-5).float().mean() < 0.05
     assert (simulated_out - lowered_out).abs().max() <= 2 * step
     assert sum(module.to_steps for module in lowered.modules() if isinstance(module, QuantizeToSteps)) >= 2
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers over the channels of a map, in a row, as in ConvNeXt."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU())
+        self.first, self.second, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 5)
+
+    def forward(self, images):
+        x = self.stem(images).permute(0, 2, 3, 1)
+        return self.head(self.second(self.first(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_linear_layers_over_maps_have_their_channels_last(target):
+    result = quantized(ChannelsLast, Recipe(quantize=True, per_channel=True, target=target))
+    lowered, images = lower_to_integers(result.simulated), SPEC.probe(8, seed=5)
+    steps = [module for module in lowered.modules() if isinstance(module, QuantizeToSteps) and module.to_steps]
+    assert len(steps) >= 3  # the linear layers read steps
+    expected = result.simulated(images)
+    torch.testing.assert_close(lowered(images), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
 def test_layers_between_steps_hold_integers_and_the_simulation_stays():

@@ -1,8 +1,10 @@
 """Names of outputs in an exported file."""
 
 import onnxruntime
+import torch
 from networks import SPEC, made, settle
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from dfq import Recipe, quantize_data_free
 from utils.backends.onnxruntime.export import build
@@ -29,3 +31,7 @@ def test_an_output_may_have_the_name_of_a_layer():
         build(result, SPEC, {}).SerializeToString(), providers=["CPUExecutionProvider"]
     )
     assert [output.name for output in session.get_outputs()] == ["out", "aux"]
+    images = SPEC.probe(2)
+    found = session.run(None, {"images": images.numpy()})
+    for values, expected in zip(found, tree_leaves(result.simulated(images)), strict=True):
+        torch.testing.assert_close(torch.from_numpy(values), expected, rtol=0, atol=0.02 * float(expected.abs().max()))

@@ -243,7 +243,9 @@ def _lower_layer(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> d
             return {user: _to_accumulator(layer, before.scale, len(shape(node)))}
         multiplier = layer.weight_qparams.scale.float() * before.scale / after.scale
         _to_integers(layer, before.scale)
-        return {user: float(multiplier) if multiplier.dim() == 0 else per_channel(multiplier, len(shape(node)))}
+        if multiplier.dim() == 0:
+            return {user: float(multiplier)}
+        return {user: _along_channels(layer, multiplier, len(shape(node)))}
     if reads_steps:
         scale_inputs(layer, torch.full((channels_in(layer),), before.scale))
     if not after:
@@ -263,14 +265,18 @@ def _to_integers(layer: nn.Module, input_scale: float) -> None:
 def _to_accumulator(layer: nn.Module, input_scale: float, dims: int) -> tuple[Tensor, Tensor]:
     """Replace a layer's weights by their integers and its bias by zeros; returns the accumulator's scale, and the bias.
 
-    Both [C, 1, ...] for outputs of so many dimensions.
+    Both as outputs of so many dimensions take them.
     """
     bias = layer.bias.detach().clone()
     _to_integers(layer, input_scale)
     layer.bias.data.zero_()
     scale = (layer.weight_qparams.scale.float() * input_scale).expand(channels_out(layer)).clone()
-    shaped = (lambda part: part) if isinstance(layer, nn.Linear) else (lambda part: per_channel(part, dims))
-    return shaped(scale), shaped(bias)
+    return _along_channels(layer, scale, dims), _along_channels(layer, bias, dims)
+
+
+def _along_channels(layer: nn.Module, values: Tensor, dims: int) -> Tensor:
+    """Values [C] as a layer's outputs of so many dimensions take them: along the last for a linear layer, else the second."""
+    return values if isinstance(layer, nn.Linear) else per_channel(values, dims)
 
 
 def _lower_layer_sum(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, Multiplier]:

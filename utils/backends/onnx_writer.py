@@ -214,9 +214,13 @@ class _Writer:
         for node in self.nodes:
             for values in (node.input, node.output):
                 values[:] = [taken.get(value, value) for value in values]
-        for node, value in self.values.items():
-            if value.name in taken:
-                self.values[node] = replace(value, name=taken[value.name])
+
+        def renamed(value: Value | list[Value]) -> Value | list[Value]:
+            if isinstance(value, list):
+                return [renamed(part) for part in value]
+            return replace(value, name=taken.get(value.name, value.name))
+
+        self.values = {node: renamed(value) for node, value in self.values.items()}
 
     def parameter(self, name: str, values: Tensor, qparams: QParams | None, kind: torch.dtype, axis: int = 0) -> str:
         """A weight or bias: integers behind their DequantizeLinear, or floats where it is not quantized."""
