@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from utils.graph.in_place import run_in_place
 from utils.graph.layers import (
     WEIGHTED,
+    along_outputs,
     channels_in,
     channels_out,
     grouped_weight,
-    per_channel,
     scale_inputs,
     scale_outputs,
 )
@@ -245,7 +245,7 @@ def _lower_layer(model: fx.GraphModule, node: fx.Node, steps: set[fx.Node]) -> d
         _to_integers(layer, before.scale)
         if multiplier.dim() == 0:
             return {user: float(multiplier)}
-        return {user: _along_channels(layer, multiplier, len(shape(node)))}
+        return {user: along_outputs(layer, multiplier, len(shape(node)))}
     if reads_steps:
         scale_inputs(layer, torch.full((channels_in(layer),), before.scale))
     if not after:
@@ -271,12 +271,7 @@ def _to_accumulator(layer: nn.Module, input_scale: float, dims: int) -> tuple[Te
     _to_integers(layer, input_scale)
     layer.bias.data.zero_()
     scale = (layer.weight_qparams.scale.float() * input_scale).expand(channels_out(layer)).clone()
-    return _along_channels(layer, scale, dims), _along_channels(layer, bias, dims)
-
-
-def _along_channels(layer: nn.Module, values: Tensor, dims: int) -> Tensor:
-    """Values [C] as a layer's outputs of so many dimensions take them: along the last for a linear layer, else the second."""
-    return values if isinstance(layer, nn.Linear) else per_channel(values, dims)
+    return along_outputs(layer, scale, dims), along_outputs(layer, bias, dims)
 
 
 def _lower_layer_sum(model: fx.GraphModule, node: fx.Node) -> dict[fx.Node, Multiplier]:

@@ -359,7 +359,8 @@ def distilled(
 ) -> Tensor:
     """distill(), kept in a folder by the network's weights, its input and the settings.
 
-    captured: capture(model, spec), where it is at hand. A damaged file is made anew, and that is said; a folder that cannot be written to is a UserError.
+    captured: capture(model, spec), where it is at hand. A damaged file is made anew, and that is said; a folder that
+    cannot be written to is a UserError.
     """
     key = hashlib.sha256(f"{weights_hash(model)} {spec} {settings}".encode()).hexdigest()[:16]
     file = folder / f"{key}.pt"

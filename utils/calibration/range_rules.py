@@ -19,8 +19,7 @@ from utils.calibration.observers import Observer, channel_mean, layer_means, obs
 from utils.calibration.ranges import RangeOf
 from utils.core.input_spec import InputSpec
 from utils.graph.in_place import without_overwriting
-from utils.graph.layers import WEIGHTED, Clip
-from utils.graph.layers import per_channel as per_channel_view
+from utils.graph.layers import WEIGHTED, Clip, along_outputs
 from utils.graph.nodes import is_tensor, module_of, outputs_of
 from utils.graph.ops import operator_of
 from utils.quantization.qparams import activation_qparams, choose_weight_qparams, round_weight
@@ -240,7 +239,7 @@ def weight_noise(model: fx.GraphModule, images: Tensor, bits: int, per_channel: 
         round_weight(layer, choose_weight_qparams(layer, bits, per_channel, symmetric))
         result = layer(value)
         shift = channel_mean(layer, result) - means[name]
-        return result - (shift if isinstance(layer, nn.Linear) else per_channel_view(shift, result.dim()))
+        return result - along_outputs(layer, shift, result.dim())
 
     with torch.no_grad():
         expected = outputs_of(without_overwriting(model)(images))

@@ -99,6 +99,11 @@ def per_channel(values: Tensor, dims: int) -> Tensor:
     return values.reshape(-1, *[1] * (dims - 2))
 
 
+def along_outputs(layer: nn.Module, values: Tensor, dims: int) -> Tensor:
+    """[C], to broadcast over a layer's outputs of that many dimensions: along the last of a linear layer's, else the second."""
+    return values if isinstance(layer, nn.Linear) else per_channel(values, dims)
+
+
 def grouped_weight(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     """The weight as a view [groups, out / groups, in / groups, kernel positions].
 

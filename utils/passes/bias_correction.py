@@ -9,7 +9,7 @@ from utils.calibration.images import Images
 from utils.calibration.moments import Moments, Statistics, Unknown
 from utils.calibration.observers import channel_mean, layer_means, run_layers
 from utils.calibration.range_rules import guessed_tensors
-from utils.graph.layers import per_channel
+from utils.graph.layers import along_outputs
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.gptq import gptq_round_layer
 from utils.passes.log import PassLog
@@ -121,4 +121,4 @@ def correct_layer(name: str, layer: nn.Module, output: Tensor, mean: Tensor, log
     shift = channel_mean(layer, output) - mean
     layer.bias.data.sub_(shift)
     log.applied(ACTION, name, f"largest shift {float(shift.abs().max()):.3g}")
-    return output - (shift if isinstance(layer, nn.Linear) else per_channel(shift, output.dim()))
+    return output - along_outputs(layer, shift, output.dim())
