@@ -56,7 +56,7 @@ def agreement(first, second):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_file_computes_layer_by_layer_what_the_simulation_does(name, target):
     result, model = made(NETWORKS[name], target)
-    assert check_parity(model, result.simulated, SPEC.probe(6)).agreement == 1
+    assert check_parity(model, result.simulated, SPEC.probe(6), target=TARGETS[target]).agreement == 1
     images = SPEC.probe(64, seed=9)
     expected = run(lower_to_integers(result.simulated), images)[0]
     assert agreement(run(OnnxNetwork(model.SerializeToString()), images)[0], expected) >= 0.98
@@ -79,6 +79,17 @@ def test_files_for_tensorrt_keep_its_rules(name, relu):
         assert constants[f"{node.name}_bias"].dtype == np.float32
     adds = [node for node in model.graph.node if node.op_type == "Add"]
     assert len(adds) == (1 if name == "residual" else 0)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_layer_kept_in_float_has_its_float_weights_in_a_file_for_tensorrt(place):
+    names = [node.target for node in weighted_nodes(captured(chain))]
+    result, model = made(chain, "tensorrt", float_layers=(names[place],))
+    parity = check_parity(model, result.simulated, SPEC.probe(6), target=TARGETS["tensorrt"])
+    assert parity.agreement == 1 and parity.max_steps < 0.1
+    kept = next(node for node in weighted_nodes(result.simulated) if node.target == names[place])
+    stored = next(one for one in model.graph.initializer if one.name == f"{kept.name}_weight")
+    assert np.array_equal(numpy_helper.to_array(stored), result.float.get_submodule(names[place]).weight.detach())
 
 
 def test_a_file_for_another_target_breaks_them():
@@ -158,7 +169,7 @@ def test_an_export_for_tensorrt_says_that_it_was_not_run_there(tmp_path):
 @pytest.mark.parametrize("network", [chain, relu_chain, Residual, Branches])
 def test_openvino_computes_on_integers_what_the_simulation_does(network, settings):
     result, model = made(network, "openvino", **settings)
-    parity = check_parity(model, result.simulated, SPEC.probe(6), engine="openvino", far=TARGETS["openvino"].far)
+    parity = check_parity(model, result.simulated, SPEC.probe(6), engine="openvino", target=TARGETS["openvino"])
     assert parity.agreement == 1
     kernels = load_engine("openvino").find_kernels(model, result.simulated)
     assert not kernels.floating and len(kernels.integer) == len(weighted_nodes(result.simulated))

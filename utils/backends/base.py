@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, fx, nn
 
 from utils.core.errors import UserError
+from utils.quantization.target import Target
 
 if TYPE_CHECKING:
     import onnx
 
 INPUT = "images"  # of a file that this project writes
+FLOAT_LAYERS = "float_layers"  # in its metadata: the names of its layers whose weights are not quantized
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,12 @@ class Network(Protocol):
 class Engine(Protocol):
     """The module session.py of an engine's folder."""
 
-    def network(self, model: Path | bytes, threads: int | None = None) -> nn.Module:
-        """The file, or the serialised model, as a Network; threads: None for as many as torch uses."""
+    def network(self, model: Path | bytes, threads: int | None = None, foreign: bool = False) -> nn.Module:
+        """The file, or the serialised model, as a Network.
+
+        threads: None for as many as torch uses. foreign: of a file made for another engine, which is run as it was
+        written, without rewriting weights as this engine would by default.
+        """
 
     def find_kernels(self, model: "onnx.ModelProto", simulated: fx.GraphModule) -> Kernels:
         """What the engine makes of the model."""
@@ -68,6 +74,11 @@ ENGINES: Mapping[str, Runs] = {
     "onnxruntime": Runs("ONNX Runtime", ("onnx", "onnxruntime"), "utils.backends.onnxruntime.session"),
     "openvino": Runs("OpenVINO", ("onnx", "openvino"), "utils.backends.openvino.session"),
 }
+
+
+def is_own(engine: str, target: Target) -> bool:
+    """Whether the engine is the one that the target's files are made for."""
+    return ENGINES[engine].title == target.title
 
 
 def missing_package(engine: str) -> str | None:

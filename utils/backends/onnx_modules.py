@@ -64,6 +64,8 @@ def _parameters(w: "_Writer", node: fx.Node, layer: nn.Module, axis: int = 0) ->
     weights, biases = layer.weight_qparams, layer.bias_qparams
     if weights is not None:
         _check_bits(weights, (*w.target.bits_weight, w.target.bits_first), f"the weights of layer {node.target!r}")
+    else:
+        w.float_layers.append(node.name)
     if biases is not None:
         _check_bits(biases, (32,), f"the bias of layer {node.target!r}")
     return [

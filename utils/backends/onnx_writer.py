@@ -21,7 +21,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from utils.backends.base import INPUT
+from utils.backends.base import FLOAT_LAYERS, INPUT
 from utils.backends.batch_axes import BatchAxes
 from utils.backends.onnx_modules import MODULES, Value
 from utils.backends.torch_onnx import TORCH_OPSET, Input, exported_by_torch, part_of
@@ -75,7 +75,8 @@ def onnx_model(
     opsets = [helper.make_opsetid("", writer.opset)]
     version = IR_VERSIONS.get(writer.opset, max(IR_VERSIONS.values()))
     model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="dfq")
-    helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
+    about = {**metadata, FLOAT_LAYERS: writer.float_layers}
+    helper.set_model_props(model, {key: json.dumps(value) for key, value in about.items()})
     return model
 
 
@@ -92,6 +93,7 @@ class _Writer:
         self.initializers: list[onnx.TensorProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self.values: dict[fx.Node, Value | list[Value]] = {}
+        self.float_layers: list[str] = []
 
     def write_all(self) -> None:
         for node in self.model.graph.nodes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from utils.backends.base import load_engine
+from utils.backends.base import is_own, load_engine
 from utils.backends.parity import AGREEMENT, Compared, Remembered
 from utils.backends.torch_export import SUFFIX as PROGRAM
 from utils.backends.torch_export import export_program
@@ -62,11 +62,10 @@ def in_engine(
     check_engine(recipe.target, name)
     model = build(quantized, run.spec, describe(run, recipe, names), run.args.opset, recipe.engine)
     print(describe_kernels(model, quantized, name))
-    far = recipe.engine.far if name == recipe.target else 0.0
-    parity = check_parity(model, quantized.simulated, probes, run.task.predictions, name, far)
+    parity = check_parity(model, quantized.simulated, probes, run.task.predictions, name, recipe.engine)
     print(f"  {parity}")
     simulation = Remembered(simulated)
-    engine = load_engine(name).network(model.SerializeToString())
+    engine = load_engine(name).network(model.SerializeToString(), foreign=not is_own(name, recipe.engine))
     return {
         "simulated": simulation,
         "quantized": Compared(engine, simulation, parity.first_parting, run.task.predictions),

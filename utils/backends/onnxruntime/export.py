@@ -12,7 +12,7 @@ import torch
 from onnx import helper
 from torch import Tensor, fx
 
-from utils.backends.base import ENGINES, Kernels, load_engine, missing_package
+from utils.backends.base import Kernels, is_own, load_engine, missing_package
 from utils.backends.onnx_writer import WITH_MIN, onnx_model
 from utils.backends.parity import Parity, compare, integers_of
 from utils.core.errors import UserError
@@ -81,12 +81,13 @@ def check_parity(
     images: Tensor,
     predictions: Predictions = channel_predictions,
     engine: str = DEFAULT,
-    far: float = 0.0,
+    target: Target = TARGETS[DEFAULT],
 ) -> Parity:
     """Engine against simulation, layer by layer; over the bounds of utils.backends.parity it is a UserError.
 
     The engine runs a copy of the model that also hands out its integers. This adds changes of layout between its
-    kernels, and leaves the kernels themselves as they are. far: as Target has it.
+    kernels, and leaves the kernels themselves as they are. target: the one that the file was made for, whose share of
+    far values is allowed where the engine is its own.
     """
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
@@ -95,7 +96,10 @@ def check_parity(
             name = integers_of(node, quantizer)
             kind = helper.np_dtype_to_tensor_dtype(np.dtype(name.rpartition("_")[2]))
             opened.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    parity = compare(simulated, load_engine(engine).network(opened.SerializeToString()).tensors, images, predictions)
+    own = is_own(engine, target)
+    network = load_engine(engine).network(opened.SerializeToString(), foreign=not own)
+    parity = compare(simulated, network.tensors, images, predictions)
+    far = target.far if own else 0.0
     parity.check(far, _SATURATION if far else "")
     return parity
 
@@ -109,7 +113,7 @@ def checking_engine(target: Target) -> tuple[str, tuple[str, ...]]:
     if missing_package(own) is not None:
         package = missing_package(own)
         return DEFAULT, (f"compared in ONNX Runtime: {target.title} is not installed here (pip install {package})",)
-    if ENGINES[own].title != target.title:
+    if not is_own(own, target):
         return own, (f"compared in ONNX Runtime, and held to the rules of {target.title}, but not run on its hardware",)
     return own, ()
 
@@ -144,10 +148,9 @@ def export(
     images = spec.probe(PROBES) if images is None else images
     model = build(quantized, spec, metadata, opset, target)
     engine, notes = checking_engine(target)
-    far = target.far if engine == target.engines[0] else 0.0
-    parity = check_parity(model, quantized.simulated, images, predictions, engine, far)
-    kernels = describe_kernels(model, quantized, engine) if ENGINES[engine].title == target.title else None
-    notes, run = (*notes, *_about_caps(model)), load_engine(engine).network
+    parity = check_parity(model, quantized.simulated, images, predictions, engine, target)
+    kernels = describe_kernels(model, quantized, engine) if is_own(engine, target) else None
+    notes, run = (*notes, *_about_caps(model)), load_engine(engine).network  # both runs of one kind
     with atomic_write(file) as beside:
         onnx.save(model, beside)
         onnx.checker.check_model(str(beside), full_check=True)

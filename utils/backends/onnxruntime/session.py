@@ -13,21 +13,25 @@ from utils.core.errors import UserError
 from utils.graph.nodes import first_line, module_of, weighted_nodes
 
 _PROVIDERS = ["CPUExecutionProvider"]
+_REWRITES = ["WeightBiasQuantization"]  # rounds the weights of a float layer that reads a tensor of one scale
 
 
 class OnnxNetwork(nn.Module):
     """The INT8 engine in the place of a network: images [N, C, H, W] -> its output, or a tuple of several.
 
-    model: a file, or the serialised model. threads: of the session; None: as many as torch uses.
+    model: a file, or the serialised model. threads: of the session; None: as many as torch uses. foreign: as Engine.network
+    has it.
     """
 
-    def __init__(self, model: Path | bytes, threads: int | None = None):
+    def __init__(self, model: Path | bytes, threads: int | None = None, foreign: bool = False):
         super().__init__()
         options = _options()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         source = model if isinstance(model, bytes) else str(model)
         try:
-            self.session = onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
+            self.session = onnxruntime.InferenceSession(
+                source, options, providers=_PROVIDERS, disabled_optimizers=_REWRITES if foreign else None
+            )
         except Exception as error:  # its exceptions have no base of their own
             raise UserError(
                 f"ONNX Runtime {onnxruntime.__version__} refuses the network: {first_line(error)[:240]}; nothing was exported"
@@ -48,9 +52,9 @@ class OnnxNetwork(nn.Module):
         return {name: torch.from_numpy(array).to(images.device) for name, array in zip(names, arrays, strict=True)}
 
 
-def network(model: Path | bytes, threads: int | None = None) -> OnnxNetwork:
+def network(model: Path | bytes, threads: int | None = None, foreign: bool = False) -> OnnxNetwork:
     """As utils.backends.base.Engine says."""
-    return OnnxNetwork(model, threads)
+    return OnnxNetwork(model, threads, foreign)
 
 
 def _options() -> onnxruntime.SessionOptions:

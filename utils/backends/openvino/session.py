@@ -52,8 +52,8 @@ class OpenVinoNetwork(nn.Module):
         }
 
 
-def network(model: Path | bytes, threads: int | None = None) -> OpenVinoNetwork:
-    """As utils.backends.base.Engine says."""
+def network(model: Path | bytes, threads: int | None = None, foreign: bool = False) -> OpenVinoNetwork:
+    """As utils.backends.base.Engine says; it rewrites no weights."""
     return OpenVinoNetwork(model, threads)
 
 

@@ -4,6 +4,7 @@ Nothing here was run on its hardware: a file that keeps these rules is one that 
 describe as valid.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from utils.backends.base import FLOAT_LAYERS
 from utils.core.errors import UserError
 
 GUIDE = 'NVIDIA TensorRT documentation, "Working with Quantized Types"'
@@ -37,6 +39,11 @@ class _File:
                 found.setdefault(name, []).append(node)
         return found
 
+    @cached_property
+    def float_layers(self) -> list[str]:
+        """The layers that the file says are in float on purpose."""
+        return json.loads({prop.key: prop.value for prop in self.model.metadata_props}.get(FLOAT_LAYERS, "[]"))
+
     def of(self, *kinds: str) -> Iterator[onnx.NodeProto]:
         return (node for node in self.nodes if node.op_type in kinds)
 
@@ -49,10 +56,19 @@ class _File:
 
     def dequantized(self, name: str) -> onnx.NodeProto | None:
         """The DequantizeLinear that a value comes from, past what only moves it."""
-        node = self.made_by.get(name)
-        while node is not None and node.op_type in _MOVES:
-            node = self.made_by.get(node.input[0])
+        node = self.made_by.get(self._moved(name))
         return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+    def is_weight(self, name: str) -> bool:
+        """Whether a value is a constant, quantized or not; else the network computes it."""
+        quantized = self.dequantized(name)
+        return self._moved(quantized.input[0] if quantized else name) in self.constants
+
+    def _moved(self, name: str) -> str:
+        """The tensor whose values a tensor holds, elsewhere or in another shape."""
+        while name in self.made_by and self.made_by[name].op_type in _MOVES:
+            name = self.made_by[name].input[0]
+        return name
 
 
 def _unsigned(file: _File) -> Iterator[str]:
@@ -103,7 +119,8 @@ def _weight_scales(file: _File) -> Iterator[str]:
 def _inputs_of_layers(file: _File) -> Iterator[str]:
     for node in file.of(*LAYERS):
         quantized = [file.dequantized(name) is not None for name in node.input[:2]]
-        if any(quantized) and not all(quantized):
+        meant = node.name.removesuffix("_product") in file.float_layers or not file.is_weight(node.input[1])
+        if any(quantized) and not all(quantized) and not meant:
             yield f"{node.name}: its {'weights' if quantized[0] else 'input'} in float, the other quantized"
 
 
@@ -144,7 +161,7 @@ RULES = (
     ),
     Rule("weights have one scale, or one for every output channel", PARSER, _weight_scales),
     Rule(
-        "a layer's input and its weights are both quantized, or neither",
+        "a layer's input and its weights are both quantized, or neither, unless the file says that it is in float",
         f'{GUIDE}, "Quantize all inputs of weighted operations"',
         _inputs_of_layers,
     ),
