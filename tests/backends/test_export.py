@@ -75,7 +75,7 @@ def test_weights_are_stored_as_integers_and_the_file_is_a_quarter(tmp_path):
     assert all(zero.dtype == np.uint8 and (zero == 128).all() for zero in zeros)
     assert model.opset_import[0].version == 13 and model.ir_version == 7
     said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    assert said == {"recipe": "+LE+BC", "classes": {"0": "cat"}}
+    assert said == {"recipe": "+LE+BC", "classes": {"0": "cat"}, "float_layers": []}
     # The last layer's output is the network's, in float: ONNX Runtime computes it so, from integer weights.
     assert "2 of 3 layers on integers" in str(told) and "opset 13" in str(told)
 

@@ -74,3 +74,27 @@ def test_statistics_of_dead_channels_are_returned_and_the_old_ones_kept():
     assert corrected.variance[0] == 0 and corrected.mean[0] == 0.5
     assert (corrected.variance[1:] == kept[1:]).all()
     torch.testing.assert_close(statistics["0.0"].variance, kept, rtol=0, atol=0)
+
+
+class Gated(nn.Module):
+    """A layer whose first channel is constantly -1, times a gate of the whole map, in front of a ReLU."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.values, self.factor = conv_bn(3, 4, 1, activation=nn.Identity), conv_bn(3, 4, 1, activation=nn.Identity)
+        self.gate, self.head = gate, nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.values(x) * self.gate(self.factor(x))))
+
+
+@pytest.mark.parametrize("gate", [torch.sigmoid, torch.tanh])
+def test_a_product_in_front_of_a_relu_keeps_what_it_may_turn_positive(gate):
+    torch.manual_seed(0)
+    model = randomise(Gated(gate))
+    model.values[0].weight[0] = 1e-20
+    model.values[1].running_mean[0], model.values[1].bias[0] = 0, -1.0
+    traced, statistics = folded(model)
+    before = traced(SPEC.probe())
+    clear_dead_channels(traced, SPEC, statistics, PassLog())
+    torch.testing.assert_close(traced(SPEC.probe()), before, rtol=1e-4, atol=1e-4)

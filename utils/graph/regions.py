@@ -5,7 +5,7 @@ only moves values (reshape, slice, concat, shuffles) moves the indices as it mov
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -118,11 +118,15 @@ def stored_nodes(model: fx.GraphModule, region: Region) -> dict[str, str | None]
 
 @dataclass(frozen=True)
 class _Way:
-    """What has happened to the channels up to a node. index: their map, of the activation's shape for one image."""
+    """What has happened to the channels up to a node.
+
+    index: their map, of the activation's shape for one image. multiplied: by a tensor, which may change their sign.
+    """
 
     index: Tensor
     rectified: bool = False
     keeps_constants: bool = True
+    multiplied: bool = False
 
 
 class _Walk:
@@ -181,7 +185,7 @@ class _Walk:
             index = _by_channel(way.index, describe(module, user))
             if module.capped or not module.rectifies:
                 self.clips.append(ChannelSlice(user.target, index, way.keeps_constants))
-            return _Way(way.index, way.rectified or module.rectifies, way.keeps_constants)
+            return replace(way, rectified=way.rectified or (module.rectifies and not way.multiplied))
         if isinstance(module, Elementwise):
             return way
         if isinstance(module, ChannelAffine) and not module.shift.any():
@@ -195,11 +199,11 @@ class _Walk:
         if row is None or user.op == "output":
             raise _Refused(f"read by {describe(None, user)}")
         if row.channels == "moved":
-            self._follow(user, _Way(self._moved(user, node, way.index), way.rectified, way.keeps_constants))
+            self._follow(user, replace(way, index=self._moved(user, node, way.index)))
         elif row.channels == "kept" and shape(user)[1] == way.index.shape[1]:
             index = _spread(_by_channel(way.index, describe(None, user)), shape(user))
             constant = way.keeps_constants and row.kind != "pad" and not _pads(user)
-            self._follow(user, _Way(index, way.rectified, constant))
+            self._follow(user, replace(way, index=index, keeps_constants=constant))
         elif row.kind == "product":
             self._multiply(user, node, way)
         elif (
@@ -230,7 +234,7 @@ class _Walk:
         if user in self.multiplied or list(user.args).count(node) != 1 or shape(user) != shape(node):
             raise _Refused(f"read by {describe(None, user)}")
         self.multiplied.add(user)
-        self._follow(user, _Way(way.index, False, False))
+        self._follow(user, _Way(way.index, rectified=False, keeps_constants=False, multiplied=True))
 
     def _add(self, user: fx.Node) -> None:
         """Past a sum of layers, all of which join the region."""

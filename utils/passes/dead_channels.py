@@ -42,7 +42,7 @@ def clear_dead_channels(model: fx.GraphModule, spec: InputSpec, statistics: Stat
     corrected = dict(statistics)
     for region in find_regions(model)[0]:
         name = region.source
-        source = moments.get(nodes[name].args[0].name) if region.rectified else None
+        source = moments.get(nodes[name].args[0].name) if region.rectified and name in nodes else None
         if not isinstance(source, Moments):
             continue
         low, high = activation_bounds(model, nodes[name], source, region)
