@@ -4,9 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from networks import NETWORKS, SPEC, chain, folded, made, randomise, relu_chain, settle, spread_gains
-from torch import fx
+from networks import NETWORKS, SPEC, Head, chain, folded, made, randomise, relu_chain, settle, spread_gains
+from torch import fx, nn
 
+from dfq import Recipe, quantize_data_free
+from utils.backends.onnxruntime.export import build, check_parity
 from utils.calibration.moments import Statistics
 from utils.calibration.ranges import batchnorm_ranges
 from utils.graph.layers import grouped_weight
@@ -84,3 +86,44 @@ def test_a_layer_that_equalization_harms_can_be_left_out():
     changed = [name for name, weight in before.items() if (model.get_submodule(name).weight != weight).any()]
     assert changed == ["1.0", "2.0"]  # "1.0" as a source alone
     assert log.counts()["equalized"]["skipped"] == 2  # "0.0", and the layer that the output reads
+
+
+class Normalised(nn.Module):
+    """A layer of unlike channels, and a normalisation that reads it; with a skip, a sum reads it too."""
+
+    def __init__(self, norm: nn.Module, last: bool = False, skip: bool = False):
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Conv2d(3, 8, 3), norm, Head(8, 4)
+        self.last, self.skip = last, skip
+        with torch.no_grad():
+            self.layer.weight.mul_(torch.logspace(-1.5, 1.5, 8).view(8, 1, 1, 1))
+
+    def forward(self, x):
+        x = self.layer(x)
+        y = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.last else self.norm(x)
+        return self.head(torch.relu(y + x if self.skip else y))
+
+
+@pytest.mark.parametrize(
+    "norm, last", [(nn.GroupNorm(2, 8), False), (nn.InstanceNorm2d(8, affine=True), False), (nn.LayerNorm(8), True)]
+)
+def test_channels_that_a_normalisation_reads_share_their_steps_evenly(norm, last):
+    torch.manual_seed(0)
+    model, images = Normalised(norm, last).eval(), SPEC.probe(16)
+    noise = {}
+    for equalized in (False, True):
+        recipe = Recipe(quantize=True, equalize=equalized, distill_range=True)
+        result = quantize_data_free(model, SPEC, recipe, images=images)
+        wanted = model(images)
+        torch.testing.assert_close(result.float(images), wanted, rtol=1e-3, atol=1e-4)
+        noise[equalized] = float((result.simulated(images) - wanted).square().mean())
+        assert ("layer_gain" in dict(result.simulated.named_modules())) == equalized
+    assert noise[True] < noise[False] / 2
+    assert check_parity(build(result, SPEC, {}), result.simulated, images).agreement == 1
+
+
+def test_where_integers_read_the_layer_too_no_gain_is_left():
+    model = Normalised(nn.GroupNorm(2, 8), skip=True).eval()
+    recipe = Recipe(quantize=True, equalize=True, distill_range=True)
+    result = quantize_data_free(model, SPEC, recipe, images=SPEC.probe(8))
+    assert not any(name.endswith("gain") for name, _ in result.simulated.named_modules())

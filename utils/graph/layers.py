@@ -94,6 +94,13 @@ class Elementwise(nn.Module):
         return self.kind
 
 
+def identity() -> fx.GraphModule:
+    """The inner graph of an Elementwise that does nothing."""
+    graph = fx.Graph()
+    graph.output(graph.placeholder("x"))
+    return fx.GraphModule(nn.Module(), graph)
+
+
 def per_channel(values: Tensor, dims: int) -> Tensor:
     """[C] as [C, 1, ...], to broadcast over an activation [N, C, ...] of that many dimensions."""
     return values.reshape(-1, *[1] * (dims - 2))

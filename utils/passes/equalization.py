@@ -11,13 +11,15 @@ from torch import Tensor, fx
 
 from utils.calibration.moments import Gaussian, Statistics
 from utils.calibration.ranges import ChannelRanges
-from utils.graph.layers import WEIGHTED, grouped_weight, scale_inputs, scale_outputs
-from utils.graph.nodes import shape, tidy
+from utils.graph.layers import WEIGHTED, Clip, Elementwise, grouped_weight, identity, scale_inputs, scale_outputs
+from utils.graph.nodes import insert_module, module_of, shape, tidy
+from utils.graph.ops import operator_of
 from utils.graph.regions import ChannelSlice, Region, find_regions
 from utils.passes.log import PassLog
 from utils.passes.relu6 import channel_reach, scale_bounds
 
 ACTION = "equalized"
+GAIN = "gain"  # the kind of a function that only multiplies
 
 # For every region, what its channels [C] are divided by.
 ScalesOf = Callable[[fx.GraphModule, list[Region], PassLog], list[Tensor]]
@@ -36,6 +38,7 @@ def equalize(
     through_sums: scale the layers of a residual stream too, all of them by one factor for each channel; the paper
     leaves them as they are. without: layers whose input is left as it is.
     """
+    _add_gains(model)
     regions, refused = find_regions(model, through_sums)
     for name, reason in refused.items():
         log.skipped(ACTION, name, reason)
@@ -49,8 +52,42 @@ def equalize(
         factors = f"factors {float(scale.min()):.3g} to {float(scale.max()):.3g}"
         for name in region.sources:
             log.applied(ACTION, f"{name} -> {sinks}", factors + (", tied by sums" if region.tied else ""))
+    _drop_unused_gains(model)
     tidy(model)
     return statistics
+
+
+def _add_gains(model: fx.GraphModule) -> None:
+    """Put a function that does nothing but multiply between a layer, its ReLU included, and the normalisations that read it.
+
+    Engines compute these in float: a scale of the layer's channels can end in front of them, for one more product, so
+    that its rounding need not serve channels of unlike range.
+    """
+    for node in list(model.graph.nodes):
+        source = node.args[0] if isinstance(module_of(model, node), Clip) else node
+        if not isinstance(module_of(model, source), WEIGHTED):
+            continue
+        others = [user for user in node.users if not _normalises(user)]
+        if len(others) < len(node.users):
+            gain = insert_module(model, node, f"{node.name}_gain", Elementwise(identity(), GAIN, homogeneous=False))
+            for user in others:
+                user.replace_input_with(gain, node)
+
+
+def _normalises(node: fx.Node) -> bool:
+    """Whether all that reads a value, past what only moves it, is a normalisation."""
+    row = operator_of(node)
+    if row is not None and row.kind == "shape":
+        return bool(node.users) and all(_normalises(user) for user in node.users)
+    return row is not None and row.kind == "norm"
+
+
+def _drop_unused_gains(model: fx.GraphModule) -> None:
+    for node in list(model.graph.nodes):
+        module = module_of(model, node)
+        if isinstance(module, Elementwise) and module.kind == GAIN and not module.gain.dim():
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
 
 
 def apply_scale(model: fx.GraphModule, region: Region, scale: Tensor, statistics: Statistics) -> Statistics:
