@@ -31,12 +31,14 @@ from utils.graph.capture import capture
 from utils.graph.layers import grouped_weight
 from utils.graph.nodes import module_of
 from utils.graph.regions import find_regions, stored_nodes
+from utils.passes import noise_equalization
 from utils.passes.equalization import ScalesOf, activation_reach, cle_scales, equalize
 from utils.passes.exactness import probed_outputs
 from utils.passes.log import PassLog
 from utils.passes.noise_equalization import (
     QuantScheme,
     _activation_reaches,
+    _minimise,
     _Noise,
     choose_nearest,
     noise_optimal_scales,
@@ -63,6 +65,24 @@ def test_noise_optimal_scales_keep_the_output(network, through_sums):
     torch.testing.assert_close(probed_outputs(model, IMAGES)[0], before, rtol=1e-4, atol=1e-5)
     assert any((a != b.weight).any() for a, b in zip(weights, layers_of(model), strict=True))
     assert "noise at the output -" in log.notes[-1]
+
+
+def test_what_was_minimised_is_not_minimised_again(monkeypatch):
+    """The same network, images and bits give the scales that were found; other bits are minimised anew."""
+    minimised = []
+    monkeypatch.setattr(noise_equalization, "_MINIMA", {})
+    monkeypatch.setattr(noise_equalization, "_minimise", lambda noise: minimised.append(noise) or _minimise(noise))
+    model, statistics = unlike(relu_chain)
+    regions, _ = find_regions(model)
+    logs = [PassLog() for _ in range(3)]
+    schemes = (INT8, INT8, QuantScheme(8, 4))
+    first, again, other = (
+        noise_optimal(model, statistics, scheme)(model, regions, log) for scheme, log in zip(schemes, logs, strict=True)
+    )
+    assert len(minimised) == 2 and logs[0].notes == logs[1].notes != logs[2].notes
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    assert [len(scale) for scale in first] == [region.channels for region in regions]
+    assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def layers_of(model: fx.GraphModule) -> list[nn.Module]:

@@ -19,6 +19,7 @@ from utils.calibration.moments import Statistics
 from utils.calibration.observers import channel_extremes, input_means
 from utils.calibration.ranges import CONTRADICTED, ChannelRanges, batchnorm_ranges
 from utils.calibration.sensitivity import Sensitivity, output_sensitivity
+from utils.core.hashing import content_hash
 from utils.graph.layers import grouped_weight
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.regions import Region, stored_nodes
@@ -77,10 +78,12 @@ def noise_optimal_scales(
     """
     if not regions:
         return []
-    model_of_noise = _Noise(model, regions, _activation_reaches(model, regions, statistics, observed), observed, scheme)
-    scales, (before, after) = _minimise(model_of_noise)
+    noise = _Noise(model, regions, _activation_reaches(model, regions, statistics, observed), observed, scheme)
+    if (key := content_hash(vars(noise))) not in _MINIMA:
+        _MINIMA[key] = _minimise(noise)
+    scales, (before, after) = _MINIMA[key]
     log.note(f"noise-optimal equalization: predicted quantization noise at the output {after - before:+.1f} dB")
-    return scales
+    return list(scales.split(noise.sizes))
 
 
 def _activation_reaches(
@@ -215,8 +218,13 @@ def _places(
     return list(read.values()), list(made.values())
 
 
-def _minimise(noise: _Noise) -> tuple[list[Tensor], tuple[float, float]]:
-    """The scales of least noise by gradient descent, and the noise without scales and with them in dB."""
+# What _minimise found, by the hash of all that a _Noise holds: the rows of a table and the candidates of a search ask
+# for the same scales again and again.
+_MINIMA: dict[str, tuple[Tensor, tuple[float, float]]] = {}
+
+
+def _minimise(noise: _Noise) -> tuple[Tensor, tuple[float, float]]:
+    """The scales [X] of least noise by gradient descent, and the noise without scales and with them in dB."""
     logs = torch.zeros(sum(noise.sizes), requires_grad=True)
     optimizer = torch.optim.Adam([logs], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ITERATIONS)
@@ -230,7 +238,7 @@ def _minimise(noise: _Noise) -> tuple[list[Tensor], tuple[float, float]]:
         schedule.step()
     after = float(noise(logs).detach())
     decibels = tuple(10 * math.log10(max(power / 12, 1e-30)) for power in (before, after))
-    return list(logs.detach().exp().split(noise.sizes)), decibels
+    return logs.detach().exp(), decibels
 
 
 # ------------------------------------------------------------------------------------------- choice
