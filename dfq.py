@@ -20,7 +20,7 @@ from utils.calibration.distillation import (
     Distillation,
     describe_fit,
     distill,
-    few_images,
+    distill_few,
     for_search,
     search_images,
     statistics_fit,
@@ -130,7 +130,7 @@ def _exact_passes(
 
     # Layers in a row that no BatchNorm tells of: their ranges come from images, a few distilled ones if there are none.
     guessed = guess_ranges(network, statistics, recipe, images is not None and images.real, log)
-    few = distill(captured, spec, few_images(spec), torch.device("cpu")) if guessed and images is None else None
+    few = distill_few(captured, spec) if guessed and images is None else None
 
     # ReLU6 -> ReLU, section 5.1.1: changes the function. Without it equalization keeps ReLU6 exact.
     if recipe.relu:

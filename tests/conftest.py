@@ -31,6 +31,27 @@ def _one_cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_capture():
+    """Runs on the demo's networks, which read a graph and do not edit it, share one of each: no test has it captured anew."""
+    from utils.core.hashing import weights_hash
+    from utils.experiment import runner
+
+    capture, known = runner.capture, {}
+
+    def captured(model, spec):
+        if not type(getattr(model, "network", model)).__module__.startswith("modeling."):
+            return capture(model, spec)
+        key = weights_hash(model), str(model), spec
+        if key not in known:
+            known[key] = capture(model, spec)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "capture", captured)
+        yield
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: to look through it again and again for garbage is a tenth of what a capture costs."""
     gc.collect()

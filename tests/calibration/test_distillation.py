@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import SPEC, Branches, Residual, chain, randomise, settle
+from networks import SPEC, Branches, Residual, chain, made, randomise, settle
 from torch import nn
 
 from dfq import Recipe
@@ -183,3 +183,12 @@ def test_a_few_images_take_the_memory_of_sixteen_of_224_pixels():
     large = distill.few_images(InputSpec(size=(360, 480), resize=360))
     assert large.images == 16 and large.batch * 360 * 480 <= 16 * 224 * 224 < (large.batch + 1) * 360 * 480
     assert distill.few_images(InputSpec(size=(2000, 2000), resize=2000)).batch == 1
+
+
+def test_a_few_images_are_made_once_for_a_captured_network(monkeypatch):
+    calls, real = [], distill.distill
+    monkeypatch.setattr(distill, "distill", lambda *arguments: calls.append(arguments) or real(*arguments))
+    graph, other = made(chain, settle)[1], made(chain, randomise)[1]
+    first, again, others = (distill.distill_few(network, SPEC) for network in (graph, graph, other))
+    assert first is again and len(calls) == 2 and not torch.equal(first, others)
+    assert torch.equal(first, real(graph, SPEC, distill.few_images(SPEC), torch.device("cpu")))

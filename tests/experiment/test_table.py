@@ -1,11 +1,8 @@
 """--table: every row once, whatever interrupts it."""
 
+import multiprocessing
 import re
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +15,6 @@ from utils.experiment.records import identity, read_lines
 from utils.quantization.recipe import TABLE
 from utils.tasks.data import Batches
 
-ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = cli.defaults(main_cls.TASK)
 ROWS = ["Original", "+ReLU+LE", "+LE+BC", "+LE+BC per channel"]
 
@@ -99,17 +95,18 @@ def test_a_killed_table_goes_on_where_it_was(table, tmp_path, capsys):
     """Killed while rows are being written, again and again, until none is missing."""
     file = tmp_path / "runs.jsonl"
     argv = [*table, "--rows", *ROWS]
-    command = [sys.executable, "main_cls.py", *argv]
 
     def rows_there():
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     for _ in ROWS[:2]:
         before = rows_there()
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while rows_there() == before and process.poll() is None:
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
+        process = multiprocessing.get_context("fork").Process(target=main_cls.main, args=(argv,))
+        process.start()
+        while rows_there() == before and process.is_alive():
+            time.sleep(0.01)
+        process.kill()
+        process.join()
         assert rows_there() > before
     with file.open("ab") as handle:
         handle.write(b'{"format": 2, "task": "class')

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,6 +61,18 @@ def few_images(spec: InputSpec) -> Distillation:
     """A few images in little time, for ranges that nothing else tells of; together as many as 16 of 224 pixels a side."""
     height, width = spec.size
     return Distillation(images=16, batch=max(1, min(16, 16 * 224 * 224 // (height * width))), steps=20)
+
+
+# By captured network and its input: every row of a table would make them anew.
+_FEW: WeakKeyDictionary[fx.GraphModule, dict[InputSpec, Tensor]] = WeakKeyDictionary()
+
+
+def distill_few(network: fx.GraphModule, spec: InputSpec) -> Tensor:
+    """The images of few_images(), made once for a captured network, which is not edited between."""
+    known = _FEW.setdefault(network, {})
+    if spec not in known:
+        known[spec] = distill(network, spec, few_images(spec), torch.device("cpu"))
+    return known[spec]
 
 
 def for_judging(settings: Distillation) -> Distillation:
