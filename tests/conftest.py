@@ -40,7 +40,7 @@ def _one_capture():
     capture, known = runner.capture, {}
 
     def captured(model, spec):
-        if not type(getattr(model, "network", model)).__module__.startswith("modeling."):
+        if not type(getattr(model, "network", model)).__module__.startswith(("modeling.", "torchvision.models.")):
             return capture(model, spec)
         key = weights_hash(model), str(model), spec
         if key not in known:
