@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from utils.backends.base import FLOAT_LAYERS, INPUT
+from utils.backends.base import FLOAT_LAYERS, INPUT, is_own
 from utils.backends.batch_axes import BatchAxes
 from utils.backends.onnx_modules import MODULES, Value
 from utils.backends.torch_onnx import TORCH_OPSET, Input, exported_by_torch, part_of
@@ -210,7 +210,7 @@ class _Writer:
         value = self.values[node]
         if value.grid is None or layer.weight_qparams is not None or (channels := shape(node)[1]) == 1:
             return value.name
-        if self.target is not TARGETS[DEFAULT]:  # TensorRT takes no activations with scales by channel
+        if not is_own(DEFAULT, self.target):  # TensorRT takes no activations with scales by channel
             return value.name
         name = f"{value.name}_by_channel"
         if name not in {tensor.output[0] for tensor in self.nodes}:

@@ -185,7 +185,8 @@ def add_deployment_flags(parser: ArgumentParser) -> None:
         "--opset",
         type=Number(int, lambda value: 13 <= value <= 22, "an ONNX opset from 13 to 22"),
         metavar="N",
-        help="ONNX opset of what is exported or run, 13 to 22 (default: the lowest that has the network's operators)",
+        help="ONNX opset of what is exported or run, 13 to 22; from 21 on weights of 4 bits are stored in 4 (default: "
+        "the lowest that has the network's operators)",
     )
     group.add_argument("--save", type=Path, metavar="FILE", help="keep the quantized network, to be loaded again")
     group.add_argument(
