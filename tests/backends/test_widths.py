@@ -150,6 +150,10 @@ def test_all_kinds_of_layers_are_stored_in_4_bits(settings):
         (["--engine", "onnxruntime", "--bits_bias", "16"], "no kernels for --bits_bias 16, only for 32;"),
         (["--target", "openvino", "--bits_weight", "4"], "no kernels for --bits_weight 4, only for 8 or 7;"),
         (["--target", "tensorrt", "--bits_weight", "4"], "no kernels for --bits_weight 4, only for 8;"),
+        (
+            ["--target", "tensorrt", "--bits_weight", "4", "--export", "net.onnx"],
+            "--target tensorrt has no kernels for --b",
+        ),
         (["--target", "openvino", "--bits_first_last", "7"], "no kernels for --bits_first_last 7, only for 8;"),
     ],
 )

@@ -24,7 +24,7 @@ from utils.experiment.evaluation import tune_allocator
 from utils.experiment.images import OF_IMAGES, add_distillation_flags, add_image_flags, check_image_flags
 from utils.experiment.records import Loaded, check_writable
 from utils.quantization.recipe import DISTILLED, OF_A_ROW, SETTINGS, add_recipe_flags, check_settings, given
-from utils.quantization.target import TARGETS, check_engine, without_kernels
+from utils.quantization.target import DEFAULT, TARGETS, check_engine, without_kernels
 from utils.tasks.base import Task
 
 
@@ -272,7 +272,9 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
     to_onnx = args.export is not None and args.export.suffix != PROGRAM
     if args.opset and args.export and not to_onnx and args.engine == "simulate":
         parser.error(f"--opset is of ONNX files, and {args.export} is to be one of torch.export; leave out --opset")
-    if (to_onnx or args.engine != "simulate") and (lacking := without_kernels(vars(args))) is not None:
+    # Other targets' widths are refused with the recipe, even to be simulated.
+    runs = args.target == DEFAULT and (to_onnx or args.engine != "simulate")
+    if runs and (lacking := without_kernels(vars(args))) is not None:
         wish = "export" if to_onnx else to_int8[-1]
         parser.error(
             f"--{wish} is for integer engines, and {TARGETS[args.target].title} has no kernels for {lacking}; this can "
