@@ -19,7 +19,7 @@ import main_seg
 from dfq import Recipe, quantize_data_free
 from utils.backends.lowering import IntegerSum, lower_to_integers
 from utils.backends.onnx_writer import INPUT
-from utils.backends.onnxruntime.export import build, check_parity, export
+from utils.backends.onnxruntime.export import _about_caps, build, check_parity, export
 from utils.backends.onnxruntime.session import OnnxNetwork, find_kernels
 from utils.core.errors import UserError
 from utils.core.networks import scored
@@ -157,13 +157,20 @@ def test_a_bias_too_large_for_the_accumulator_gets_room():
     assert parity.agreement > 0.97
 
 
+@pytest.mark.parametrize("opset", [13, 21, 22])
+def test_a_float_layer_stays_in_float_at_any_opset(opset):
+    result = quantized(chain, replace(FULL, float_layers=("1.0",)))
+    model = build(result, SPEC, {}, opset)
+    check_parity(model, result.simulated, SPEC.probe(4))
+    assert find_kernels(model, result.simulated).floating == {"1.0": "its weights are not quantized"}
+    assert bool(_about_caps(model)) == (opset < 22)  # what is written the faster way is not advised
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--export", "net.onnx"], "--export needs --quantize, --auto or --load"),
         (["--engine", "onnxruntime"], "--engine onnxruntime needs --quantize, --auto or --load"),
-        (["--quantize", "--export", "net.onnx", "--bits_weight", "6"], "leave out --bits_weight"),
-        (["--quantize", "--engine", "onnxruntime", "--bits_bias", "16"], "leave out --bits_weight"),
         (["--quantize", "--opset", "17"], "--opset needs --export or --engine onnxruntime"),
         (["--quantize", "--export", "net.onnx", "--opset", "12"], "--opset: '12' is not an ONNX opset from 13 to 22"),
         (["--load", "net.dfq", "--relu"], "leave out --relu"),

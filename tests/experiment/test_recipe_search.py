@@ -93,7 +93,11 @@ def test_the_doctor_follows_the_target(images, tmp_path, capsys):  # noqa: F811
     assert "names: 0.0, 1.0, 2.0, 3.linear" in printed
     main_cls.main(flags(images, tmp_path, "--doctor", "--bits_weight", "4", model="test_recipe_search:uneven"))
     printed = capsys.readouterr().out
-    assert "W4A8 is simulated" in printed and "--bits_weight 4 --auto\n" in printed
+    assert "of 4 bits or fewer are stored in 8" in printed and "--bits_weight 4 --auto --export" in printed
+    main_cls.main(flags(images, tmp_path, "--doctor", "--bits_activation", "4", model="test_recipe_search:uneven"))
+    printed = capsys.readouterr().out
+    assert "simulated alone: it has no kernels for --bits_activation 4, only for 8" in printed
+    assert "--bits_activation 4 --auto\n" in printed
 
 
 @pytest.mark.parametrize(("count", "refused"), [(2, True), (3, True), (4, False)])

@@ -18,6 +18,7 @@ from utils.graph.onnx_elementwise import ELEMENTWISE
 from utils.graph.onnx_forms import padding_by_axis
 from utils.quantization.qparams import QParams
 from utils.quantization.quantizer import Quantizer
+from utils.quantization.target import in_words
 
 if TYPE_CHECKING:
     from utils.backends.onnx_writer import _Writer
@@ -34,7 +35,7 @@ class Value:
 
 
 def _quantizer(w: "_Writer", node: fx.Node, module: Quantizer) -> Value:
-    _check_bits(module.qparams, w.target.bits_activation, f"the activations of {node.name!r}")
+    _check_bits(w, module.qparams, w.target.bits_activation, f"the activations of {node.name!r}")
     source, grid = w.operand(node.args[0], node.name), (module.scale, module.zero_point)
     if module.step_min == 0 and module.rectifies:
         source = w.add("Relu", [source], f"{node.name}_relu")
@@ -52,22 +53,22 @@ def _quantizer(w: "_Writer", node: fx.Node, module: Quantizer) -> Value:
     return w.quantize(source, node.name, grid)
 
 
-def _check_bits(qparams: QParams, bits: tuple[int, ...], what: str) -> None:
+def _check_bits(w: "_Writer", qparams: QParams, bits: tuple[int, ...], what: str) -> None:
     if qparams.bits not in bits:
         raise UserError(
-            f"{what} have {qparams.bits} bits; INT8 engines take weights and activations of 8 bits and biases of 32: "
-            "leave out --bits_weight, --bits_activation and --bits_bias"
+            f"{what} have {qparams.bits} bits, and {w.target.title} has no kernels for them, only for {in_words(bits)}; "
+            "such a network can only be simulated, or written as a program (.pt2)"
         )
 
 
 def _parameters(w: "_Writer", node: fx.Node, layer: nn.Module, axis: int = 0) -> list[str]:
     weights, biases = layer.weight_qparams, layer.bias_qparams
     if weights is not None:
-        _check_bits(weights, (*w.target.bits_weight, w.target.bits_first), f"the weights of layer {node.target!r}")
+        _check_bits(w, weights, w.target.bits_weight, f"the weights of layer {node.target!r}")
     else:
         w.float_layers.append(node.name)
     if biases is not None:
-        _check_bits(biases, (32,), f"the bias of layer {node.target!r}")
+        _check_bits(w, biases, (32,), f"the values of the bias of layer {node.target!r}")
     return [
         w.parameter(f"{node.name}_weight", layer.weight, weights, getattr(torch, w.target.weights), axis),
         w.parameter(f"{node.name}_bias", layer.bias, biases, torch.int32),

@@ -2,7 +2,8 @@
 
 Standard operators only. A quantizer becomes QuantizeLinear and DequantizeLinear (QDQ) with its scale and zero
 point; weights are initialisers of 8 bits and biases of 32, on the grid of weight scale times input scale, each behind a
-DequantizeLinear, or floats. From this form engines make integer kernels by themselves. What is signed is the target's
+DequantizeLinear, or floats. From opset WITH_INT4 on weights of 4 bits are stored in 4, behind a Cast to 8: ONNX Runtime
+does it once, as it loads the file, and takes its integer kernels, where a DequantizeLinear of 4 bits runs in float. From this form engines make integer kernels by themselves. What is signed is the target's
 (utils/quantization/target.py). For ONNX Runtime weights are unsigned, because x86 processors without VNNI add
 products of uint8 and int8 in 16 bits, which saturate.
 Tensors have the names of the graph's nodes, nodes those of the layers. Sizes are those of one image;
@@ -21,7 +22,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from utils.backends.base import FLOAT_LAYERS, INPUT
+from utils.backends.base import FLOAT_LAYERS, INPUT, is_own
 from utils.backends.batch_axes import BatchAxes
 from utils.backends.onnx_modules import MODULES, Value
 from utils.backends.torch_onnx import TORCH_OPSET, Input, exported_by_torch, part_of
@@ -34,6 +35,7 @@ from utils.quantization.qparams import QParams
 from utils.quantization.target import DEFAULT, TARGETS, Target
 
 OPSET = 13  # of 2020: the first whose DequantizeLinear knows scales per channel
+WITH_INT4 = 21  # whose Cast knows integers of 4 bits; ONNX Runtime has it since 1.23
 WITH_MIN = 22  # who asks for this has an ONNX Runtime with a Min of uint8, which 1.23 still lacks
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10}
 _KINDS = {torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32, torch.bool: TensorProto.BOOL}
@@ -147,6 +149,14 @@ class _Writer:
         self.initializers.append(numpy_helper.from_array(array, name))
         return name
 
+    def packed(self, name: str, values: Tensor) -> str:
+        """A constant of integers from 0 to 15, two in a byte, the first in the lower half."""
+        flat = values.flatten()
+        pairs = nn.functional.pad(flat, (0, len(flat) % 2)).numpy()
+        bytes_ = (pairs[::2] | pairs[1::2] << 4).tobytes()
+        self.initializers.append(helper.make_tensor(name, TensorProto.UINT4, list(values.shape), bytes_, raw=True))
+        return name
+
     def number(self, name: str, value: float) -> str:
         return self.constant(name, np.float32(value))
 
@@ -200,7 +210,7 @@ class _Writer:
         value = self.values[node]
         if value.grid is None or layer.weight_qparams is not None or (channels := shape(node)[1]) == 1:
             return value.name
-        if self.target is not TARGETS[DEFAULT]:  # TensorRT takes no activations with scales by channel
+        if not is_own(DEFAULT, self.target):  # TensorRT takes no activations with scales by channel
             return value.name
         name = f"{value.name}_by_channel"
         if name not in {tensor.output[0] for tensor in self.nodes}:
@@ -233,9 +243,15 @@ class _Writer:
         scale, zero = (
             part.reshape(along if qparams.per_channel else []).double() for part in (qparams.scale, qparams.zero_point)
         )
-        shift = -128 if kind == torch.uint8 and qparams.quant_min < 0 else 0  # signed integers as uint8
-        steps = (values.double() / scale).round() + zero - shift
-        integers = self.constant(f"{name}_{str(kind).removeprefix('torch.')}", steps.to(kind))
+        packed = kind == torch.uint8 and qparams.bits <= 4 and self.opset >= WITH_INT4
+        middle = 8 if packed else 128
+        shift = -middle if kind == torch.uint8 and qparams.quant_min < 0 else 0  # signed integers as unsigned
+        steps = ((values.double() / scale).round() + zero - shift).to(kind)
+        integers = f"{name}_{str(kind).removeprefix('torch.')}"
+        if packed:
+            self.add("Cast", [self.packed(f"{name}_uint4", steps)], integers, to=TensorProto.UINT8)
+        else:
+            self.constant(integers, steps)
         zero_point = self.constant(f"{name}_zero_point", (qparams.zero_point - shift).to(kind))
         scales = self.constant(f"{name}_scale", qparams.scale.float())
         options = {"axis": axis} if qparams.per_channel else {}

@@ -24,7 +24,7 @@ from utils.experiment.evaluation import tune_allocator
 from utils.experiment.images import OF_IMAGES, add_distillation_flags, add_image_flags, check_image_flags
 from utils.experiment.records import Loaded, check_writable
 from utils.quantization.recipe import DISTILLED, OF_A_ROW, SETTINGS, add_recipe_flags, check_settings, given
-from utils.quantization.target import TARGETS, check_engine
+from utils.quantization.target import DEFAULT, TARGETS, check_engine, without_kernels
 from utils.tasks.base import Task
 
 
@@ -185,7 +185,8 @@ def add_deployment_flags(parser: ArgumentParser) -> None:
         "--opset",
         type=Number(int, lambda value: 13 <= value <= 22, "an ONNX opset from 13 to 22"),
         metavar="N",
-        help="ONNX opset of what is exported or run, 13 to 22 (default: the lowest that has the network's operators)",
+        help="ONNX opset of what is exported or run, 13 to 22; from 21 on weights of 4 bits are stored in 4 (default: "
+        "the lowest that has the network's operators)",
     )
     group.add_argument("--save", type=Path, metavar="FILE", help="keep the quantized network, to be loaded again")
     group.add_argument(
@@ -254,7 +255,7 @@ def check(parser: ArgumentParser, args: Namespace) -> Namespace:
 
 
 def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
-    """What writes or runs an INT8 network needs one, and an engine computes with 8 bits."""
+    """What writes or runs an INT8 network needs one, and an engine has kernels for some widths alone."""
     to_int8 = [flag for flag in ("export", "save") if getattr(args, flag)]
     if to_int8 and args.table:
         parser.error(f"--{to_int8[0]} writes one network; leave out --table")
@@ -271,14 +272,13 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
     to_onnx = args.export is not None and args.export.suffix != PROGRAM
     if args.opset and args.export and not to_onnx and args.engine == "simulate":
         parser.error(f"--opset is of ONNX files, and {args.export} is to be one of torch.export; leave out --opset")
-    allowed = TARGETS[args.target]
-    known = args.bits_weight in allowed.bits_weight and args.bits_activation in allowed.bits_activation
-    if (to_onnx or args.engine != "simulate") and not (
-        known and args.bits_bias == 32 and args.bits_first_last in (None, 8)
-    ):
+    # Other targets' widths are refused with the recipe, even to be simulated.
+    runs = args.target == DEFAULT and (to_onnx or args.engine != "simulate")
+    if runs and (lacking := without_kernels(vars(args))) is not None:
+        wish = "export" if to_onnx else to_int8[-1]
         parser.error(
-            f"--{'export' if to_onnx else to_int8[-1]} is for INT8 engines, with weights and activations of 8 bits "
-            "and biases of 32; leave out --bits_weight, --bits_activation, --bits_first_last and --bits_bias"
+            f"--{wish} is for integer engines, and {TARGETS[args.target].title} has no kernels for {lacking}; this can "
+            f"only be simulated: leave out --{wish}, or --{lacking.partition(' ')[0].removeprefix('--')}"
         )
 
 

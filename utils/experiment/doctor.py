@@ -27,6 +27,7 @@ from utils.passes.insert_quantizers import quantized_tensors
 from utils.passes.log import PassLog
 from utils.passes.result import Quantized
 from utils.quantization.recipe import OF_A_ROW, SETTINGS, Recipe
+from utils.quantization.target import without_kernels
 
 if TYPE_CHECKING:
     from utils.experiment.runner import Run
@@ -213,13 +214,14 @@ def _deviations(found: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def _engine(run: "Run", recipe: Recipe, quantized: Quantized) -> list[str]:
     """What the engine at hand makes of the target's file, and how large that is."""
-    from utils.backends.onnxruntime.export import build, checking_engine, describe_kernels
+    from utils.backends.onnxruntime.export import about_widths, build, checking_engine, describe_kernels
 
     target = f"target: {str(recipe.engine).removeprefix('for ')}"
-    if (recipe.bits_weight, recipe.bits_activation) != (8, 8):
-        return [target, f"W{recipe.bits_weight}A{recipe.bits_activation} is simulated; files are of 8 bits"]
+    if (lacking := without_kernels(recipe.settings)) is not None:
+        return [target, f"simulated alone: it has no kernels for {lacking}"]
     model = build(quantized, run.spec, {}, run.args.opset, recipe.engine)
     size = f"file: {len(model.SerializeToString()) / 1e6:.2f} MB, ONNX opset {model.opset_import[0].version}"
+    size = "; ".join([size, *about_widths(model, quantized)])
     engine, notes = checking_engine(recipe.engine)
     if engine != recipe.target:
         layers = [module_of(quantized.simulated, node) for node in weighted_nodes(quantized.simulated)]
@@ -250,7 +252,7 @@ def _on_integers(kind: str) -> bool:
 def _next(run: "Run", statistics: Sequence[str]) -> list[str]:
     """The command to type, and what it may lack. statistics: what was found of BatchNorm."""
     file = f"{run.network.name.replace(':', '_').replace('/', '_')}-int8.onnx"
-    words = ["--auto"] if run.args.bits_weight != 8 or run.args.bits_activation != 8 else ["--auto", "--export", file]
+    words = ["--auto"] if without_kernels(vars(run.args)) else ["--auto", "--export", file]
     lines = [cli.command(run.task.program, run.argv, words)]
     if any(line.startswith(("without:", "contradicted:")) for line in statistics):
         lines.append("add --images DIR, a folder of 8 or more unlabelled pictures: some ranges are guesses without")

@@ -4,7 +4,7 @@ The passes read a target to choose grids and to place quantizers, so that the si
 utils/backends/ writes the file that the engine takes, and runs it where it can. Adding a target is a row of TARGETS.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from utils.core.errors import UserError
@@ -20,10 +20,11 @@ class Target:
     quantizes_summands: a layer's output is quantized before the sum that it feeds; else the engine adds in the layer's
     own kernel, before anything is rounded. weights: how a file holds them, uint8 or int8. caps: whether a channel's
     upper bound is applied to "integers", to "floats" before they are quantized, or to floats "between" two quantizers. engines: the choices of --engine that
-    run its file, the target's own first. bits_weight, bits_activation: of its integer kernels. bits_first: of the
-    weights of layers that read the network's input. far: the share of a layer's values that may be more than a step
-    off, where the engine's arithmetic has flaws of its own. rules: the function, as module:name, that refuses a file
-    which breaks the engine's rules, where the engine itself is not here to refuse it.
+    run its file, the target's own first. bits_weight, bits_activation: those that its integer kernels take; weights of
+    fewer than 8 bits are integers of 8 bits there, on fewer levels. bits_first: of the weights of layers that read the
+    network's input, at most. far: the share of a layer's values that may be more than a step off, where the engine's
+    arithmetic has flaws of its own. rules: the function, as module:name, that refuses a file which breaks the engine's
+    rules, where the engine itself is not here to refuse it.
     """
 
     title: str
@@ -67,6 +68,7 @@ TARGETS: Mapping[str, Target] = {
         weights="uint8",
         caps="between",
         engines=("onnxruntime",),
+        bits_weight=(8, 7, 6, 5, 4, 3, 2),
     ),
     "openvino": Target(
         title="OpenVINO",
@@ -115,13 +117,34 @@ def check_target(settings: Mapping[str, object]) -> None:
         raise UserError(f"--target {name} has no weights with zero points; leave out --asymmetric")
     if name == DEFAULT:
         return
-    allowed = {"bits_weight": target.bits_weight, "bits_activation": target.bits_activation, "bits_bias": (32,)}
-    for flag, bits in allowed.items():
-        if settings[flag] not in bits:
-            known = " or ".join(map(str, bits))
-            raise UserError(
-                f"--target {name} has no kernels for --{flag} {settings[flag]}, only for {known}; leave it out"
-            )
+    if (lacking := without_kernels(settings)) is not None:
+        raise UserError(f"--target {name} has no kernels for {lacking}; leave it out")
+
+
+def without_kernels(settings: Mapping[str, object]) -> str | None:
+    """The first of a recipe's widths that its target has no integer kernels for, and those that it has, in words.
+
+    What has such a width is simulated alone, or written as a program of torch.export. None: all can be exported and run.
+    """
+    target = target_of(settings["target"])
+    weights, activations = set(target.bits_weight), set(target.bits_activation)
+    widths = {
+        "bits_weight": weights,
+        "bits_activation": activations,
+        "bits_first_last": weights & activations,  # of these layers' weights and of what they read
+        "bits_bias": {32},
+    }
+    for flag, allowed in widths.items():
+        if settings[flag] is not None and settings[flag] not in allowed:
+            return f"--{flag} {settings[flag]}, only for {in_words(allowed)}"
+    return None
+
+
+def in_words(bits: Collection[int]) -> str:
+    """Widths, as an error says them."""
+    low, high = min(bits), max(bits)
+    whole_range = high - low + 1 == len(bits) > 2
+    return f"{low} to {high}" if whole_range else " or ".join(map(str, sorted(bits, reverse=True)))
 
 
 def check_engine(name: str, engine: str) -> None:

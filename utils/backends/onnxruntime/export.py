@@ -13,13 +13,13 @@ from onnx import helper
 from torch import Tensor, fx
 
 from utils.backends.base import Kernels, is_own, load_engine, missing_package
-from utils.backends.onnx_writer import WITH_MIN, onnx_model
+from utils.backends.onnx_writer import WITH_INT4, WITH_MIN, onnx_model
 from utils.backends.parity import Parity, compare, integers_of
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.core.input_spec import InputSpec
 from utils.core.predictions import Predictions, channel_predictions
-from utils.graph.nodes import first_line, module_of, outputs_of
+from utils.graph.nodes import first_line, module_of, outputs_of, weighted_nodes
 from utils.passes.result import Quantized
 from utils.quantization.quantizer import Quantizer
 from utils.quantization.target import DEFAULT, TARGETS, Target
@@ -121,11 +121,25 @@ def checking_engine(target: Target) -> tuple[str, tuple[str, ...]]:
 def _about_caps(model: onnx.ModelProto) -> list[str]:
     """What a faster file would need, in words."""
     capped = sum(node.op_type == "QuantizeLinear" and "_uncapped" in node.output[0] for node in model.graph.node)
-    if not capped:
+    if not capped or model.opset_import[0].version >= WITH_MIN:
         return []
     return [
         f"{capped} layers have caps per channel, written so that an ONNX Runtime of any age runs them; --opset {WITH_MIN} "
         "writes them for new ones, faster"
+    ]
+
+
+def about_widths(model: onnx.ModelProto, quantized: Quantized) -> list[str]:
+    """How weights of 4 bits or fewer are stored, in words."""
+    grids = [module_of(quantized.simulated, node).weight_qparams for node in weighted_nodes(quantized.simulated)]
+    small = sum(grid is not None and grid.bits <= 4 for grid in grids)
+    if not small:
+        return []
+    if any(tensor.data_type == onnx.TensorProto.UINT4 for tensor in model.graph.initializer):
+        return [f"{small} layers' weights are stored in 4 bits, which ONNX Runtime 1.23 or newer reads"]
+    return [
+        f"{small} layers' weights of 4 bits or fewer are stored in 8, as any ONNX Runtime reads them; --opset "
+        f"{WITH_INT4} stores them in 4, for 1.23 or newer"
     ]
 
 
@@ -150,7 +164,8 @@ def export(
     engine, notes = checking_engine(target)
     parity = check_parity(model, quantized.simulated, images, predictions, engine, target)
     kernels = describe_kernels(model, quantized, engine) if is_own(engine, target) else None
-    notes, run = (*notes, *_about_caps(model)), load_engine(engine).network  # both runs of one kind
+    notes = (*notes, *_about_caps(model), *about_widths(model, quantized))
+    run = load_engine(engine).network  # both runs of one kind
     with atomic_write(file) as beside:
         onnx.save(model, beside)
         onnx.checker.check_model(str(beside), full_check=True)
