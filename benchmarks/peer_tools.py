@@ -7,7 +7,7 @@ the row says; none was chosen by a score.
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -202,8 +202,3 @@ PEERS = {
     "ort-entropy": _static("Entropy", False),
     "ort-entropy-channel": _static("Entropy", True),
 }
-
-
-def names() -> Iterator[str]:
-    """Of the peers, the float network first."""
-    yield from PEERS

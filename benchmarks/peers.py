@@ -218,7 +218,9 @@ def parse_args(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument("--resize", type=at_least(1), metavar="PIXELS", help="as for main_cls.py")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="score on N images, evenly spread")
     parser.add_argument("--batch_size", type=at_least(1), default=20, metavar="N", help="images at once (default: 20)")
-    parser.add_argument("--only", nargs="+", choices=_groups(), metavar="NAME", help=f"of {', '.join(_groups())}")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*_groups(), *PEERS], metavar="NAME", help="peers, or their first words"
+    )
     parser.add_argument("--peer", choices=PEERS, metavar="NAME", help="this one, in this process")
     parser.add_argument("--timeout", type=at_least(1), default=3600, metavar="SECONDS", help="of one peer")
     parser.add_argument("--results", type=Path, default=Path("results/peers.jsonl"), metavar="FILE")
@@ -230,7 +232,7 @@ def parse_args(arguments: Sequence[str] | None) -> Namespace:
 
 
 def _groups() -> list[str]:
-    """What --only chooses from: the first word of the peers' names."""
+    """The first words of the peers' names."""
     return list(dict.fromkeys(name.partition("-")[0] for name in PEERS))
 
 
@@ -243,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     network = build_model(args.model, args.weights)
     shared = setting(network, cli.changed_spec(network.spec, args.image_size, args.resize), args)
     wanted = {FLOAT, *(args.only or _groups())}
-    chosen = [name for name in PEERS if name.partition("-")[0] in wanted]
+    chosen = [name for name in PEERS if wanted & {name, name.partition("-")[0]}]
     run_all(chosen, args, list(sys.argv[1:] if arguments is None else arguments), shared)
     text = report(read(args.results))
     with atomic_write(args.results.with_suffix(".txt")) as file:
