@@ -7,7 +7,7 @@ the row says; none was chosen by a score.
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -161,6 +161,96 @@ def quantize_static(job: Job, method: str, per_channel: bool) -> nn.Module:
         return load_engine("onnxruntime").network(made)
 
 
+# ---------------------------------------------------------------------- NNCF, Brevitas, MCT, AIMET
+
+
+def nncf_quantize(job: Job, per_channel: bool) -> nn.Module:
+    """nncf.quantize on the network as ONNX: its defaults, fast bias correction among them.
+
+    On PyTorch's network it would have to compile an extension first.
+    """
+    import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+
+    scales = AdvancedQuantizationParameters(weights_quantization_params=QuantizationParameters(per_channel=per_channel))
+    made = nncf.quantize(
+        float_file(job),
+        nncf.Dataset(job.batches(1), lambda picture: {INPUT: picture.numpy()}),
+        subset_size=len(job.pictures),
+        advanced_parameters=scales,
+    )
+    return load_engine("onnxruntime").network(made.SerializeToString())
+
+
+def brevitas_ptq(job: Job, per_channel: bool) -> nn.Module:
+    """Brevitas' own post-training script for ImageNet with its defaults: ReLU6 to ReLU, 20 equalizations, bias correction."""
+    from brevitas.graph.quantize import preprocess_for_quantize
+    from brevitas_examples.imagenet_classification.ptq.ptq_common import (
+        apply_bias_correction,
+        calibrate,
+        quantize_model,
+    )
+
+    loader = [(batch, None) for batch in job.batches()]
+    with torch.no_grad():
+        model = preprocess_for_quantize(copy.deepcopy(job.model), equalize_iters=20, equalize_merge_bias=True)
+        model = quantize_model(
+            model,
+            backend="fx",
+            weight_bit_width=8,
+            act_bit_width=8,
+            bias_bit_width=32,
+            weight_quant_granularity="per_channel" if per_channel else "per_tensor",
+            act_quant_percentile=99.999,
+            act_quant_type="sym",
+            scale_factor_type="float_scale",
+            quant_format="int",
+        )
+        calibrate(loader, model)
+        apply_bias_correction(loader, model)
+    return model.eval()
+
+
+def mct_ptq(job: Job, device: str) -> nn.Module:
+    """Model Compression Toolkit's pytorch_post_training_quantization with its defaults for a device."""
+    import model_compression_toolkit as mct
+
+    def representative() -> Iterator[list[Tensor]]:
+        yield from ([batch] for batch in job.batches())
+
+    made, _ = mct.ptq.pytorch_post_training_quantization(
+        copy.deepcopy(job.model),
+        representative,
+        target_platform_capabilities=mct.get_target_platform_capabilities(device_type=device),
+    )
+    return made
+
+
+def aimet_sim(job: Job, per_channel: bool, equalize: bool) -> nn.Module:
+    """AIMET's QuantizationSimModel with its default scheme and configuration, on the network that AIMET prepares.
+
+    equalize: first ReLU6 to ReLU, as AIMET asks for, and its cross-layer equalization; else BatchNorm folding alone.
+    """
+    import aimet_torch
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+    from aimet_torch.cross_layer_equalization import equalize_model
+    from aimet_torch.model_preparer import prepare_model
+
+    one = job.pictures[:1]
+    model = prepare_model(copy.deepcopy(job.model)).eval()
+    if equalize:
+        aimet_torch.utils.replace_modules_of_type1_with_type2(model, nn.ReLU6, nn.ReLU)
+        equalize_model(model, dummy_input=one)
+    else:
+        fold_all_batch_norms(model, tuple(one.shape), dummy_input=one)
+    name = "default_config_per_channel.json" if per_channel else "default_config.json"
+    config = Path(aimet_torch.common.__file__ or aimet_torch.__path__[0]) / "quantsim_config" / name
+    sim = aimet_torch.QuantizationSimModel(model, one, config_file=str(config))
+    with torch.no_grad():
+        sim.compute_encodings(lambda network: [network(batch) for batch in job.batches()])
+    return sim.model.eval()
+
+
 # ------------------------------------------------------------------------------------------- table
 
 
@@ -176,6 +266,29 @@ def _static(method: str, per_channel: bool) -> Peer:
     return Peer(
         "ONNX Runtime", f"quantize_static, {method}", per_channel, True, "ONNX Runtime", quantize, "onnxruntime==1.32.0"
     )
+
+
+def _nncf(per_channel: bool) -> Peer:
+    quantize = partial(nncf_quantize, per_channel=per_channel)
+    return Peer("NNCF", "quantize, fast bias correction", per_channel, True, "ONNX Runtime", quantize, "nncf==3.4.0")
+
+
+def _brevitas(per_channel: bool) -> Peer:
+    quantize = partial(brevitas_ptq, per_channel=per_channel)
+    recipe = "ptq_evaluate: ReLU, equalization, bias corr."
+    return Peer("Brevitas", recipe, per_channel, True, "its simulation", quantize, "brevitas==0.13.4")
+
+
+def _mct(device: str, per_channel: bool) -> Peer:
+    quantize = partial(mct_ptq, device=device)
+    package = "model-compression-toolkit==2.6.1"
+    return Peer("MCT", f"pytorch_post_training, {device}", per_channel, True, "its simulation", quantize, package)
+
+
+def _aimet(per_channel: bool, equalize: bool) -> Peer:
+    quantize = partial(aimet_sim, per_channel=per_channel, equalize=equalize)
+    recipe = "ReLU, equalize_model, QuantSim" if equalize else "fold_all_batch_norms, QuantSim"
+    return Peer("AIMET", recipe, per_channel, True, "its simulation", quantize, "aimet-torch==2.42.0")
 
 
 _LE_BC = Recipe(quantize=True, equalize=True, correction=True)
@@ -201,4 +314,15 @@ PEERS = {
     "ort-percentile-channel": _static("Percentile", True),
     "ort-entropy": _static("Entropy", False),
     "ort-entropy-channel": _static("Entropy", True),
+    "nncf": _nncf(False),
+    "nncf-channel": _nncf(True),
+    "brevitas": _brevitas(False),
+    "brevitas-channel": _brevitas(True),
+    "mct": _mct("qnnpack", False),
+    "mct-channel": _mct("tflite", True),
+    "mct-imx500": _mct("imx500", True),
+    "aimet": _aimet(False, False),
+    "aimet-channel": _aimet(True, False),
+    "aimet-cle": _aimet(False, True),
+    "aimet-cle-channel": _aimet(True, True),
 }
