@@ -239,12 +239,13 @@ def aimet_sim(job: Job, per_channel: bool, equalize: bool) -> nn.Module:
     one = job.pictures[:1]
     model = prepare_model(copy.deepcopy(job.model)).eval()
     if equalize:
-        aimet_torch.utils.replace_modules_of_type1_with_type2(model, nn.ReLU6, nn.ReLU)
+        for name in [name for name, module in model.named_modules() if isinstance(module, nn.ReLU6)]:
+            model.set_submodule(name, nn.ReLU())
         equalize_model(model, dummy_input=one)
     else:
         fold_all_batch_norms(model, tuple(one.shape), dummy_input=one)
     name = "default_config_per_channel.json" if per_channel else "default_config.json"
-    config = Path(aimet_torch.common.__file__ or aimet_torch.__path__[0]) / "quantsim_config" / name
+    config = Path(aimet_torch.__path__[0]) / "common" / "quantsim_config" / name
     sim = aimet_torch.QuantizationSimModel(model, one, config_file=str(config))
     with torch.no_grad():
         sim.compute_encodings(lambda network: [network(batch) for batch in job.batches()])
