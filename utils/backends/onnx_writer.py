@@ -2,10 +2,11 @@
 
 Standard operators only. A quantizer becomes QuantizeLinear and DequantizeLinear (QDQ) with its scale and zero
 point; weights are initialisers of 8 bits and biases of 32, on the grid of weight scale times input scale, each behind a
-DequantizeLinear, or floats. From opset WITH_INT4 on weights of 4 bits are stored in 4, behind a Cast to 8: ONNX Runtime
-does it once, as it loads the file, and takes its integer kernels, where a DequantizeLinear of 4 bits runs in float. From this form engines make integer kernels by themselves. What is signed is the target's
+DequantizeLinear, or floats. From this form engines make integer kernels by themselves. What is signed is the target's
 (utils/quantization/target.py). For ONNX Runtime weights are unsigned, because x86 processors without VNNI add
-products of uint8 and int8 in 16 bits, which saturate.
+products of uint8 and int8 in 16 bits, which saturate. From opset WITH_INT4 on weights of 4 bits are stored in 4, behind
+a Cast to 8: ONNX Runtime does it once, as it loads the file, and takes its integer kernels, where a DequantizeLinear of 4
+bits runs in float.
 Tensors have the names of the graph's nodes, nodes those of the layers. Sizes are those of one image;
 only the batch is dynamic. An operator that the table lacks is written by torch.onnx.
 """
