@@ -1,6 +1,6 @@
 """Other quantizers beside ours: the same float network, scored on the same images, at W8A8.
 
-    python -m benchmarks.peers --data DIR --images DIR [--model NAME --weights FILE] [--only WORD ...]
+    python -m benchmarks.peers --data DIR --images DIR [--model NAME --weights FILE] [--only NAME ...]
 
 Every peer of benchmarks/peer_tools.py runs in a process of its own (--peer NAME), so that one that is not installed, or
 fails, costs a line with the reason. A line that is there already, of the same network, data and version, is not measured
@@ -9,6 +9,7 @@ again: to compare tools that cannot be installed together, run the command once 
 written beside the lines.
 """
 
+import fnmatch
 import json
 import subprocess
 import sys
@@ -116,9 +117,9 @@ def _unpacked(line: Line) -> TopK:
 # --------------------------------------------------------------------------------------- all peers
 
 
-def run_all(chosen: Iterable[str], args: Namespace, words: Sequence[str], shared: Line) -> None:
-    """Every chosen peer that is not recorded yet, each in a process of its own; what fails is recorded with its reason."""
-    for name in chosen:
+def run_all(names: Iterable[str], args: Namespace, words: Sequence[str], shared: Line) -> None:
+    """Every one of the peers that is not recorded yet, each in a process of its own; what fails is recorded with its reason."""
+    for name in names:
         if name in _done(read(args.results), shared):
             continue
         start = time.monotonic()
@@ -219,7 +220,7 @@ def parse_args(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="score on N images, evenly spread")
     parser.add_argument("--batch_size", type=at_least(1), default=20, metavar="N", help="images at once (default: 20)")
     parser.add_argument(
-        "--only", nargs="+", choices=[*_groups(), *PEERS], metavar="NAME", help="peers, or their first words"
+        "--only", nargs="+", default=["*"], metavar="NAME", help="peers by name, such as ort* (default: all)"
     )
     parser.add_argument("--peer", choices=PEERS, metavar="NAME", help="this one, in this process")
     parser.add_argument("--timeout", type=at_least(1), default=3600, metavar="SECONDS", help="of one peer")
@@ -231,9 +232,12 @@ def parse_args(arguments: Sequence[str] | None) -> Namespace:
     return args
 
 
-def _groups() -> list[str]:
-    """The first words of the peers' names."""
-    return list(dict.fromkeys(name.partition("-")[0] for name in PEERS))
+def chosen(patterns: Sequence[str]) -> list[str]:
+    """The float network, and the peers whose name any of the shell's patterns fits; a UserError for one that fits none."""
+    for pattern in patterns:
+        if not fnmatch.filter(PEERS, pattern):
+            raise UserError(f"--only {pattern}: there is no such peer; choose from {', '.join(PEERS)}")
+    return [name for name in PEERS if name == FLOAT or any(fnmatch.fnmatchcase(name, one) for one in patterns)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -242,11 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.peer:
         record(args.results, measure(args.peer, args))
         return
+    names = chosen(args.only)
     network = build_model(args.model, args.weights)
     shared = setting(network, cli.changed_spec(network.spec, args.image_size, args.resize), args)
-    wanted = {FLOAT, *(args.only or _groups())}
-    chosen = [name for name in PEERS if wanted & {name, name.partition("-")[0]}]
-    run_all(chosen, args, list(sys.argv[1:] if arguments is None else arguments), shared)
+    run_all(names, args, list(sys.argv[1:] if arguments is None else arguments), shared)
     text = report(read(args.results))
     with atomic_write(args.results.with_suffix(".txt")) as file:
         file.write_text(text)

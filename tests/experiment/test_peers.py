@@ -136,3 +136,11 @@ def test_the_recorded_table_is_that_of_its_lines():
     assert lines
     assert (ROOT / "results" / "peers.txt").read_text() == peers.report(lines)
     assert not any(str(value).startswith("/") for line in lines for value in line.values())
+
+
+def test_peers_are_chosen_by_name_and_float_is_always_there():
+    assert peers.chosen(["mct"]) == [FLOAT, "mct"]
+    assert peers.chosen(["mct*", "nncf"]) == [FLOAT, "nncf", "mct", "mct-channel", "mct-imx500"]
+    assert peers.chosen(["*"]) == list(PEERS)
+    with pytest.raises(UserError, match="there is no such peer"):
+        peers.chosen(["mct", "absent"])
