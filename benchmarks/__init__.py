@@ -1,1 +1,1 @@
-"""Measurements of time, each a module that prints ratios from interleaved runs."""
+"""Measurements of accuracy, speed and coverage, each a module whose output is a file of results/."""

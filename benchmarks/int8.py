@@ -6,7 +6,7 @@ Seconds are medians over rounds in which every variant ran once, one after the o
 base of each ratio is the original float network, with its BatchNorm folded, in the same engine; "with caps" is the float copy
 that equalization leaves, whose ReLU6 have a cap per channel. quantize_static is ONNX Runtime's own quantizer on the original
 network, calibrated on real images. torch.compile needs a C++ compiler, OpenVINO (pip install openvino) its package; what is not
-there is skipped, and that is said. So is a processor without VNNI, whose INT8 is little faster than float.
+there is skipped, and that is said. So is a processor without VNNI, whose INT8 may be slower than float.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def describe_processor() -> str:
     about = Path("/proc/cpuinfo")
     if not about.is_file():
         return "VNNI: unknown"
-    return "with VNNI" if "vnni" in about.read_text() else "without VNNI: INT8 is little faster than float here"
+    return "with VNNI" if "vnni" in about.read_text() else "without VNNI: INT8 may be slower than float here"
 
 
 def calibration(folder: str | None, spec: InputSpec, count: int) -> Tensor:

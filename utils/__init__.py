@@ -1,1 +1,1 @@
-"""What the passes and the scripts stand on; imports neither dfq nor modeling."""
+"""The library: graphs, quantizers, passes, engines, tasks and runs; imports neither dfq nor modeling."""

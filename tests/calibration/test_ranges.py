@@ -59,8 +59,8 @@ def test_contradictions_are_named_and_counted():
         return lambda node: ranges.get(node.name, Unknown("here"))
 
     line = describe_contradictions(nodes, of(observed), of(analytic))
-    assert line.startswith("on distilled images 2 ranges are over 3 times as wide as those from BatchNorm")
-    assert line.endswith("c 0.1 times, b 4 times")
+    assert line.startswith("2 ranges differ by more than 3 times between distilled images and BatchNorm")
+    assert line.endswith("c 0.1, b 4)")
     assert describe_contradictions(nodes[:1], of(observed), of(analytic)) is None
 
 

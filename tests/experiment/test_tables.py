@@ -75,7 +75,7 @@ def test_networks_and_images_have_tables_of_their_own():
 def test_a_published_network_shows_the_published_figures():
     (group,) = tables.grouped([line(model="mobilenet_v2", data="ImageNet")])
     text = tables.rows_table(group)
-    assert "| published 71.81 → | published change | FP32 |" in text
+    assert "| published (FP32 71.81) | published change | FP32 |" in text
     assert "| 70.32 | -1.49 | 70.00 | 69.50 | -1.50 |" in text
 
 

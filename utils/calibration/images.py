@@ -46,7 +46,8 @@ def whose(real: bool) -> str:
 def picture_files(folder: Path) -> list[Path]:
     """The pictures of a folder and all its sub-folders, by name; hidden ones aside. No picture is a UserError."""
     if not folder.is_dir():
-        raise UserError(f"{FLAG}: there is no folder {str(folder)!r}; pass a folder of pictures, labelled or not")
+        what = f"{str(folder)!r} is a file" if folder.is_file() else f"there is no folder {str(folder)!r}"
+        raise UserError(f"{FLAG}: {what}; pass a folder of pictures, labelled or not")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if not files:

@@ -122,10 +122,9 @@ def describe_guesses(depths: Mapping[str, int], source: str = "distilled images"
     """
     deepest = max(depths.values())
     named = ", ".join(list(depths)[:5]) + (f" and {len(depths) - 5} more" if len(depths) > 5 else "")
-    return (
-        f"{len(depths)} tensors are behind layers or operators that no BatchNorm tells of, up to {deepest} in a row "
-        f"({named}): their ranges are from {source}"
-    )
+    count = f"{len(depths)} tensor" + ("s have" if len(depths) > 1 else " has")
+    row = f", up to {deepest} such layers in a row" if deepest > 1 else ""
+    return f"{count} no range from BatchNorm ({named}{row}): from {source} instead"
 
 
 def extreme_ranges(spec: InputSpec, extremes: Mapping[str, tuple[Tensor, Tensor]]) -> RangeOf:

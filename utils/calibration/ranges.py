@@ -67,11 +67,9 @@ def describe_contradictions(
     if not ratios:
         return None
     worst = sorted(ratios.items(), key=lambda item: -abs(math.log(max(item[1], 1e-30))))[:3]
-    named = ", ".join(f"{name} {ratio:.2g} times" for name, ratio in worst)
-    return (
-        f"on {source} {len(ratios)} ranges are over {factor:g} times as wide as those from BatchNorm, "
-        f"or as narrow: {named}"
-    )
+    named = ", ".join(f"{name} {ratio:.2g}" for name, ratio in worst)
+    count = "1 range differs" if len(ratios) == 1 else f"{len(ratios)} ranges differ"
+    return f"{count} by more than {factor:g} times between {source} and BatchNorm (width on {source} / from BatchNorm: {named})"
 
 
 def width_ratios(

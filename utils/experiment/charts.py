@@ -28,12 +28,19 @@ def weight_spread(file: Path, stages: Mapping[str, Mapping[str, Tensor]]) -> Pat
 
 
 def channels(file: Path, stages: Mapping[str, Mapping[str, Tensor]], layer: str, most: int = 96) -> Path:
-    """One layer's channels, a bar from lowest to highest weight for each, at every stage: the paper's figures 2 and 6."""
+    """One layer's channels, a bar from lowest to highest weight for each, at every stage: the paper's figures 2 and 6.
+
+    Of more than `most` channels those whose weights are largest at the first stage.
+    """
     figure, rows = _figure(len(stages), most, 1.7)
+    largest = _largest(next(iter(stages.values()))[layer])
+    shown = largest.argsort(descending=True)[:most].sort().values
     for axes, (stage, layers) in zip(rows, stages.items(), strict=True):
-        low, high = layers[layer][:most].T
+        low, high = layers[layer][shown].T
         axes.bar(range(len(low)), (high - low).tolist(), bottom=low.tolist(), color=_ACCENT, width=0.8)
         axes.axhline(0, color=_INK, linewidth=0.6)
+        axes.use_sticky_edges = False  # else the longest bar ends on the frame
+        axes.margins(y=0.05)
         axes.set(ylabel="weights", xlim=(-1, len(low)))
         axes.set_title(stage, loc="left")
         axes.set_xticks([])
@@ -53,7 +60,9 @@ def activation_ranges(file: Path, ranges: Mapping[str, tuple[float, float]]) -> 
     low, high = zip(*ranges.values(), strict=True)
     axes.bar(range(len(ranges)), [b - a for a, b in zip(low, high, strict=True)], bottom=low, color=_ACCENT, width=0.8)
     axes.axhline(0, color=_INK, linewidth=0.6)
-    axes.set(ylabel="range", xlim=(-1, len(ranges)))
+    axes.use_sticky_edges = False
+    axes.margins(y=0.05)
+    axes.set(ylabel="value", xlim=(-1, len(ranges)))
     if max(high) > 50:
         axes.set_yscale("symlog", linthresh=1)
     _name_ticks(axes, list(ranges))

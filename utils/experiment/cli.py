@@ -118,7 +118,7 @@ def add_search_flags(parser: ArgumentParser) -> None:
         "--auto",
         action="store_true",
         help="try the recipes that can differ on this network, judge each on images that it has not seen, and take the "
-        "nearest to float",
+        "nearest to float, or a simpler one within 1 dB of it",
     )
     group.add_argument(
         "--doctor",
@@ -263,7 +263,7 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
     if to_int8 and not (args.quantize or args.load or args.table or args.auto):
         parser.error(f"--{to_int8[0]} needs --quantize, --auto or --load")
     if args.opset and not args.export and args.engine == "simulate":
-        parser.error("--opset needs --export or --engine onnxruntime")
+        parser.error("--opset needs --export, or an --engine that is not simulate")
     if not args.load:
         try:
             check_engine(args.target, args.engine)
@@ -348,13 +348,14 @@ def prepare(args: Namespace) -> torch.device:
     """Check what can fail early, seed, set the allocator; returns the device."""
     device = open_device(args.device)
     check_writable(args.results)
+    if args.data and not Path(args.data).is_dir():
+        raise UserError(f"no data folder at {str(args.data)!r}; pass --data with a folder of images")
     if args.export and args.export.suffix != PROGRAM:
         check_packages("--export", "onnx", "onnxruntime")
     if args.engine in ENGINES:
         check_packages(f"--engine {args.engine}", *ENGINES[args.engine].packages)
-    for flag in ("export", "save"):
-        if getattr(args, flag):
-            check_target(getattr(args, flag), f"--{flag}")
+    for flag in [flag for flag in ("export", "save") if getattr(args, flag)]:
+        check_target(getattr(args, flag), f"--{flag}")
     if args.report:
         make_folder(args.report)
     torch.manual_seed(args.seed)

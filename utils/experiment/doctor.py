@@ -145,7 +145,7 @@ def _channels(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) ->
     worst = sorted(shares, key=lambda name: -shares[name])[:SHOWN]
     mean = sum(shares.values()) / max(1, len(shares))
     lines.append(
-        f"spread: per tensor, {100 * mean:.0f} % of channels get under {COARSE} of 256 weight steps; most in "
+        f"spread: {100 * mean:.0f} % of channels have a range under {COARSE} of 256 steps at one scale per tensor; most in "
         + ", ".join(f"{name} {100 * shares[name]:.0f} %" for name in worst)
     )
     if mean > 0.05:
@@ -178,13 +178,13 @@ def _statistics(model: fx.GraphModule, spec: InputSpec, statistics: Statistics) 
     if far:
         worst = sorted(far, key=lambda name: -far[name])[:SHOWN]
         lines.append(
-            f"contradicted: the means of {len(far)} layers are over {FAR:g} deviations from what the layers before make of them "
+            f"contradicted: the means of {len(far)} layers are over {FAR:g} standard deviations from what the layers before make of them "
             f"({', '.join(f'{name} {far[name]:.3g}' for name in worst)}): statistics of another state of the weights; "
             "prefer ranges and corrections from images (--auto finds out)"
         )
     elif off:
         lines.append(
-            f"consistent: means within {max(off.values()):.2g} deviations of what the layers before make of them"
+            f"consistent: means within {max(off.values()):.2g} standard deviations of what the layers before make of them"
         )
     return lines
 

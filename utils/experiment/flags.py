@@ -52,7 +52,7 @@ def _flags(actions: Sequence[argparse.Action], parsers: dict[str, argparse.Argum
         remark = " (" + ", ".join(f"{program}: {value}" for program, value in defaults.items()) + ")" if differs else ""
         text = action.help or ""
         text = text.replace(" (default: %(default)s)", "") if differs else text % {"default": action.default}
-        rows.append([f"`{_usage(action)}`", (text + remark).replace("|", "\\|"), _part_of_name(action.dest)])
+        rows.append([f"`{_usage(action)}`", (text + remark).replace("|", "\\|"), _part_of_name(action)])
     if not any(row[2] for row in rows):
         return table(["flag", "what it does"], [row[:2] for row in rows])
     return table(["flag", "what it does", "in a row's name"], rows)
@@ -68,11 +68,13 @@ def _usage(action: argparse.Action) -> str:
     return f"{flag} {' '.join([shown] * action.nargs) if isinstance(action.nargs, int) else shown}".replace("|", "\\|")
 
 
-def _part_of_name(dest: str) -> str:
+def _part_of_name(action: argparse.Action) -> str:
+    dest = action.dest
     part = SETTINGS[dest].metadata["abbreviation"] if dest in SETTINGS else None
     if part and part.words:
         return " or ".join(f"`{part.of(value)}`" for value in part.words)
-    return f"`{part.text.strip().replace('{:g}', 'W').replace('{}', 'METHOD')}`" if part else ""
+    value = "N" if action.nargs == "+" else dest.rpartition("_")[2].upper()  # of several values their number
+    return f"`{part.text.strip().replace('{:g}', 'W').replace('{}', value)}`" if part else ""
 
 
 def main(argv: Sequence[str] | None) -> None:

@@ -15,6 +15,7 @@ from utils.core import distributed
 from utils.core.arguments import at_least
 from utils.core.cache import cache_folder
 from utils.core.input_spec import InputSpec
+from utils.quantization.recipe import SETTINGS
 from utils.tasks.base import Task
 
 # Flags that say which images there are.
@@ -62,7 +63,7 @@ def add_image_flags(parser: ArgumentParser) -> None:
         "--images",
         type=Path,
         metavar="DIR",
-        help="folder of pictures without labels, at least 2: half for ranges and corrections, half to judge by",
+        help="folder of pictures without labels, at least 2 (4 with --auto; 8 or more are better): half for ranges and corrections, half to judge by",
     )
     group.add_argument(
         "--images_count",
@@ -78,6 +79,9 @@ def check_image_flags(parser: ArgumentParser, args: Namespace, typed: Sequence[s
     if args.images is None:
         if "images_count" in typed:
             parser.error("--images_count needs --images")
+        looks = [name for name, one in SETTINGS.items() if one.metadata["images"] and getattr(args, name)]
+        if typed and not (looks or args.fidelity or args.table or args.auto or args.doctor or args.load):
+            parser.error(f"--{typed[0]} needs what looks at images: --auto, --fidelity or a --distill_... pass")
         return
     if distilling := [flag for flag in typed if flag != "images_count"]:
         parser.error(f"--images takes the place of distilled images; leave out --{distilling[0]}, or --images")

@@ -138,7 +138,7 @@ def _passes(log: PassLog) -> str:
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in (*log.notes, *log.warnings))
     return (
-        f'<table><tr><th>pass</th><th>layers</th><th>skipped</th><th class="text">commonest reasons</th></tr>{rows}</table>'
+        f'<table><tr><th>pass</th><th>applied</th><th>skipped</th><th class="text">commonest reasons</th></tr>{rows}</table>'
         + (f"<ul>{notes}</ul>" if notes else "")
         + f"<details><summary>Every layer</summary><pre>{escape(log.listing())}</pre></details>"
     )

@@ -41,8 +41,8 @@ def write_row(folder: Path, run: "Run", evaluator: Evaluator, row: "Row") -> Pat
     sections.append(Section("Samples", "What the networks predict.", shown))
     if row.images is not None:
         sections.append(images_section(folder, row.images, run.network.model, run.spec))
-    title = f"{run.network.name} {row.recipe}"
-    headline = cli.headline(run.args, run.network, len(data.samples), str(row.recipe))
+    title = f"{run.network.name} {row.recipe.row_name}"
+    headline = cli.headline(run.args, run.network, len(data.samples), row.recipe.row_name)
     lead = f"{headline}. Quantization noise is measured on {source}."
     return page.write(folder / "report.html", title, lead, scores.cells(row.scores), quantized.log, sections, row.line)
 
@@ -71,7 +71,10 @@ def network_sections(
     """
     layer = charts.most_uneven(next(iter(weights.values())))
     spread = "Largest |weight| of each layer's channels after each pass: box from quartile to quartile, whiskers to the extremes."
-    channels = f"From lowest to highest weight, the channels of {layer}, which has the widest spread as loaded."
+    channels = (
+        f"From lowest to highest weight, the channels of {layer} (the largest, where they are many), whose widest channel "
+        "is furthest from its median one after BatchNorm folding."
+    )
     pictures = [
         Picture(charts.weight_spread(folder / "weights.png", weights), spread),
         Picture(charts.channels(folder / "channels.png", weights, layer), channels),

@@ -179,7 +179,7 @@ def evaluate_row(
     """Score a recipe's networks and print what was found. known: what else its line says."""
     args, labels, line = run.args, dict(recipe.labels), run.line(recipe) | known
     networks = networks_of(run.network.model, quantized, recipe)
-    print(cli.headline(args, run.network, len(evaluator.data.samples), str(recipe)))
+    print(cli.headline(args, run.network, len(evaluator.data.samples), recipe.row_name))
     measured = _say(run, quantized, images)
     if args.engine != "simulate":
         name, simulated = labels["quantized"], networks.pop("quantized")

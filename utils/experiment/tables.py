@@ -128,7 +128,7 @@ def rows_table(group: Group, columns: Sequence[str] | None = None) -> str:
     """A group's table under its title, with the columns by name (default: all that it has)."""
     if columns is None:
         columns = [name for name in COLUMNS if group.source or not name.startswith("published")]
-    heads = {"published": f"published {group.source.fp32:.2f} →" if group.source else "published"}
+    heads = {"published": f"published (FP32 {group.source.fp32:.2f})" if group.source else "published"}
     rows = [[COLUMNS[name](line, group) for name in columns] for line in group.rows]
     return f"{group.title}\n\n{table([heads.get(name, name) for name in columns], rows)}"
 

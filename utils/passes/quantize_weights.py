@@ -40,9 +40,9 @@ def keep_in_float(model: fx.GraphModule, names: Collection[str]) -> None:
     layers = [node.target for node in weighted_nodes(model)]
     for name in names:
         if name not in layers:
-            near = get_close_matches(name, layers, 3, 0) or layers[:3]
+            near = get_close_matches(name, layers, 3, 0.4) or layers[:3]
             raise UserError(
-                f"--float_layers: the network has no layer {name!r}; nearest are {', '.join(near)} (--doctor lists all)"
+                f"--float_layers: the network has no layer {name!r}; nearest are {', '.join(near)} (--doctor --verbose lists all)"
             )
         model.get_submodule(name).in_float = True
 

@@ -297,7 +297,7 @@ class Recipe:
         widths = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
         if self.bits_first_last:
             widths += f" (first and last {self.bits_first_last})"
-        return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {_name(exact)}", "quantized": f"{widths} {self}"}
+        return dict(fp32_original="FP32 as loaded", fp32=f"FP32 {_name(exact)}", quantized=f"{widths} {self.row_name}")
 
     def check_images(self, images: Tensor | None) -> None:
         """Refuse to run without images what looks at them."""

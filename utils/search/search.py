@@ -84,7 +84,7 @@ def line_of(candidate: Candidate) -> str:
     return f"{name} {found.noise:9.1f} dB {found.agreement:9.2f} % {found.saturation:9.3f} %"
 
 
-HEAD = f"{'candidate':<36} {'over noise':>12} {'agreement':>11} {'most cut':>11}"
+HEAD = f"{'candidate':<36} {'SQNR':>12} {'agreement':>11} {'saturated':>11}"
 
 
 def reason(ranked: list[Candidate], best: Candidate) -> str:
@@ -92,11 +92,10 @@ def reason(ranked: list[Candidate], best: Candidate) -> str:
     first = ranked[0]
     if first is best:
         others = [one for one in ranked[1:] if one.judgement]
-        return (
-            f"nearest to float, {first.noise - others[0].noise:.1f} dB before the next"
-            if others
-            else "the only candidate"
-        )
+        if not others:
+            return "the only candidate"
+        lead = f"{first.noise - others[0].noise:.1f} dB"
+        return "as near to float as the next" if lead == "0.0 dB" else f"nearest to float, {lead} before the next"
     return (
         f"{first.noise - best.noise:.1f} dB behind {first.recipe.row_name}, which is no more than what differs by chance or by the images; "
         "it is the simpler or the faster of the two"
