@@ -293,11 +293,11 @@ class Recipe:
     def labels(self) -> dict[str, str]:
         """What a table calls the networks that the row evaluates."""
         exact = {name: value for name, value in self._given().items() if SETTINGS[name].metadata["exact"]}
-        bits = self.bits_weight, self.bits_activation
-        widths = "INT8" if bits == (8, 8) else "W{}A{}".format(*bits)
+        widths = f"W{self.bits_weight}A{self.bits_activation}".replace("W8A8", "INT8")
         if self.bits_first_last:
             widths += f" (first and last {self.bits_first_last})"
-        return dict(fp32_original="FP32 as loaded", fp32=f"FP32 {_name(exact)}", quantized=f"{widths} {self.row_name}")
+        row = f"{widths} {self.row_name}"
+        return {"fp32_original": "FP32 as loaded", "fp32": f"FP32 {_name(exact)}", "quantized": row}
 
     def check_images(self, images: Tensor | None) -> None:
         """Refuse to run without images what looks at them."""
