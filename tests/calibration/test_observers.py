@@ -16,6 +16,7 @@ from utils.calibration.observers import (
     observe,
     run_layers,
 )
+from utils.calibration.range_rules import image_extremes
 from utils.graph.capture import capture
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.quantization.qparams import activation_qparams, affine_qparams, fake_quantize
@@ -50,6 +51,52 @@ def test_layer_means_count_every_image_once():
     images, layer = SPEC.probe(20), weighted_nodes(traced)[-1]
     expected = channel_mean(module_of(traced, layer), traced(images))
     torch.testing.assert_close(layer_means(traced, images)[layer.target], expected)
+
+
+class Windowed(nn.Module):
+    """A linear layer that reads windows of a map, 16 of each image, as attention in windows does."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.layer = nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x):
+        windows = self.before(x).unflatten(2, (4, 6)).unflatten(4, (4, 6)).permute(0, 2, 4, 3, 5, 1).reshape(-1, 36, 4)
+        return self.layer(windows).unflatten(0, (-1, 16)).mean((1, 2))
+
+
+def test_means_and_extremes_of_windows_are_those_of_all_images():
+    model, images = made(Windowed)[1], SPEC.probe(20)
+    layer = weighted_nodes(model)[1]
+    values = {}
+    observe(model, images, lambda node, value: values.setdefault(node.name, []).append(value))
+    read, made_ = (torch.cat(values[name]).flatten(0, 1) for name in (layer.args[0].name, layer.name))
+    assert len(read) == 20 * 16 * 36
+    torch.testing.assert_close(input_means(model, images)[layer.target], read.mean(0))
+    torch.testing.assert_close(layer_means(model, images)[layer.target], made_.mean(0))
+    low, high = image_extremes(model, images)[layer.name]
+    torch.testing.assert_close(low, made_.reshape(20, -1).amin(1))
+    torch.testing.assert_close(high, made_.reshape(20, -1).amax(1))
+
+
+class Last(nn.Module):
+    """Values with the images along their last axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return (self.layer(x).permute(1, 2, 3, 0).softmax(1)).permute(3, 0, 1, 2)
+
+
+def test_extremes_of_values_that_mix_images_are_those_of_all():
+    model, images = capture(Last(), SPEC), SPEC.probe(3)
+    node = next(node for node in model.graph.nodes if node.target is torch.ops.aten.softmax.int)
+    low, high = image_extremes(model, images)[node.name]
+    assert low.shape == high.shape == (3,)
+    values = model(images)
+    assert float(low.min()) == float(values.min()) and float(high.max()) == float(values.max())
 
 
 def test_observing_shows_values_before_they_are_overwritten():

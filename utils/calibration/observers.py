@@ -175,28 +175,43 @@ def _channels_last(layer: nn.Module, value: Tensor) -> Tensor:
     return value if isinstance(layer, nn.Linear) else value.movedim(1, -1)
 
 
+class _Means:
+    """Means over values that come in parts of unlike size, by name. A part may hold several rows of an image, as windows do."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.rows: dict[str, int] = {}
+
+    def add(self, name: str, rows: int, mean: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + rows * mean
+        self.rows[name] = self.rows.get(name, 0) + rows
+
+    def by_name(self) -> dict[str, Tensor]:
+        return {name: (total / self.rows[name]).clone() for name, total in self.sums.items()}
+
+
 def layer_means(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
     """Mean [C] of every layer's output on the images, by the layer's name."""
-    sums: dict[str, Tensor] = {}
+    means = _Means()
 
     def see(node: fx.Node, value: Tensor) -> None:
         layer = module_of(model, node)
         if isinstance(layer, WEIGHTED):
-            sums[node.target] = sums.get(node.target, 0) + len(value) * channel_mean(layer, value).double()
+            means.add(node.target, len(value), channel_mean(layer, value).double())
 
     observe(model, images, see)
-    return {name: (total / len(images)).float() for name, total in sums.items()}
+    return {name: mean.float() for name, mean in means.by_name().items()}
 
 
 def input_means(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
     """Mean [C_in] of what every layer reads on the images, by the layer's name."""
-    sums: dict[str, Tensor] = {}
+    means = _Means()
 
     def see(node: fx.Node, value: Tensor) -> None:
         for user in node.users:
             layer = module_of(model, user)
             if isinstance(layer, WEIGHTED):
-                sums[user.target] = sums.get(user.target, 0) + len(value) * channel_mean(layer, value)
+                means.add(user.target, len(value), channel_mean(layer, value))
 
     observe(model, images, see)
-    return {name: (total / len(images)).clone() for name, total in sums.items()}
+    return means.by_name()

@@ -183,12 +183,20 @@ def fitted_ranges(fitted: Mapping[str, "Fitted"], observed: RangeOf) -> RangeOf:
 
 
 def image_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Smallest and largest value [N] that every node's output has on each of the images, by the node's name."""
+    """Smallest and largest value [N] that every node's output has on each of the images, by the node's name.
+
+    A value whose first axis does not hold the images, or parts of them in order, has one pair for all that run together.
+    """
     found: dict[str, list[Tensor]] = {}
+    count = 1
 
     def see(node: fx.Node, value: Tensor) -> None:
-        if value.dim() > 1 and len(value):
-            found.setdefault(node.name, []).append(torch.stack(value.flatten(1).aminmax(dim=1)).cpu())
+        nonlocal count
+        count = len(value) if node.op == "placeholder" else count
+        if value.dim() and value.numel():
+            rows = value.reshape(count if len(value) % count == 0 else 1, -1)
+            ends = torch.stack(rows.aminmax(dim=1)).cpu()
+            found.setdefault(node.name, []).append(ends.expand(2, count))
 
     observe(model, images, see)
     return {name: tuple(torch.cat(parts, 1).clone()) for name, parts in found.items()}
