@@ -83,3 +83,23 @@ def test_inputs_of_a_concat_share_their_parameters():
     left, right = (module for name, module in modules.items() if name.startswith(("left", "right")))
     assert (left.scale, left.zero_point) == (right.scale, right.zero_point)
     assert not any("cat" in name for name in modules)
+
+
+class FloatConcat(nn.Module):
+    """Powers of a layer's output side by side, which a sum reads that engines compute in float; and an integer concat."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.other, self.head = conv_bn(3, 6), conv_bn(3, 6), nn.Sequential(conv_bn(12, 8, 1), Head(8))
+
+    def forward(self, x):
+        a, b = self.stem(x), self.other(x)
+        powers = torch.cat([a.unsqueeze(1), (a * a).unsqueeze(1), (a**3).unsqueeze(1)], 1)
+        return self.head(torch.cat([powers.softmax(1)[:, 2], b], 1))
+
+
+def test_a_concat_of_what_is_computed_in_float_for_a_float_function_is_not_quantized():
+    result = quantized(FloatConcat)
+    concats = [node for node in result.float.graph.nodes if node.target is torch.ops.aten.cat.default]
+    behind = [f"{node.name}_quantizer" in quantizers(result) for node in concats]
+    assert behind == [False, True]

@@ -1,6 +1,6 @@
 """Activation quantizers: one wherever an integer engine writes a tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import fx
@@ -31,8 +31,9 @@ def insert_quantizers(
 
     That is: the network's input, a layer's output behind its ReLU or ReLU6, sums, products and other
     functions, average pooling and interpolation. What only moves values keeps its input's parameters. The
-    inputs of a concat share theirs if nothing else reads them; otherwise its output is quantized. What the network
-    hands out is left as it is, whatever made it: a range would cut it, and 256 steps would make classes tie.
+    inputs of a concat share theirs if nothing else reads them; otherwise its output is quantized, unless it joins what
+    is computed in float for a function that is. What the network hands out is left as it is, whatever made it: a range
+    would cut it, and 256 steps would make classes tie.
     other_bits: by a node's name, where its quantizer has other bits.
     """
     for node, (low, high) in _tensor_ranges(model, range_of, log, target).items():
@@ -67,7 +68,7 @@ def _tensor_ranges(
         else:
             ranges[node] = known
     for node in model.graph.nodes:
-        if is_concat(node) and node.users and not handed_out(node):
+        if _is_written_concat(model, node, ranges):
             together = range_of(node)
             if isinstance(together, Unknown):
                 continue
@@ -135,7 +136,14 @@ def _for_integers(model: fx.GraphModule, node: fx.Node) -> bool:
 def quantized_tensors(model: fx.GraphModule, target: Target = TARGETS[DEFAULT]) -> list[fx.Node]:
     """The nodes that get a quantizer if their ranges are known, in the graph's order; of concats the output stands for its inputs too."""
     written = set(written_tensors(model, target))
-    return [n for n in model.graph.nodes if n in written or (is_concat(n) and n.users and not handed_out(n))]
+    return [n for n in model.graph.nodes if n in written or _is_written_concat(model, n, written)]
+
+
+def _is_written_concat(model: fx.GraphModule, node: fx.Node, written: Container[fx.Node]) -> bool:
+    """Whether a node is a concat of tensors of integers, or for an integer kernel. written: what else gets a quantizer."""
+    if not is_concat(node) or not node.users or handed_out(node):
+        return False
+    return _for_integers(model, node) or all(source in written for source in value_sources(node))
 
 
 def averaged_into_output(model: fx.GraphModule, node: fx.Node) -> bool:
