@@ -269,3 +269,25 @@ def test_a_saved_network_of_another_version_is_refused(tmp_path):
     torch.save(content, kept)
     with pytest.raises(UserError, match=r"of another version .*'telepathy'"):
         main_cls.main(["--load", str(kept), "--export", str(tmp_path / "net.onnx")])
+
+
+class Late(nn.Module):
+    """A ReLU behind what only moves a layer's values."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = conv_bn(3, 8, activation=None), nn.Sequential(conv_bn(8, 8), Head(8))
+
+    def forward(self, x):
+        return self.last(torch.relu(self.stem(x).transpose(2, 3)))
+
+
+def test_moved_values_that_a_quantizer_reads_are_not_quantized_before_it_once_more():
+    model, parity = parity_of(quantized(Late))
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    for node in (node for node in model.graph.node if node.op_type == "QuantizeLinear"):
+        source = made_by.get(node.input[0])
+        while source is not None and source.op_type == "Relu":
+            source = made_by.get(source.input[0])
+        assert source is None or source.op_type != "DequantizeLinear"
+    parity.check()

@@ -33,6 +33,7 @@ from utils.graph.nodes import describe, is_tensor, module_of, shape
 from utils.graph.onnx_elementwise import ELEMENTWISE
 from utils.graph.ops import operator_of
 from utils.quantization.qparams import QParams
+from utils.quantization.quantizer import Quantizer
 from utils.quantization.target import DEFAULT, TARGETS, Target
 
 OPSET = 13  # of 2020: the first whose DequantizeLinear knows scales per channel
@@ -261,7 +262,10 @@ class _Writer:
     # ------------------------------------------------------------------------------------ the rest
 
     def _on_grid(self, node: fx.Node, result: str, name: str) -> Value:
-        """What only moved values of one grid, back on it."""
+        """What only moved values of one grid, back on it; where a quantizer alone reads them, they stay as they are: of two
+        quantizers in a row ONNX Runtime makes one, and then leaves the layer behind it in float."""
+        if node.users and all(isinstance(module_of(self.model, user), Quantizer) for user in node.users):
+            return Value(result)
         read = [s for s in node.all_input_nodes if is_tensor(s) and s.meta["tensor_meta"].dtype.is_floating_point]
         inputs = [self.values[source] for source in read if isinstance(self.values.get(source), Value)]
         grids = {value.grid for value in inputs}
