@@ -103,3 +103,26 @@ def test_a_concat_of_what_is_computed_in_float_for_a_float_function_is_not_quant
     concats = [node for node in result.float.graph.nodes if node.target is torch.ops.aten.cat.default]
     behind = [f"{node.name}_quantizer" in quantizers(result) for node in concats]
     assert behind == [False, True]
+
+
+class SoftPooling(nn.Module):
+    """Averages weighted by exponentials, over their own average: SoftPool (Stergiou et al., ICCV 2021)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = conv_bn(3, 6, activation=None), nn.Sequential(conv_bn(6, 8), Head(8))
+
+    def forward(self, x):
+        x = 4 * self.stem(x)
+        weight = torch.exp(x).sum(1, keepdim=True)
+        total = 4 * nn.functional.avg_pool2d(weight, 2)
+        return self.head(4 * nn.functional.avg_pool2d(x * weight, 2) / total)
+
+
+def test_what_is_divided_by_is_not_rounded_to_0():
+    model, graph = made(SoftPooling, settle)
+    images = SPEC.probe(4)
+    recipe = Recipe(quantize=True, distill_range=True)
+    result = quantize_data_free(model, SPEC, recipe, images=images, captured=graph, real=True)
+    assert bool(result.simulated(images).isfinite().all())
+    assert result.fidelity.output > 10

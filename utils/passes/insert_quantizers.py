@@ -7,7 +7,7 @@ from torch import fx
 
 from utils.calibration.moments import Unknown
 from utils.calibration.ranges import RangeOf
-from utils.graph.layers import WEIGHTED, Clip, on_integers
+from utils.graph.layers import WEIGHTED, ChannelAffine, Clip, Elementwise, on_integers
 from utils.graph.nodes import insert_module, is_tensor, module_of, shape, tidy
 from utils.graph.ops import keeps_grid, operator_of
 from utils.passes.log import PassLog
@@ -88,7 +88,9 @@ def written_tensors(model: fx.GraphModule, target: Target = TARGETS[DEFAULT]) ->
     """
     written: list[fx.Node] = []
     for node in model.graph.nodes:
-        if _can_be_written(model, node) and (_by_integers(model, node, written) or _for_integers(model, node)):
+        if _can_be_written(model, node) and (
+            _by_integers(model, node, written) or (_for_integers(model, node) and not _is_divisor(model, node))
+        ):
             written.append(node)
     return written if target.quantizes_summands else [node for node in written if not _added_in_float(model, node)]
 
@@ -129,6 +131,22 @@ def _for_integers(model: fx.GraphModule, node: fx.Node) -> bool:
         if on_integers(module_of(model, user)) or (row is not None and row.kind in ("sum", "product")):
             return True
         if (is_concat(user) or keeps_grid(user)) and _for_integers(model, user):
+            return True
+    return False
+
+
+def _is_divisor(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether something is divided by a value, or by a function or average of it, and no layer reads it: small values
+    would be 0."""
+    modules = {user: module_of(model, user) for user in node.users}
+    if any(on_integers(module) for module in modules.values()):
+        return False
+    for user, module in modules.items():
+        row = operator_of(user)
+        passes = isinstance(module, ChannelAffine | Elementwise) or (
+            row is not None and (row.kind == "average" or keeps_grid(user))
+        )
+        if (user.target is torch.ops.aten.div.Tensor and user.args[1] is node) or (passes and _is_divisor(model, user)):
             return True
     return False
 
