@@ -370,3 +370,10 @@ def test_an_engine_that_gives_no_numbers_is_refused():
             )
     with pytest.raises(UserError, match="disagree at"):
         check_parity(model, result.simulated, SPEC.probe(2))
+
+
+def test_a_tensor_of_one_number_has_its_shape_where_more_than_arithmetic_reads_it():
+    torch.manual_seed(0)
+    middle = Around(lambda x: torch.cat([torch.full_like(x, float("-inf")), x], 1).softmax(1), 16)
+    result = quantize_data_free(settle(middle, SPEC), SPEC, Recipe(quantize=True))
+    check_parity(build(result, SPEC, {}), result.simulated, SPEC.probe(4))

@@ -156,6 +156,20 @@ def _rsqrt(w: Any, node: fx.Node, x: fx.Node) -> str:
     return w.add("Reciprocal", [w.add("Sqrt", [w.name(x)], f"{node.name}_root")], node.name)
 
 
+def _filled(value: float | None = None) -> Form:
+    """One number, in the shape of a tensor where more reads it than arithmetic, which needs no shape. value: None where it
+    is an argument."""
+
+    def form(w: Any, node: fx.Node, x: fx.Node, given: float = 0.0, **_: Any) -> str:
+        number = given if value is None else value
+        if all(user.target in ELEMENTWISE for user in node.users):
+            return w.number(node.name, number)
+        size = w.add("Shape", [w.name(x)], f"{node.name}_shape")
+        return w.add("Expand", [w.number(f"{node.name}_value", number), size], node.name)
+
+    return form
+
+
 @dataclass(frozen=True)
 class _Own:
     """A step of a form, for forms that ask no more than its name."""
@@ -233,7 +247,7 @@ ELEMENTWISE: dict[object, Form] = {
     **dict.fromkeys((aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar), _where),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
     **dict.fromkeys((aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default), _as_float),
-    aten.zeros_like.default: lambda w, node, x, **_: w.number(node.name, 0.0),
-    aten.ones_like.default: lambda w, node, x, **_: w.number(node.name, 1.0),
-    aten.full_like.default: lambda w, node, x, value, **_: w.number(node.name, value),
+    aten.zeros_like.default: _filled(0.0),
+    aten.ones_like.default: _filled(1.0),
+    aten.full_like.default: _filled(),
 }
