@@ -171,7 +171,7 @@ def test_a_float_layer_stays_in_float_at_any_opset(opset):
     [
         (["--export", "net.onnx"], "--export needs --quantize, --auto or --load"),
         (["--engine", "onnxruntime"], "--engine onnxruntime needs --quantize, --auto or --load"),
-        (["--quantize", "--opset", "17"], "--opset needs --export or --engine onnxruntime"),
+        (["--quantize", "--opset", "17"], "--opset needs --export, or an --engine that is not simulate"),
         (["--quantize", "--export", "net.onnx", "--opset", "12"], "--opset: '12' is not an ONNX opset from 13 to 22"),
         (["--load", "net.dfq", "--relu"], "leave out --relu"),
         (["--table", "--save", "net.dfq"], "leave out --table"),
