@@ -145,3 +145,43 @@ def test_a_network_that_computes_with_constants_is_exported_in_one_piece():
         program = _export(_OfImages(Body(forward).eval()), SPEC.probe(2), None)
     called = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert all(isinstance(target, torch._ops.OpOverload) for target in called)
+
+
+class Picked(nn.Module):
+    """Channels or positions that a mask in a buffer picks, read or written."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function, self.body = function, conv_bn(3, 8, 3)
+        self.register_buffer("channels", torch.tensor([1, 0, 1, 1, 0, 1, 0, 1]).bool())
+        self.register_buffer("cells", torch.eye(22).bool())
+
+    def forward(self, x):
+        return self.function(self, self.body(x).clone())
+
+
+def _set(picked: Picked, x: torch.Tensor) -> torch.Tensor:
+    x[:, picked.channels] = 0
+    return x
+
+
+def _add(picked: Picked, x: torch.Tensor) -> torch.Tensor:
+    x[:, picked.channels] += 1
+    return x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _set,
+        _add,
+        lambda picked, x: x[:, picked.channels],
+        lambda picked, x: x[:, ~picked.channels].mean(1),
+        lambda picked, x: x[..., picked.cells],
+        lambda picked, x: x.transpose(0, 1)[picked.channels].transpose(0, 1),
+    ],
+)
+def test_what_a_constant_mask_picks_is_known(function):
+    model = Picked(function).eval()
+    images = SPEC.probe(3)
+    torch.testing.assert_close(capture(model, SPEC)(images), model(images))

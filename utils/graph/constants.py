@@ -38,6 +38,8 @@ class KnownConstants(TorchFunctionMode):
         if func == torch.Tensor.data.__get__:  # which is no operator, and so in no graph
             func = torch.Tensor.detach
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], self._positions(args[1]), *args[2:])
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         written = tensors[:1] if _writes(name) else []
@@ -78,6 +80,18 @@ class KnownConstants(TorchFunctionMode):
         memory = value.untyped_storage().data_ptr()
         return any(self.values[key].untyped_storage().data_ptr() == memory for key in self.given if key in self.values)
 
+    def _positions(self, index: Any) -> Any:
+        """An index with the positions that a known mask picks in its place, as how many those are is not known without values."""
+        positions = []
+        for part in index if isinstance(index, tuple) else (index,):
+            known = self.values.get(id(part)) if isinstance(part, Tensor) and part.dtype == torch.bool else None
+            if known is None or not known.dim():
+                positions.append(part)
+                continue
+            with _disable_current_modes():
+                positions += [axis.tolist() for axis in known.nonzero(as_tuple=True)]
+        return tuple(positions) if isinstance(index, tuple) or len(positions) > 1 else positions[0]
+
     def _note(self, result: Any, computed: Any) -> None:
         """What a call gave without values, and with them."""
         pairs = zip(tree_leaves(result), tree_leaves(computed), strict=True)
@@ -101,4 +115,6 @@ class KnownConstants(TorchFunctionMode):
 
 
 def _writes(name: str) -> bool:
+    if name in ("__invert__", "__index__", "__int__"):
+        return False
     return name in ("__setitem__", "set_") or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
