@@ -224,7 +224,7 @@ def parse_args(arguments: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("--peer", choices=PEERS, metavar="NAME", help="this one, in this process")
     parser.add_argument("--timeout", type=at_least(1), default=3600, metavar="SECONDS", help="of one peer")
-    parser.add_argument("--results", type=Path, default=Path("results/peers.jsonl"), metavar="FILE")
+    parser.add_argument("--results", type=Path, default=Path("results/peers/peers.jsonl"), metavar="FILE")
     args = parser.parse_args(arguments)
     scored, calibrated = Path(args.data).resolve(), Path(args.images).resolve()
     if scored.is_relative_to(calibrated) or calibrated.is_relative_to(scored):

@@ -132,9 +132,9 @@ def test_calibration_sees_every_picture_once():
 
 
 def test_the_recorded_table_is_that_of_its_lines():
-    lines = peers.read(ROOT / "results" / "peers.jsonl")
+    lines = peers.read(ROOT / "results" / "peers" / "peers.jsonl")
     assert lines
-    assert (ROOT / "results" / "peers.txt").read_text() == peers.report(lines)
+    assert (ROOT / "results" / "peers" / "peers.txt").read_text() == peers.report(lines)
     assert not any(str(value).startswith("/") for line in lines for value in line.values())
 
 

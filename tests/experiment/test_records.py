@@ -13,7 +13,7 @@ from utils.quantization.recipe import SETTINGS
 from utils.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDED = sorted(file for file in (ROOT / "results").glob("*.jsonl") if file.name not in ("runs.jsonl", "peers.jsonl"))
+RECORDED = sorted(file for file in (ROOT / "results").glob("*.jsonl") if file.name != "runs.jsonl")
 
 
 def line(**changes):
