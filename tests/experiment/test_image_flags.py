@@ -66,6 +66,7 @@ def test_lines_without_the_flag_keep_their_identity():
         (["--images", "x", "--distill_steps", "3"], "leave out --distill_steps, or --images"),
         (["--images", "x", "--distill_batch", "3"], "leave out --distill_batch, or --images"),
         (["--images_count", "8"], "--images_count needs --images"),
+        (["--distill_images", "8"], "--distill_images needs what looks at images: --auto, --fidelity or a --distill_"),
         (["--images", "x", "--images_count", "1"], "'1' is not a whole number of at least 2"),
     ],
 )

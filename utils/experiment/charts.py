@@ -39,8 +39,7 @@ def channels(file: Path, stages: Mapping[str, Mapping[str, Tensor]], layer: str,
         low, high = layers[layer][shown].T
         axes.bar(range(len(low)), (high - low).tolist(), bottom=low.tolist(), color=_ACCENT, width=0.8)
         axes.axhline(0, color=_INK, linewidth=0.6)
-        axes.use_sticky_edges = False  # else the longest bar ends on the frame
-        axes.margins(y=0.05)
+        _leave_room(axes)
         axes.set(ylabel="weights", xlim=(-1, len(low)))
         axes.set_title(stage, loc="left")
         axes.set_xticks([])
@@ -54,14 +53,19 @@ def most_uneven(layers: Mapping[str, Tensor]) -> str:
     return max(spread, key=spread.get)
 
 
+def _leave_room(axes: object) -> None:
+    """Keep the longest bar from ending on the frame, where it would look cut."""
+    axes.use_sticky_edges = False
+    axes.margins(y=0.05)
+
+
 def activation_ranges(file: Path, ranges: Mapping[str, tuple[float, float]]) -> Path:
     """The range of every quantizer."""
     figure, (axes,) = _figure(1, len(ranges), 2.6)
     low, high = zip(*ranges.values(), strict=True)
     axes.bar(range(len(ranges)), [b - a for a, b in zip(low, high, strict=True)], bottom=low, color=_ACCENT, width=0.8)
     axes.axhline(0, color=_INK, linewidth=0.6)
-    axes.use_sticky_edges = False
-    axes.margins(y=0.05)
+    _leave_room(axes)
     axes.set(ylabel="value", xlim=(-1, len(ranges)))
     if max(high) > 50:
         axes.set_yscale("symlog", linthresh=1)
