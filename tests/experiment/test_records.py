@@ -9,6 +9,7 @@ import pytest
 import demo
 from utils.core.errors import UserError
 from utils.experiment import cli, records
+from utils.experiment.records import signed, signed_interval
 from utils.quantization.recipe import SETTINGS
 from utils.tasks.registry import TASKS
 
@@ -147,3 +148,8 @@ def test_every_recorded_line_is_found_again_by_its_own_command():
     assert lost == []
     older = [recorded for recorded in lines if not SETTINGS.keys() <= recorded["flags"].keys()]
     assert older  # some are from before a setting existed, or this would show nothing
+
+
+def test_a_change_that_rounds_to_nothing_has_no_minus():
+    assert [signed(change) for change in (-1.5, -0.004, 0.0, 0.005)] == ["-1.50", "+0.00", "+0.00", "+0.01"]
+    assert signed_interval((-1.6149, -0.001)) == "-1.61 to +0.00"

@@ -19,10 +19,11 @@ def weight_spread(file: Path, stages: Mapping[str, Mapping[str, Tensor]]) -> Pat
     figure, rows = _figure(len(stages), len(next(iter(stages.values()))), 2.1)
     for axes, (stage, layers) in zip(rows, stages.items(), strict=True):
         _draw_boxes(axes, torch.stack([_box(_largest(ranges)) for ranges in layers.values()], 1))
+        axes.sharey(rows[0])
         axes.set(yscale="log", ylabel="largest |w|", xlim=(0.5, len(layers) + 0.5))
-        axes.set_ylim(bottom=max(1e-4, axes.get_ylim()[0]))  # cleared channels are at 0
         axes.set_title(stage, loc="left")
         axes.set_xticks([])
+    rows[0].set_ylim(bottom=max(1e-4, rows[0].get_ylim()[0]))  # cleared channels are at 0
     _name_ticks(rows[-1], list(next(iter(stages.values()))), first=1)
     return _save(figure, file)
 

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -196,4 +196,14 @@ def file_name(line: Mapping[str, Any]) -> str:
 
 def change(value: float | None, reference: float) -> str:
     """A figure's difference to the reference, with its sign."""
-    return "-" if value is None else f"{value - reference:+.2f}"
+    return "-" if value is None else signed(value - reference)
+
+
+def signed(difference: float) -> str:
+    """+1.50, -1.50, and +0.00 for what rounds to nothing from either side."""
+    return f"{difference:+z.2f}"
+
+
+def signed_interval(ends: Sequence[float]) -> str:
+    """A difference's 95 % confidence interval [2]: -1.61 to +0.40."""
+    return " to ".join(map(signed, ends))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from utils.experiment.records import change, name_of
+from utils.experiment.records import change, name_of, signed, signed_interval
 from utils.tasks.metrics import Metric, interval
 
 
@@ -56,8 +56,8 @@ def print_table(scores: Sequence[Score], metrics: Mapping[str, Metric]) -> None:
     for score in scores:
         shown = "".join(f"{score.metrics[name]:>16.2f}" for name in names)
         speed = samples / max(score.seconds, 1e-9)
-        sure = "" if score is scores[0] else "{:+.2f} to {:+.2f}".format(*score.change_interval)
-        print(f"{score.label:<{width}}{shown}{score.change:>+10.2f}{sure:>18}{speed:>10.0f}")
+        sure = "" if score is scores[0] else signed_interval(score.change_interval)
+        print(f"{score.label:<{width}}{shown}{signed(score.change):>10}{sure:>18}{speed:>10.0f}")
     for score in scores:
         remark = getattr(metrics[score.network], "remark", str)()
         if remark:
@@ -71,11 +71,7 @@ def cells(scores: Sequence[Score]) -> list[list[str]]:
         [
             score.label,
             *(f"{score.metrics[name]:.2f}" for name in names),
-            *(
-                ["", ""]
-                if score is scores[0]
-                else [f"{score.change:+.2f}", "{:+.2f} to {:+.2f}".format(*score.change_interval)]
-            ),
+            *(["", ""] if score is scores[0] else [signed(score.change), signed_interval(score.change_interval)]),
         ]
         for score in scores
     ]
@@ -103,7 +99,7 @@ def row_cells(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{line['fp32']:.2f}",
             f"{line['quantized']:.2f}",
             change(line["quantized"], line["fp32_original"]),
-            "{:+.2f} to {:+.2f}".format(*line["change_interval"]),
+            signed_interval(line["change_interval"]),
         ]
         for line in lines
     ]

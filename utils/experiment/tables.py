@@ -25,7 +25,7 @@ from utils.core.arguments import Parser
 from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment.published import Published, published
-from utils.experiment.records import change, identity, name_of, read_lines
+from utils.experiment.records import change, identity, name_of, read_lines, signed_interval
 from utils.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def _published(line: Line, group: Group) -> float | None:
 
 
 def _interval(line: Line, group: Group) -> str:
-    return "{:+.2f} to {:+.2f}".format(*line["change_interval"]) if line["quantized"] is not None else "-"
+    return signed_interval(line["change_interval"]) if line["quantized"] is not None else "-"
 
 
 def _own_flags(line: Line, group: Group) -> str:

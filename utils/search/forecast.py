@@ -38,7 +38,7 @@ class Forecast:
         return self.low <= change <= self.high
 
     def __str__(self) -> str:
-        return f"{self.expected:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        return f"{self.expected:+z.1f} ({self.low:+z.1f} to {self.high:+z.1f})"
 
 
 def forecast(noise: float, points: Iterable[Point]) -> Forecast | None:
