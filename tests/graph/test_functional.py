@@ -122,7 +122,20 @@ def filled(a, b):
     return result
 
 
+def position_is_written(a, b):
+    a[:, 1] = b[:, 3].sigmoid()
+    a[:, -1] = b[:, 0]
+    return a
+
+
+def every_second_is_written(a, b):
+    a[:, 1::2] = b[:, :2]
+    return a
+
+
 SHARED_MEMORY = [
+    position_is_written,
+    every_second_is_written,
     slice_is_written,
     view_is_written,
     written_after_a_view,
@@ -173,3 +186,10 @@ def test_functional_forms():
     assert functional_form(aten.add_.Scalar) is aten.add.Scalar
     assert functional_form(aten.relu.default) is None  # it is one
     assert functional_form(aten.zero_.default) is aten.zero.default
+
+
+@pytest.mark.parametrize("function", [position_is_written, every_second_is_written])
+def test_positions_written_in_place_are_moved_by_operators_of_the_table(function):
+    graph = capture(InPlace(function), SMALL)
+    called = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    assert called <= {aten.cat.default, aten.slice.Tensor, aten.reshape.default, aten.index_select.default}

@@ -1,4 +1,4 @@
-"""How operators that pick positions by number are written in canonical form: slices, or index_select along one axis."""
+"""How operators that pick or write positions by number are written in canonical form: slices, or index_select along one axis."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from utils.graph.shape_rules import Rule, each, pad_axes
-from utils.graph.translate import Size, Translator, is_free, size_of
+from utils.graph.shape_rules import Rule, each, joined, pad_axes
+from utils.graph.translate import Size, Translator, is_constant, is_free, size_of
 
 aten = torch.ops.aten
 
@@ -81,6 +81,41 @@ def _im2col(t: Translator, node: fx.Node, x, kernel, dilation=1, padding=0, stri
     return t.reshape(x, (batch, channels * math.prod(kernel), math.prod(counts)))
 
 
+def _slice_scatter(t: Translator, node: fx.Node, x, source, dim=0, start=None, end=None, step=1) -> Any:
+    """A slice written in place: what is before it, the new values, what is behind it; of every other position, a choice
+    from both tensors."""
+    axis, size = dim % len(size_of(x)), size_of(x)
+    if not is_constant((start, end)) or not isinstance(x, fx.Node):
+        return None
+    if size_of(source)[axis] == size[axis]:
+        return source
+    if is_free(size[axis]):
+        return None
+    start, end, _ = slice(start, end).indices(size[axis])
+    if step != 1:
+        return _interleaved(t, x, source, axis, range(start, end, step))
+    parts = [t.slice(x, axis, 0, start)] if start else []
+    parts += [source] + ([t.slice(x, axis, end, size[axis])] if end < size[axis] else [])
+    return joined(t, parts, axis)
+
+
+def _interleaved(t: Translator, x: fx.Node, source: fx.Node | Tensor, axis: int, positions: Sequence[int]) -> fx.Node:
+    order = list(range(size_of(x)[axis]))
+    for i, position in enumerate(positions):
+        order[position] = len(order) + i
+    return picked(t, joined(t, [x, source], axis), axis, order)
+
+
+def _select_scatter(t: Translator, node: fx.Node, x, source, dim, index) -> Any:
+    """One position written in place: a slice of one."""
+    axis, size = dim % len(size_of(x)), size_of(x)
+    if not (isinstance(x, fx.Node) and isinstance(source, fx.Node) and isinstance(index, int)) or is_free(size[axis]):
+        return None
+    thin = t.reshape(source, (*size[:axis], 1, *size[axis + 1 :]))
+    index %= size[axis]
+    return None if thin is None else _slice_scatter(t, node, x, thin, axis, index, index + 1)
+
+
 def _permuted(t: Translator, x: fx.Node, order: Sequence[int]) -> fx.Node:
     size: Size = tuple(size_of(x)[axis] for axis in order)
     return t.emit(aten.permute.default, (x, list(order)), size=size)
@@ -92,4 +127,6 @@ INDEX_RULES: dict[str, Rule] = {
     "repeat_interleave": _repeat_interleave,
     "unfold": _unfold,
     "im2col": _im2col,
+    "slice_scatter": _slice_scatter,
+    "select_scatter": _select_scatter,
 }

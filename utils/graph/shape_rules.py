@@ -44,21 +44,6 @@ def _slice(t: Translator, node: fx.Node, x, dim=0, start=None, end=None, step=1)
     return t.slice(x, axis, *slice(start, end, step).indices(size[axis]))
 
 
-def _slice_scatter(t: Translator, node: fx.Node, x, source, dim=0, start=None, end=None, step=1) -> Any:
-    """A slice written in place: what is before it, the new values, what is behind it."""
-    axis, size = dim % len(size_of(x)), size_of(x)
-    if not is_constant((start, end)) or step != 1 or not isinstance(x, fx.Node):
-        return None
-    if size_of(source)[axis] == size[axis]:
-        return source
-    if is_free(size[axis]):
-        return None
-    start, end, _ = slice(start, end).indices(size[axis])
-    parts = [t.slice(x, axis, 0, start)] if start else []
-    parts += [source] + ([t.slice(x, axis, end, size[axis])] if end < size[axis] else [])
-    return joined(t, parts, axis)
-
-
 def _copy(t: Translator, node: fx.Node, x, source, *_) -> Any:
     """What is copied over a tensor takes its place."""
     return source if isinstance(source, fx.Node) and size_of(source) == t.size() else None
@@ -223,7 +208,6 @@ SHAPE_RULES: dict[str, Rule] = {
     ),
     "slice": _slice,
     "narrow": _narrow,
-    "slice_scatter": _slice_scatter,
     "copy": _copy,
     "select": _select,
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "unbind", "tensor_split"), _parts),
