@@ -1,4 +1,4 @@
-"""How operators that pick or write positions by number are written in canonical form: slices, or index_select along one axis."""
+"""How operators that pick or write positions by number become canonical: slices, or index_select along one axis."""
 
 import math
 from collections.abc import Sequence
