@@ -58,6 +58,20 @@ def test_the_readme_fits():
     assert text.index("<!-- table:") < text.index("## Install") < text.index("## Run")
 
 
+def test_the_readme_has_the_totals_of_the_coverage_run():
+    """The last line of the report that counts all networks: tried, captured, exact, exported, all on integers, agreeing."""
+    report = (ROOT / "results" / "coverage.txt").read_text()
+    (line,) = [line for line in report.splitlines() if line.startswith("all ") and "BatchNorm" not in line]
+    networks, *counts = re.findall(r"(?<=\s)\d+(?=\s)", line)[:6]
+    captured, exact, exported, whole, agree = counts
+    sentence = (
+        f"Of {networks} networks of torchvision, timm, segmentation_models_pytorch and ultralytics, {captured} are captured, "
+        f"{exact} of them exactly; {exported} are exported, {whole} with every convolution and linear layer on integers, "
+        f"and {agree} agree with ONNX Runtime."
+    )
+    assert sentence in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_every_recorded_row_is_shown_with_its_command():
     text = (ROOT / "results" / "README.md").read_text()
     rows = re.findall(r"^\| (?:\+|Original).*$", text, re.MULTILINE)
