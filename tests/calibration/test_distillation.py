@@ -16,10 +16,10 @@ from utils.calibration.distillation import (
     class_targets,
     distilled,
     evidence_loss,
-    natural_noise,
     squared_errors,
     statistics_fit,
 )
+from utils.calibration.rendered import dead_leaves, natural_noise
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 
@@ -50,15 +50,6 @@ def test_squared_errors_by_hand():
     assert (float(mean), float(deviation)) == pytest.approx((4 / 16, 4 / 16))
 
 
-def test_natural_noise_has_the_prior_and_is_smooth():
-    images = natural_noise(SPEC, 64, torch.Generator().manual_seed(0))
-    mean, variance = SPEC.prior()
-    torch.testing.assert_close(images.mean((0, 2, 3)), mean, atol=0.1, rtol=0)
-    torch.testing.assert_close(images.var((0, 2, 3)), variance, atol=0.2, rtol=0)
-    neighbours = torch.corrcoef(torch.stack([images[..., 1:].flatten(), images[..., :-1].flatten()]))[0, 1]
-    assert neighbours > 0.6
-
-
 @pytest.mark.parametrize("network", [chain, Residual, Branches])
 def test_distilled_images_meet_the_statistics_better_than_noise(network):
     model = settle(randomise(network()))
@@ -70,6 +61,14 @@ def test_distilled_images_meet_the_statistics_better_than_noise(network):
     assert images.shape == SPEC.shape(6)
     assert pixels.min() > -0.01 and pixels.max() < 255.01
     torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+
+
+def test_without_steps_images_stay_as_they_start(settled):
+    settings = replace(FEW, steps=0, start="leaves")
+    rendered = dead_leaves(SPEC, settings.batch, torch.Generator().manual_seed(0))
+    images = distill.distill(settled, SPEC, settings, CPU)
+    torch.testing.assert_close(images[: settings.batch], distill.as_pixels(rendered, SPEC))
+    assert not torch.equal(images, distill.distill(settled, SPEC, replace(settings, seed=1), CPU))
 
 
 def test_the_seed_decides(settled):

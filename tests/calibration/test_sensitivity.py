@@ -7,8 +7,9 @@ import torch
 from networks import SPEC, Residual, relu_chain, unlike
 from torch import Tensor, fx
 
-from utils.calibration.distillation import as_pixels, natural_noise
+from utils.calibration.distillation import as_pixels
 from utils.calibration.observers import channel_mean, input_means, observe
+from utils.calibration.rendered import natural_noise
 from utils.calibration.sensitivity import output_sensitivity
 
 IMAGES = as_pixels(natural_noise(SPEC, 16, torch.Generator().manual_seed(0)), SPEC)

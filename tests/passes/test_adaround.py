@@ -13,9 +13,10 @@ from torch import nn
 
 import dfq
 from dfq import Recipe, quantize_data_free
-from utils.calibration.distillation import as_pixels, natural_noise
+from utils.calibration.distillation import as_pixels
 from utils.calibration.fidelity import fidelity
 from utils.calibration.images import Images
+from utils.calibration.rendered import natural_noise
 from utils.graph.layers import grouped_weight, make_layer
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes import adaround

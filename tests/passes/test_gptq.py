@@ -9,7 +9,8 @@ from networks import SPEC, Branches, Residual, chain, made, randomise, settle
 from torch import nn
 
 from dfq import Recipe, quantize_data_free
-from utils.calibration.distillation import as_pixels, natural_noise
+from utils.calibration.distillation import as_pixels
+from utils.calibration.rendered import natural_noise
 from utils.graph.layers import grouped_weight
 from utils.graph.nodes import weighted_nodes
 from utils.passes.gptq import gptq_round, second_moment

@@ -22,11 +22,12 @@ from networks import (
 from torch import fx, nn
 
 from dfq import Recipe, quantize, quantize_data_free
-from utils.calibration.distillation import as_pixels, natural_noise
+from utils.calibration.distillation import as_pixels
 from utils.calibration.fidelity import Fidelity
 from utils.calibration.images import Images
 from utils.calibration.moments import Gaussian, Statistics
 from utils.calibration.ranges import batchnorm_ranges
+from utils.calibration.rendered import natural_noise
 from utils.graph.capture import capture
 from utils.graph.layers import grouped_weight
 from utils.graph.nodes import module_of

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from utils.calibration.images import Images
+from utils.calibration.rendered import dead_leaves, natural_noise
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.hashing import weights_hash
@@ -39,7 +40,8 @@ class Distillation:
     """images: how many to make. batch: how many share their statistics. steps: of Adam, for each batch.
 
     rate: Adam's first step in normalised pixels, which falls to zero along a cosine.
-    The others are what benchmarks/distillation.py compares. start: "natural" or "white" noise.
+    start: what is rendered first, "natural" noise, "leaves" (see utils.calibration.rendered) or "white" noise; with no
+    steps that is all. The others are what benchmarks/distillation.py compares.
     robust: count a layer's error by its logarithm. jitter: shift and mirror the images anew at every step.
     evidence: weight of the classes that images are to show, beside the statistics. margin: how sure of its class the
     network should be of the image that shows it most clearly, in nats; of the others evenly less.
@@ -137,22 +139,16 @@ def squared_errors(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tup
     return (seen_mean - mean).square() / scale, deviation.square() / scale
 
 
-def natural_noise(spec: InputSpec, count: int, generator: torch.Generator) -> Tensor:
-    """Noise [N, 3, H, W] with photographs' 1/f amplitudes (Field, 1987), mostly grey, of the prior's mean and deviation."""
-    height, width = spec.size
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
-    amplitude = 1 / frequency.clamp_min(1 / max(height, width))
-
-    def noise(channels: int) -> Tensor:
-        white = torch.randn(count, channels, height, width, generator=generator)
-        shaped = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=spec.size)
-        return shaped / shaped.std((1, 2, 3), keepdim=True)
-
-    mean, variance = (moment[:, None, None] for moment in spec.prior())
-    return mean + variance.sqrt() * (0.9 * noise(1) + math.sqrt(1 - 0.9**2) * noise(len(spec.mean)))
-
-
 # ------------------------------------------------------------------------------------ the images
+
+
+def white_noise(spec: InputSpec, count: int, generator: torch.Generator) -> Tensor:
+    """Noise [N, 3, H, W] of the prior's mean and deviation, every pixel for itself."""
+    mean, variance = (moment[:, None, None] for moment in spec.prior())
+    return mean + variance.sqrt() * torch.randn(spec.shape(count), generator=generator)
+
+
+STARTS = {"natural": natural_noise, "leaves": dead_leaves, "white": white_noise}
 
 
 def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: torch.device) -> Tensor:
@@ -174,7 +170,7 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
         total=len(firsts) * settings.steps,
         desc=f"distilling {settings.images} images",
         unit="step",
-        disable=not distributed.is_main_process(),
+        disable=not (settings.steps and distributed.is_main_process()),
     ) as progress:
         for first in firsts:
             size = min(settings.batch, settings.images - first)
@@ -200,12 +196,11 @@ def _batch(
     device: torch.device,
     progress: tqdm,
 ) -> Tensor:
-    mean, std, start = (torch.tensor(t)[:, None, None] for t in (spec.mean, spec.std, spec.prior()[0].tolist()))
+    mean, std = (torch.tensor(t)[:, None, None] for t in (spec.mean, spec.std))
     low, high = (-mean / std).to(device), ((1 - mean) / std).to(device)
-    if settings.start == "natural":
-        start = natural_noise(spec, size, generator)
-    else:
-        start = start + spec.prior()[1].sqrt()[:, None, None] * torch.randn(spec.shape(size), generator=generator)
+    start = STARTS[settings.start](spec, size, generator)
+    if not settings.steps:
+        return start.clamp(low.cpu(), high.cpu())
     images = start.to(device).clamp(low, high).contiguous(memory_format=torch.channels_last).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=settings.rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)

@@ -19,7 +19,7 @@ from utils.quantization.recipe import SETTINGS
 from utils.tasks.base import Task
 
 # Flags that say which images there are.
-OF_IMAGES = ("distill_images", "distill_batch", "distill_steps", "images_count")
+OF_IMAGES = ("distill_images", "distill_batch", "distill_steps", "distill_start", "images_count")
 
 
 def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
@@ -44,10 +44,16 @@ def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--distill_steps",
-        type=at_least(1),
+        type=at_least(0),
         default=Distillation.steps,
         metavar="N",
-        help="steps of the optimizer (default: %(default)s)",
+        help="steps of the optimizer; 0: take the images as they start (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distill_start",
+        choices=("natural", "leaves"),
+        default=Distillation.start,
+        help="what distilled images start as: noise with the spectrum of photographs, or dead leaves, rendered shapes that hide one another (default: %(default)s)",
     )
     group.add_argument(
         "--distill_cache",
@@ -111,7 +117,9 @@ def images_of(
         return own
     if not (needed or args.fidelity):
         return None
-    settings = Distillation(args.distill_images, args.distill_batch, args.distill_steps, args.seed)
+    settings = Distillation(
+        args.distill_images, args.distill_batch, args.distill_steps, args.seed, start=args.distill_start
+    )
     folder = args.distill_cache or cache_folder() / "distilled"
     wanted = for_search(settings) if args.auto else (settings, for_judging(settings))
     made = [distilled(model, spec, one, device, folder, captured) for one in wanted]
