@@ -84,8 +84,29 @@ def build_detector(name: str, weights: str | None, key: str | None = None) -> tu
 
 
 def box_coder(model: nn.Module, spec: InputSpec) -> Coder:
-    """How a network's heads become boxes: its coder(size), or SSD-Lite's for a user's own network without one."""
-    return model.coder(spec.size) if hasattr(model, "coder") else ssd_coder(PriorSpec(), spec.size)
+    """How a network's heads become boxes: its coder(size), or SSD-Lite's for a user's own network without one.
+
+    A coder that fails, or is or gives something else than a Coder, is a UserError.
+    """
+    if not hasattr(model, "coder"):
+        return ssd_coder(PriorSpec(), spec.size)
+    asked = f"coder({spec.size}) of {type(model).__name__}"
+    if not callable(model.coder):
+        raise UserError(
+            f"coder of {type(model).__name__} is a {type(model.coder).__name__}; make it a method that returns a Coder for that size"
+        )
+    try:
+        coder = model.coder(spec.size)
+    except UserError:
+        raise
+    except Exception as error:  # the user's method may raise anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{asked} (height, width) fails: {type(error).__name__}: {reason}") from error
+    if not isinstance(coder, Coder):
+        raise UserError(
+            f"{asked} returns a {type(coder).__name__}; it must return a Coder, as docs/libraries.md shows (Your own detector)"
+        )
+    return coder
 
 
 def _from_torchvision(name: str, weights: str | None, key: str | None) -> tuple[nn.Module, InputSpec, str]:

@@ -219,7 +219,7 @@ ROWS: dict[str, list[Row]] = {
         ),
         Row(
             "a network of 1 class",
-            "refused: the network has 1 class(es) a pixel; a segmentation network must have 2 to 255, one score each",
+            "refused: the network has 1 class(es) a pixel, one score for object or not; let it return a score for the background too: torch.cat([-logits, logits], 1), or torch.cat([1 - p, p], 1) after a sigmoid",
             mask(0, 1, 1),
         ),
     ],

@@ -108,11 +108,19 @@ class Coder:
 
     def fits(self, outputs: Any) -> bool:
         """Whether the outputs are of the kind and the shapes that decode() takes."""
+        return self.misfit(outputs) is None
+
+    def misfit(self, outputs: Any) -> str | None:
+        """What is wrong with what decode() makes of the outputs; None: nothing."""
         try:
             scores, boxes = self.decode(outputs)
-        except Exception:  # whatever outputs of another kind lead to
-            return False
-        return scores.dim() == boxes.dim() == 3 and boxes.shape == (*scores.shape[:2], 4)
+            if scores.dim() == boxes.dim() == 3 and boxes.shape == (*scores.shape[:2], 4):
+                return None
+            shapes = f"{tuple(scores.shape)} and {tuple(boxes.shape)}"
+        except Exception as error:  # whatever outputs of another kind, or a mistake in a user's decode(), lead to
+            reason = (str(error).strip().splitlines() or [""])[0]
+            return f"decode() fails: {type(error).__name__}: {reason}"
+        return f"decode() gives {shapes}, not scores [N, P, classes] and boxes [N, P, 4]"
 
     def predictions(self, outputs: Any) -> Tensor:
         """What two networks are compared by: the class [N, P] that each place shows, -1 where it shows none."""

@@ -69,7 +69,8 @@ def count_classes(model: nn.Module, spec: InputSpec, coder: Coder) -> int:
         several = isinstance(outputs, tuple | list) and all(isinstance(one, Tensor) for one in outputs)
         tensors = outputs if several else [outputs] if isinstance(outputs, Tensor) else []
         found = " and ".join(str(tuple(one.shape)) for one in tensors) or type(outputs).__name__
-        raise UserError(f"the network returns {found}; {coder.expects}")
+        why = None if type(coder) in CODERS.values() else coder.misfit(outputs)
+        raise UserError(f"the network returns {found}; {coder.expects}{f': {why}' if why else ''}")
     return coder.decode(outputs)[0].shape[2]
 
 

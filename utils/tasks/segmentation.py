@@ -67,10 +67,7 @@ def voc_segmentation(
     where the network has two classes. skip_bad: whether images and masks may be missing.
     """
     check_channels(spec)
-    if not 2 <= outputs <= MOST_CLASSES:
-        raise UserError(
-            f"the network has {outputs} class(es) a pixel; a segmentation network must have 2 to {MOST_CLASSES}, one score each"
-        )
+    _check_count(outputs)
     voc = open_voc(root, "Segmentation", split, classes, skip_bad)
     names = voc.labels or ("background", *CLASSES)
     if voc.labels and len(names) + 1 == outputs:  # the lists of detection leave it out
@@ -92,6 +89,18 @@ def voc_segmentation(
         check_binary(masks, str(voc.folder))
     samples = SegmentationSet(voc.images, masks, spec, values or MaskValues(outputs))
     return Guarded(samples, [str(path) for path in voc.images], voc.notes), names
+
+
+def _check_count(outputs: int) -> None:
+    if outputs == 1:
+        raise UserError(
+            "the network has 1 class(es) a pixel, one score for object or not; let it return a score for the background "
+            "too: torch.cat([-logits, logits], 1), or torch.cat([1 - p, p], 1) after a sigmoid"
+        )
+    if not 2 <= outputs <= MOST_CLASSES:
+        raise UserError(
+            f"the network has {outputs} class(es) a pixel; a segmentation network must have 2 to {MOST_CLASSES}, one score each"
+        )
 
 
 def _wide_high(image: Image.Image) -> str:
