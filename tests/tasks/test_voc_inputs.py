@@ -119,9 +119,12 @@ def test_values_without_a_meaning_are_named(mask, values, message, tmp_path):
         classes_of(masks(tmp_path, mask), values=values)
 
 
-@pytest.mark.parametrize("outputs", [1, 256])
-def test_networks_of_one_or_too_many_classes_are_refused(outputs, tmp_path):
-    with pytest.raises(UserError, match=rf"has {outputs} class\(es\) a pixel; .* must have 2 to 255"):
+@pytest.mark.parametrize(
+    ("outputs", "remedy"),
+    [(1, ", one score for object or not; let it return a score"), (256, "; .* must have 2 to 255")],
+)
+def test_networks_of_one_or_too_many_classes_are_refused(outputs, remedy, tmp_path):
+    with pytest.raises(UserError, match=rf"has {outputs} class\(es\) a pixel{remedy}"):
         voc_segmentation(masks(tmp_path, *BINARY), None, SPEC, outputs)
 
 
