@@ -9,11 +9,11 @@ import demo
 import dfq
 from modeling import build_model
 from modeling.detection import box_coder, build_detector
-from utils.core.networks import scored
 from utils.experiment import cli
 from utils.experiment.loading import opened
 from utils.experiment.runner import Run, run_rows
 from utils.tasks.detection import TASK, coder_as_data, coder_from, count_classes
+from utils.tasks.heads import with_heads
 
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     build = partial(build_model, args.model, args.weights, build_detector, args.checkpoint_key)
     network, recipes, quantize = opened(args, TASK.name, build, dfq.quantize_data_free)
     spec = cli.input_spec(args, network.spec)
-    network = replace(network, model=scored(network.model, spec, TASK.output_dims))
     coder = coder_from(network.extras["coder"]) if args.load else box_coder(network.model, spec)
+    network = replace(network, model=with_heads(network.model, spec, coder))
     task, extras = replace(TASK, predictions=coder.predictions), {"coder": coder_as_data(coder)}
     classes, data = count_classes(network.model, spec, coder), None
     if args.data:

@@ -84,12 +84,18 @@ def build_detector(name: str, weights: str | None, key: str | None = None) -> tu
 
 
 def box_coder(model: nn.Module, spec: InputSpec) -> Coder:
-    """How a network's heads become boxes: its coder(size), or SSD-Lite's for a user's own network without one.
+    """How a network's heads become boxes: its coder(size), or SSD-Lite's, which is said, for a user's own network without one.
 
     A coder that fails, or is or gives something else than a Coder, is a UserError.
     """
     if not hasattr(model, "coder"):
-        return ssd_coder(PriorSpec(), spec.size)
+        coder = ssd_coder(PriorSpec(), spec.size)
+        print(
+            f"{type(model).__name__} has no coder(size), so its outputs are taken for SSD-Lite's: "
+            f"{len(coder.priors)} priors, variances {coder.centre_variance} and {coder.size_variance}, class 0 the "
+            "background; docs/libraries.md shows how to say otherwise (Your own detector)"
+        )
+        return coder
     asked = f"coder({spec.size}) of {type(model).__name__}"
     if not callable(model.coder):
         raise UserError(

@@ -248,7 +248,9 @@ def test_a_model_that_is_no_detector_is_refused(name, message):
 
 def test_a_network_that_returns_no_heads_is_refused():
     network = build_model(f"{__name__}:classifier", None, build_detector)
-    with pytest.raises(UserError, match=r"returns \(1, 2\); a detector must return class logits \[N, 3000, classes\]"):
+    with pytest.raises(
+        UserError, match=r"returns output \(1, 2\); a detector must return class logits \[N, 3000, classes\]"
+    ):
         count_classes(network.model, network.spec, box_coder(network.model, network.spec))
 
 

@@ -141,10 +141,10 @@ def test_overlapping_boxes_of_a_class_are_one_unless_all_are_to_be_kept():
 @pytest.mark.parametrize(
     ("spoil", "found"),
     [
-        (lambda outputs: outputs[0], r"\(2, 19, 4, 8\)"),
-        (lambda outputs: outputs[::-1], r"\(2, 19, 2, 4\) and \(2, 19, 4, 8\)"),
-        (lambda outputs: [one[:, : 4 * BINS] for one in outputs], r"\(2, 16, 4, 8\)"),
-        (lambda outputs: {"maps": outputs}, "dict"),
+        (lambda outputs: outputs[0], r"output \(2, 19, 4, 8\)"),
+        (lambda outputs: outputs[::-1], r"output_0 \(2, 19, 2, 4\), output_1 \(2, 19, 4, 8\)"),
+        (lambda outputs: [one[:, : 4 * BINS] for one in outputs], r"output_0 \(2, 16, 4, 8\)"),
+        (lambda outputs: {"maps": outputs}, r"maps.output_0 \(2, 19, 4, 8\)"),
     ],
 )
 def test_other_outputs_are_one_line(spoil, found):

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from utils.core.errors import UserError
 from utils.core.predictions import Agreement, Predictions, channel_predictions
 from utils.graph.layers import WEIGHTED, grouped_weight, per_channel
-from utils.graph.nodes import module_of, outputs_of
+from utils.graph.nodes import as_returned, module_of, outputs_of
 from utils.quantization.quantizer import Quantizer
 
 # Steps from halfway within which both neighbours are right. Float32 strays by 0.0003, or by its resolution where
@@ -147,7 +147,7 @@ def compare(
                     "nothing was exported"
                 )
             found = list(tensors.values())[: len(outputs)]
-            agreement.update(found, outputs)
+            agreement.update(as_returned(found), as_returned(outputs))
             steps.append(torch.cat([_output_steps(*pair).flatten() for pair in zip(found, outputs, strict=True)]))
             _Alone(simulated, tensors, layers).run(part)
     steps = torch.cat(steps)

@@ -93,7 +93,7 @@ class Scored(nn.Module):
         self.network, self.names, self.flatten = network, names, flatten
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        outputs = dict(_leaves(self.network(images)))
+        outputs = dict(named_tensors(self.network(images)))
         first, *others = (outputs[name] for name in self.names)
         if self.flatten:
             first = first.reshape(len(images), -1)
@@ -121,10 +121,10 @@ def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
     if isinstance(result, Tensor) and result.dim() == dims and getattr(alone, "ndim", None) == dims:
         _say_smaller(result, spec)
         return model
-    outputs = dict(_leaves(result))
+    outputs = dict(named_tensors(result))
     fitting = [name for name, value in outputs.items() if _fits(value, dims)]
     if not fitting:
-        found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in outputs.items()) or type(result).__name__
+        found = described(result)
         wanted = "logits [N, classes]" if dims == 2 else "maps of logits [N, classes, H, W]"
         raise UserError(
             f"the network returns {found}, and nothing to score; it must return {wanted}, alone or among others"
@@ -160,16 +160,21 @@ def _fits(value: Tensor, dims: int) -> bool:
     return value.dim() == dims or (dims == 2 and value.dim() == 4 and value.shape[2:] == (1, 1))
 
 
-def _leaves(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def described(result: Any) -> str:
+    """What a network returns, for a message: its tensors' names and shapes."""
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in named_tensors(result)) or type(result).__name__
+
+
+def named_tensors(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of whatever a network returns, with their names: keys, fields or numbers, joined by points."""
     if isinstance(result, Tensor):
         yield name or "output", result
     elif isinstance(result, Mapping):
         for key, value in result.items():
-            yield from _leaves(value, f"{name}.{key}".strip("."))
+            yield from named_tensors(value, f"{name}.{key}".strip("."))
     elif isinstance(result, tuple | list):
         keys = getattr(result, "_fields", [f"output_{i}" for i in range(len(result))])
         for key, value in zip(keys, result, strict=True):
-            yield from _leaves(value, f"{name}.{key}".strip("."))
+            yield from named_tensors(value, f"{name}.{key}".strip("."))
     elif hasattr(result, "__dataclass_fields__"):
-        yield from _leaves(vars(result), name)
+        yield from named_tensors(vars(result), name)

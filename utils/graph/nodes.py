@@ -1,5 +1,7 @@
 """What every pass asks of a graph: a node's module, its shape, its name in words; and how to edit one."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
@@ -113,3 +115,8 @@ def first_line(error: BaseException) -> str:
 def outputs_of(result: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
     """A network's outputs, one or several, as a list."""
     return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def as_returned(outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """A list of a network's outputs as an engine hands them out: one alone, several as a tuple."""
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]

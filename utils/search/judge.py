@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from utils.calibration.observers import BATCH
 from utils.core.predictions import Predictions, class_axis, margins
-from utils.graph.nodes import outputs_of
+from utils.graph.nodes import as_returned, outputs_of
 from utils.passes.result import Quantized
 
 DIMMED = 0.6  # of an image's contrast
@@ -62,7 +62,7 @@ class Judge:
     def _agreement(self, expected: list[Tensor], found: list[Tensor]) -> float:
         if self.predictions is None:
             return 100.0
-        before, after = (self.predictions(tuple(outputs)) for outputs in (expected, found))
+        before, after = (self.predictions(as_returned(outputs)) for outputs in (expected, found))
         return 100 * weighted_agreement(before == after, margins(expected[0]))
 
     def _outputs(self, network: nn.Module, images: Tensor) -> list[Tensor]:

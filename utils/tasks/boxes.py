@@ -6,7 +6,8 @@ Corner form is x1, y1, x2, y2; centre form is centre x, centre y, width, height.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -153,23 +154,39 @@ class Coder:
 
 @dataclass(frozen=True)
 class BoxCoder(Coder):
-    """Of single-shot detectors: class logits [N, P, classes], class 0 the background, and offsets [N, P, 4] from priors.
+    """Of single-shot detectors: class logits [N, P, classes] and offsets [N, P, 4] from priors.
 
     priors: [P, 4], centre form. centre_variance, size_variance: scale of the predicted offsets. clip: cut boxes at the
-    image's border.
+    image's border. background: whether class 0 is that, and a softmax gives the scores; without it each class has a
+    sigmoid, as focal loss trains them.
     """
 
     priors: Tensor = field(repr=False)
     centre_variance: float = 0.1
     size_variance: float = 0.2
     clip: bool = False
+    background: bool = field(default=True, kw_only=True)
 
     @property
     def expects(self) -> str:
+        first = ", class 0 the background," if self.background else ""
         return (
-            f"a detector must return class logits [N, {len(self.priors)}, classes] and box offsets "
-            f"[N, {len(self.priors)}, 4], for the priors of its coder(size) or SSD-Lite's 3,000 at 300 pixels"
+            f"a detector must return class logits [N, {len(self.priors)}, classes]{first} and box offsets "
+            f"[N, {len(self.priors)}, 4], for the priors of its coder(size), or of SSD-Lite where it has none; "
+            "define coder(size), as docs/libraries.md shows"
         )
+
+    def heads(self, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+        """Which of a network's tensors, by name, are its class logits and its box offsets; None: it is not clear.
+
+        A name that speaks of boxes settles it, otherwise the shapes do.
+        """
+        rows = {name: one for name, one in tensors.items() if one.dim() == 3 and one.shape[1] == len(self.priors)}
+        fours = [name for name, one in rows.items() if one.shape[2] == 4]
+        named = [name for name in fours if re.search(r"box|reg|loc|offset|delta", name.lower())]
+        boxes = named or fours
+        scores = [name for name in rows if name not in boxes]
+        return (scores[0], boxes[0]) if len(scores) == len(boxes) == 1 else None
 
     def boxes(self, offsets: Tensor) -> Tensor:
         """Predicted offsets [..., P, 4] as boxes in corner form."""
@@ -188,13 +205,14 @@ class BoxCoder(Coder):
         return torch.cat([centre, (boxes[..., 2:] / priors[:, 2:]).log() / self.size_variance], -1)
 
     def encode(self, objects: Objects, iou_thresh: float = 0.5) -> tuple[Tensor, Tensor]:
-        """What each prior should predict: labels [P], 0 for background, and offsets [P, 4].
+        """What each prior should predict: labels [P], 0 for background (-1 where that is no class), and offsets [P, 4].
 
         A prior takes the object that it overlaps most, if by an intersection over union of at least
         iou_thresh; and every object has
         the prior that overlaps it most (SSD, section 2.2, matching).
         """
-        labels, boxes = torch.zeros(len(self.priors), dtype=torch.long), box_convert(self.priors, "cxcywh", "xyxy")
+        labels = torch.full((len(self.priors),), 0 if self.background else -1)
+        boxes = box_convert(self.priors, "cxcywh", "xyxy")
         if len(objects.labels):
             ious = torchvision.ops.box_iou(boxes, objects.boxes)
             ious[ious.argmax(0), torch.arange(len(objects.labels))] = 2.0
@@ -203,10 +221,12 @@ class BoxCoder(Coder):
             boxes = torch.where((best >= iou_thresh)[:, None], objects.boxes[which], boxes)
         return labels, self.offsets(boxes)
 
-    def decode(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        logits, offsets = (head.float().cpu() for head in outputs)
-        return logits.softmax(-1), self.boxes(offsets)
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        logits, offsets = (head.float().cpu() for head in outputs[:2])  # others may follow
+        if offsets.shape[-1] != 4:  # which arithmetic would broadcast
+            raise ValueError(f"{offsets.shape[-1]} offsets a prior, not 4")
+        return logits.softmax(-1) if self.background else logits.sigmoid(), self.boxes(offsets)
 
-    def predictions(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
-        """Class indices [N, P] of the class logits, the background among them."""
-        return prior_predictions(outputs)
+    def predictions(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Class indices [N, P] of the class logits, the background among them where there is one."""
+        return prior_predictions(outputs) if self.background else super().predictions(outputs)

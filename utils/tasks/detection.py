@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.core.networks import described
 from utils.core.predictions import prior_predictions
 from utils.core.torchvision_compat import torchvision
 from utils.tasks import pictures
@@ -22,6 +23,7 @@ from utils.tasks.base import Data, Task
 from utils.tasks.boxes import BoxCoder, Coder, Objects
 from utils.tasks.data import BadSample, Guarded, evenly, tell
 from utils.tasks.distribution_focal import DistributionFocalCoder
+from utils.tasks.heads import run_once
 from utils.tasks.images import check_channels, load_image
 from utils.tasks.metrics import MeanAveragePrecision
 from utils.tasks.voc import CLASSES, VocSplit, open_voc
@@ -56,21 +58,10 @@ def count_classes(model: nn.Module, spec: InputSpec, coder: Coder) -> int:
 
     A network that fails on an image of its input, or does not return what its coder decodes, is a UserError.
     """
-    images = spec.probe(1)
-    try:
-        with torch.inference_mode():
-            outputs = model(images)
-    except Exception as error:  # the user's network may raise anything
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}; check --image_size"
-        ) from error
+    outputs = run_once(model, spec)
     if not coder.fits(outputs):
-        several = isinstance(outputs, tuple | list) and all(isinstance(one, Tensor) for one in outputs)
-        tensors = outputs if several else [outputs] if isinstance(outputs, Tensor) else []
-        found = " and ".join(str(tuple(one.shape)) for one in tensors) or type(outputs).__name__
         why = None if type(coder) in CODERS.values() else coder.misfit(outputs)
-        raise UserError(f"the network returns {found}; {coder.expects}{f': {why}' if why else ''}")
+        raise UserError(f"the network returns {described(outputs)}; {coder.expects}{f': {why}' if why else ''}")
     return coder.decode(outputs)[0].shape[2]
 
 

@@ -40,6 +40,7 @@ class DistributionFocalCoder(Coder):
         )
 
     def fits(self, outputs: Sequence[Tensor]) -> bool:
+        outputs = [outputs] if isinstance(outputs, Tensor) and len(self.strides) == 1 else outputs
         if not isinstance(outputs, tuple | list) or not all(isinstance(one, Tensor) for one in outputs):
             return False
         shapes = [tuple(one.shape[1:]) for one in outputs]
@@ -49,6 +50,7 @@ class DistributionFocalCoder(Coder):
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         height, width = self.size
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         scores, boxes = [], []
         for cells, stride in zip((one.float().cpu() for one in outputs), self.strides, strict=True):
             rows, columns = cells.shape[2:]
