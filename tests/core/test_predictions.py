@@ -14,6 +14,8 @@ def test_predictions_of_images_pixels_and_priors():
     pixels = torch.zeros(1, 3, 2, 2)
     pixels[0, 2, 0, 1] = 1
     assert channel_predictions((pixels, torch.rand(9))).tolist() == [[[0, 2], [0, 0]]]
+    assert channel_predictions(torch.tensor([[[-3.0, 0.2, 4.0]]])).tolist() == [[0, 1, 1]]  # of one class: logits,
+    assert channel_predictions(torch.tensor([[[0.1, 0.4, 0.9]]])).tolist() == [[0, 0, 1]]  # or probabilities
     priors = torch.zeros(1, 4, 3)
     priors[0, 3, 1] = 1
     assert prior_predictions((priors, torch.rand(1, 4, 4))).tolist() == [[0, 0, 0, 1]]

@@ -198,3 +198,9 @@ def test_the_helmet_network_scores_as_with_the_code_that_trained_it(shared):
     scores = metric.compute()
     assert (scores["map_voc07"], scores["map_voc12"]) == pytest.approx((14.5, 14.8), abs=1.0)
     assert tuple(metric.per_class().values()) == pytest.approx((16.7, 12.3), abs=1.5)
+
+
+def test_a_class_named_twice_is_refused(voc):
+    (voc / "labels.txt").write_text("helmet,helmet")
+    with pytest.raises(UserError, match="names 'helmet' 2 times; every class must have a name of its own"):
+        open_voc(str(voc), "Main")

@@ -50,3 +50,51 @@ def test_a_coder_of_the_wrong_kind_is_refused(coder, told):
     with pytest.raises(UserError) as refused:
         box_coder(model, SPEC)
     assert told in str(refused.value)
+
+
+GRID = torch.cartesian_prod(torch.arange(4) / 4 + 0.125, torch.arange(4) / 4 + 0.125)
+CENTRED = torch.cat([GRID, torch.full((16, 2), 0.2)], 1)
+
+
+@pytest.mark.parametrize(
+    ("priors", "told"),
+    [
+        (CENTRED[:, :3], r"gets priors of shape \(16, 3\)"),
+        (64 * CENTRED, "gets priors with centres of up to 56, so in pixels"),
+        (torch.cat([GRID - 0.1, GRID + 0.1], 1), "gets priors that are corners"),
+    ],
+)
+def test_priors_of_another_form_are_refused(priors, told):
+    with pytest.raises(UserError, match=told + "; it takes"):
+        BoxCoder(priors)
+
+
+def test_priors_may_be_an_array_or_a_list():
+    for priors in (CENTRED.numpy(), CENTRED.tolist()):
+        torch.testing.assert_close(BoxCoder(priors).priors, CENTRED)
+
+
+class _As(Coder):
+    """Gives the scores and boxes that the network returns."""
+
+    def decode(self, outputs):
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("scores", "boxes", "told"),
+    [
+        (torch.full((1, 16, 2), 3.0), CENTRED[None], "gives scores from 3 to 3, not between 0 and 1"),
+        (torch.rand(1, 16, 2), 64 * CENTRED[None], "gives boxes of up to 56, not fractions"),
+        (torch.rand(1, 16, 2), CENTRED[None], "they look like centre and size"),
+        (torch.rand(1, 16, 2), torch.cat([GRID - 0.1, GRID + 0.1], 1)[None], ""),
+    ],
+)
+def test_values_that_look_wrong_are_told(scores, boxes, told, capsys):
+    class Returns(nn.Module):
+        def forward(self, images):
+            return scores, boxes
+
+    assert count_classes(Returns(), SPEC, _As()) == 2
+    printed = capsys.readouterr().out
+    assert told in printed and bool(told) == bool(printed)

@@ -116,7 +116,7 @@ def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
     except Exception as error:  # the user's network may raise anything
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}"
+            f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}; check --image_size"
         ) from error
     if isinstance(result, Tensor) and result.dim() == dims and getattr(alone, "ndim", None) == dims:
         _say_smaller(result, spec)

@@ -33,8 +33,15 @@ def margins(logits: Tensor) -> Tensor:
 
 
 def channel_predictions(outputs: Outputs) -> Tensor:
-    """Class indices [N, ...] of logits [N, C, ...]: one for an image, or one for each of its pixels."""
-    return first_output(outputs).argmax(1)
+    """Class indices [N, ...] of logits [N, C, ...]: one for an image, or one for each of its pixels.
+
+    Of a single class, whether it is there: a logit above 0, or a probability above 0.5 where all are between 0 and 1.
+    """
+    logits = first_output(outputs)
+    if logits.shape[1] == 1:
+        probable = bool(logits.min() >= 0) and bool(logits.max() <= 1)
+        return (logits[:, 0] > (0.5 if probable else 0)).long()
+    return logits.argmax(1)
 
 
 def prior_predictions(outputs: Outputs) -> Tensor:

@@ -54,6 +54,7 @@ def save(file: Path, saved: Saved) -> None:
         "format": FORMAT,
         "graphs": {name: _encode_graph(getattr(saved, name)) for name in ("model", "float", "simulated")},
         "batch": saved.model.meta["batch"],
+        "outputs": list(saved.model.meta.get("outputs") or ()),
         "recipe": saved.recipe,
         "spec": asdict(saved.spec),
         "task": saved.task,
@@ -82,6 +83,7 @@ def load(file: Path, task: str) -> Saved:
         }
         for graph in graphs.values():
             graph.meta["batch"] = content["batch"]
+            graph.meta["outputs"] = tuple(content.get("outputs", ())) or None  # older files have none
         rest = {name: content[name] for name in ("recipe", "task", "name", "weights", "extras")}
         saved = Saved(**graphs, spec=spec, **rest)
     except UserError:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from utils.core.errors import UserError
 from utils.core.predictions import prior_predictions
 from utils.core.torchvision_compat import torchvision
 
@@ -105,7 +106,7 @@ class Coder:
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Class scores [N, P, classes] and boxes [N, P, 4] in corner form, on the CPU, from what the network returns."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define decode()")
 
     def fits(self, outputs: Any) -> bool:
         """Whether the outputs are of the kind and the shapes that decode() takes."""
@@ -122,6 +123,17 @@ class Coder:
             reason = (str(error).strip().splitlines() or [""])[0]
             return f"decode() fails: {type(error).__name__}: {reason}"
         return f"decode() gives {shapes}, not scores [N, P, classes] and boxes [N, P, 4]"
+
+    def doubt(self, outputs: Any) -> str | None:
+        """What looks wrong with the values that decode() makes of outputs that fit; None: nothing."""
+        scores, boxes = self.decode(outputs)
+        if scores.min() < 0 or scores.max() > 1:
+            return f"scores from {scores.min():.3g} to {scores.max():.3g}, not between 0 and 1: a sigmoid or softmax is missing"
+        if boxes.abs().median() > 2:
+            return f"boxes of up to {boxes.max():.3g}, not fractions of the image's sides: they look like pixels"
+        if (boxes[..., 2:] < boxes[..., :2]).any(-1).float().mean() > 0.5:
+            return "boxes whose second corner is left of or above the first, mostly: they look like centre and size"
+        return None
 
     def predictions(self, outputs: Any) -> Tensor:
         """What two networks are compared by: the class [N, P] that each place shows, -1 where it shows none."""
@@ -166,6 +178,19 @@ class BoxCoder(Coder):
     size_variance: float = 0.2
     clip: bool = False
     background: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        priors = torch.as_tensor(self.priors, dtype=torch.float32)
+        wrong = f"priors of shape {tuple(priors.shape)}" if priors.dim() != 2 or priors.shape[1] != 4 else None
+        if wrong is None and len(priors) and priors[:, :2].abs().median() > 2:
+            wrong = f"priors with centres of up to {priors[:, :2].max():g}, so in pixels"
+        if wrong is None and len(priors) > 8 and (priors[:, 2:] >= priors[:, :2]).all():
+            wrong = "priors that are corners"
+        if wrong:
+            raise UserError(
+                f"BoxCoder gets {wrong}; it takes [P, 4]: centre x, centre y, width, height, as fractions of the image's sides"
+            )
+        object.__setattr__(self, "priors", priors)
 
     @property
     def expects(self) -> str:

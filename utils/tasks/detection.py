@@ -62,6 +62,9 @@ def count_classes(model: nn.Module, spec: InputSpec, coder: Coder) -> int:
     if not coder.fits(outputs):
         why = None if type(coder) in CODERS.values() else coder.misfit(outputs)
         raise UserError(f"the network returns {described(outputs)}; {coder.expects}{f': {why}' if why else ''}")
+    doubt = None if type(coder) in CODERS.values() else coder.doubt(outputs)
+    if doubt:
+        print(f"warning: decode() of {type(coder).__name__} gives {doubt}")
     return coder.decode(outputs)[0].shape[2]
 
 

@@ -34,9 +34,11 @@ class DistributionFocalCoder(Coder):
     @property
     def expects(self) -> str:
         maps = [tuple(side // stride for side in self.size) for stride in self.strides]
+        uneven = any(side % max(self.strides) for side in self.size)
+        remedy = f"; --image_size must be multiples of {max(self.strides)}" if uneven else ""
         return (
             f"a detector with a DistributionFocalCoder must return a list of {len(maps)} maps "
-            f"[N, {4 * self.reg_max} + classes, height, width] of {', '.join(f'{rows}x{columns}' for rows, columns in maps)} cells"
+            f"[N, {4 * self.reg_max} + classes, height, width] of {', '.join(f'{rows}x{columns}' for rows, columns in maps)} cells{remedy}"
         )
 
     def fits(self, outputs: Sequence[Tensor]) -> bool:

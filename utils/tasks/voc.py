@@ -84,7 +84,7 @@ def open_voc(
     files = list(dict.fromkeys(file or pictures / line.lstrip("/") for line, file in zip(lines, found, strict=True)))
     again = len(lines) - len(files)
     notes = (f"{again} line(s) of {split}.txt name an image again; every image counts once",) if again else ()
-    labels = tuple(read_names(given_list(classes), r"[,\n]")) if classes else _labels(folder)
+    labels = _distinct(given_list(classes)) if classes else _labels(folder)
     return VocSplit(folder, year, split, [_name(file, pictures) for file in files], files, labels, notes)
 
 
@@ -159,8 +159,18 @@ def _labels(folder: Path) -> tuple[str, ...] | None:
     """Class names from labels.txt in the folder or beside it: separated by commas or lines."""
     for file in (folder / "labels.txt", folder.resolve().parent / "labels.txt"):
         if file.is_file():
-            return tuple(read_names(file, r"[,\n]"))
+            return _distinct(file)
     return None
+
+
+def _distinct(file: Path) -> tuple[str, ...]:
+    names = read_names(file, r"[,\n]")
+    again = next((name for name in names if names.count(name) > 1), None)
+    if again:
+        raise UserError(
+            f"{str(file)!r} names {again!r} {names.count(again)} times; every class must have a name of its own"
+        )
+    return tuple(names)
 
 
 def _lines(file: Path) -> list[str]:
