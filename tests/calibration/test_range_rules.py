@@ -128,6 +128,15 @@ def test_replacing_a_value_by_itself_is_silent_and_noise_adds_up():
     )
 
 
+def test_a_layer_named_output_is_not_taken_for_the_networks():
+    network = nn.Sequential()
+    network.add_module("output", nn.Conv2d(3, 4, 1))
+    network.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    rerun = rules.Rerun(capture(network.eval(), SPEC), SPEC.probe(4))
+    value = rerun.values["output"] * 2
+    assert rerun.noise("output", value) == pytest.approx(1.0)
+
+
 class Outlier(nn.Module):
     """A channel reaches 50 times further than the others, and what reads it stops at 6."""
 
