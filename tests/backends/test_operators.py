@@ -45,19 +45,16 @@ class Squeeze(nn.Module):
 
 
 class Unpool(nn.Module):
-    """Maxima go back to where they stood."""
+    """Maxima go back to where they stood. wider: columns that the result has more than what was pooled."""
 
-    def __init__(self):
+    def __init__(self, *window: int, wider: int = 0):
         super().__init__()
-        self.pool, self.layer, self.unpool = (
-            nn.MaxPool2d(2, 2, return_indices=True),
-            conv_bn(8, 8, 1),
-            nn.MaxUnpool2d(2),
-        )
+        self.pool, self.wider = nn.MaxPool2d(*window, return_indices=True), wider
+        self.layer, self.unpool = conv_bn(8, 8, 1), nn.MaxUnpool2d(2)
 
     def forward(self, x):
         maxima, places = self.pool(x)
-        return self.unpool(self.layer(maxima), places)
+        return self.unpool(self.layer(maxima), places, output_size=(x.shape[2], x.shape[3] + self.wider))
 
 
 class Attention(nn.Module):
@@ -189,11 +186,15 @@ MIDDLES = {
     "max pooling behind -inf": lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2),
     "max pooling, 1d": As(1, nn.MaxPool1d(3, 2)),
     "max pooling, 3d": As(3, nn.MaxPool3d((1, 2, 2))),
-    "unpooling": Unpool(),
+    "unpooling": Unpool(2, 2),
+    "unpooling, overlapping windows": Unpool(3, 2, 1),
     "average pooling": nn.AvgPool2d(2),
     "average pooling, partial windows": nn.AvgPool2d(5, 2, 1, ceil_mode=True),
     "average pooling without padding": nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
     "average pooling, own divisor": nn.AvgPool2d(2, divisor_override=3),
+    "pooling of shuffled channels": lambda x: (
+        x + F.adaptive_avg_pool2d(x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2), 1)
+    ),
     "adaptive pooling, even windows": nn.AdaptiveAvgPool2d(4),
     "adaptive pooling, uneven windows": nn.AdaptiveAvgPool2d((5, 7)),
     "adaptive pooling, 1d": As(1, nn.AdaptiveAvgPool1d(7)),
@@ -281,6 +282,7 @@ MIDDLES = {
     "instance norm": nn.InstanceNorm2d(8, affine=True),
 }
 BY_TORCH = {
+    "unpooling to another size": Unpool(2, 2, wider=1),
     "grid_sample": fractions,
     "cumsum": lambda x: torch.cumsum(x, 1),
     "a function without a form": Function(lambda x: torch.atan(x) * torch.sigmoid(x)),

@@ -121,21 +121,34 @@ def max_pool(w: Any, node: fx.Node, x: fx.Node, kernel, stride, padding, dilatio
 
 
 def max_pool_with_indices(w: Any, node: fx.Node, x: fx.Node, kernel, stride, padding, dilation, ceil_mode) -> list[str]:
-    """The maxima, and where in the whole tensor they stood; MaxUnpool reads these as MaxPool wrote them."""
+    """The maxima, and where they stood: in the whole tensor for MaxUnpool, in their own channel for all else, as in torch."""
     options = {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *padding], "dilations": dilation}
-    outputs = [f"{node.name}_values", f"{node.name}_indices"]
-    w.add("MaxPool", [w.name(x)], node.name, outputs, ceil_mode=int(ceil_mode), **options)
-    return outputs
+    values, places = f"{node.name}_values", f"{node.name}_indices"
+    w.add("MaxPool", [w.name(x)], node.name, [values, places], ceil_mode=int(ceil_mode), **options)
+    if not _all_unpooled(node):
+        positions = w.sizes(f"{node.name}_positions", [math.prod(shape(x)[2:])])
+        places = w.add("Mod", [places, positions], f"{node.name}_places")
+    return [values, places]
+
+
+def _all_unpooled(pool: fx.Node) -> bool:
+    """Whether all that reads a pooling's indices is unpooled to the size of the pooling's input."""
+    readers = [reader for part in pool.users if part.args[1] == 1 for reader in part.users]
+    unpool = torch.ops.aten.max_unpool2d.default
+    return all(reader.target is unpool and shape(reader) == shape(pool.args[0]) for reader in readers)
 
 
 def max_unpool(w: Any, node: fx.Node, x: fx.Node, indices: fx.Node, size: Sequence[int]) -> str | None:
+    """Where the pooling's input was as large as the result, so that its indices count in the result too."""
     pool = indices.args[0] if indices.target is operator.getitem else None
-    if pool is None or pool.target is not torch.ops.aten.max_pool2d_with_indices.default:
+    pooled = pool is not None and pool.target is torch.ops.aten.max_pool2d_with_indices.default
+    if not (pooled and _all_unpooled(pool)):
         return None
     _, kernel, stride, padding, *_ = pool.args
     sides = [(n - 1) * s - 2 * p + k for n, s, p, k in zip(shape(x)[2:], stride, padding, kernel, strict=True)]
-    if sides != list(size)[-2:]:
-        return None
+    if sides != list(size)[-2:]:  # the window only says how large the result is: any will do
+        stride, padding = [1, 1], [0, 0]
+        kernel = [whole - n + 1 for whole, n in zip(shape(node)[2:], shape(x)[2:], strict=True)]
     options = {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *padding]}
     return w.add("MaxUnpool", [w.name(x), w.name(indices)], node.name, **options)
 

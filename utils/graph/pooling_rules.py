@@ -17,6 +17,7 @@ aten = torch.ops.aten
 
 def mean(t: Translator, x: fx.Node, axes: Sequence[int]) -> fx.Node:
     """The mean over axes, which are kept with size 1; of a mean, over both's; over reshaped axes, over the original ones."""
+    kept = [1 if axis in axes else side for axis, side in enumerate(size_of(x))]
     if x.target is aten.reshape.default:
         groups = _axis_groups(size_of(x.args[0]), size_of(x))
         if groups and all(groups.get(axis) for axis in axes):
@@ -24,9 +25,8 @@ def mean(t: Translator, x: fx.Node, axes: Sequence[int]) -> fx.Node:
     if x.target is aten.mean.dim:
         x, axes = x.args[0], sorted({*x.args[1], *axes})
     size = [1 if axis in axes else side for axis, side in enumerate(size_of(x))]
-    if size == list(size_of(x)):
-        return x
-    return t.emit(aten.mean.dim, (x, list(axes), True), size=size)
+    averaged = x if size == list(size_of(x)) else t.emit(aten.mean.dim, (x, list(axes), True), size=size)
+    return t.reshape(averaged, kept)
 
 
 def _axis_groups(before: Size, after: Size) -> dict[int, list[int]]:
