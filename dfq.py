@@ -31,6 +31,7 @@ from utils.calibration.moments import Statistics, propagate
 from utils.calibration.observers import layer_extremes
 from utils.calibration.ranges import batchnorm_ranges
 from utils.core.cache import cache_folder
+from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 from utils.core.networks import plain
 from utils.core.predictions import Predictions
@@ -139,10 +140,25 @@ def _exact_passes(
 
     # Dead channels: weights that read constants do not set a layer's range. Ours.
     if recipe.clear_dead or recipe.equalize:
-        statistics = clear_dead_channels(network, spec, statistics, log)
-        check_unchanged("clearing dead channels", network, reference, log)
-        log.weights["dead channels cleared"] = weight_ranges(network)
+        network, statistics, log = _cleared(network, spec, statistics, reference, log)
     return _Start(network, spec, statistics, recipe, images, few, log, reference)
+
+
+def _cleared(
+    network: fx.GraphModule, spec: InputSpec, statistics: Statistics, reference: Reference, log: PassLog
+) -> tuple[fx.GraphModule, Statistics, PassLog]:
+    """The network without its dead channels; as it is, which is said, where one of them is alive on the probe."""
+    cleared, done = copy.deepcopy(network), copy.deepcopy(log)
+    corrected = clear_dead_channels(cleared, spec, statistics, done)
+    try:
+        check_unchanged("clearing dead channels", cleared, reference, done)
+    except UserError:
+        log.warn(
+            "no dead channels are cleared: activations reach further than BatchNorm says, and some are alive there"
+        )
+        return network, statistics, log
+    done.weights["dead channels cleared"] = weight_ranges(cleared)
+    return cleared, corrected, done
 
 
 def quantize(

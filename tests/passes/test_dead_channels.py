@@ -5,6 +5,7 @@ import torch
 from networks import SPEC, chain, conv_bn, folded, made, randomise, settle
 from torch import nn
 
+from dfq import Recipe, quantize_data_free
 from utils.passes.dead_channels import clear_dead_channels
 from utils.passes.log import PassLog
 
@@ -98,3 +99,16 @@ def test_a_product_in_front_of_a_relu_keeps_what_it_may_turn_positive(gate):
     before = traced(SPEC.probe())
     clear_dead_channels(traced, SPEC, statistics, PassLog())
     torch.testing.assert_close(traced(SPEC.probe()), before, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_that_are_alive_beyond_the_statistics_are_left_and_said():
+    stem, reader = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()), nn.Conv2d(8, 8, 1)
+    with torch.no_grad():
+        stem[1].running_var.fill_(1e-4)  # of outputs near 1: they reach a hundred times further than it says
+        reader.weight.fill_(0.1)
+        reader.bias.fill_(-10.0)
+    model = nn.Sequential(stem, reader, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    assert float(model[:3](SPEC.probe()).max()) > 0  # dead within BatchNorm's range, alive on the probe
+    result = quantize_data_free(model, SPEC, Recipe(equalize=True))
+    assert any("no dead channels are cleared" in warning for warning in result.log.warnings)
+    torch.testing.assert_close(result.float(SPEC.probe()), model(SPEC.probe()), rtol=1e-3, atol=1e-3)
