@@ -11,6 +11,7 @@ import main_cls
 import main_det
 from utils.core.errors import UserError
 from utils.experiment import cli
+from utils.experiment.command_line import command
 from utils.experiment.records import identity, read_lines
 from utils.quantization.recipe import TABLE
 from utils.tasks.data import Batches
@@ -142,8 +143,8 @@ def test_unknown_rows_are_named(table):
 
 def test_the_command_of_a_row_leaves_the_table_out():
     words = ["--table", "--rows", "Original", "+LE+BC per channel", "--limit", "5"]
-    assert cli.command("main_cls.py", words, ["--quantize"]) == "python main_cls.py --limit 5 --quantize"
-    assert cli.command("main_cls.py", words[4:]) == "python main_cls.py --limit 5"
+    assert command("main_cls.py", words, ["--quantize"]) == "python main_cls.py --limit 5 --quantize"
+    assert command("main_cls.py", words[4:]) == "python main_cls.py --limit 5"
 
 
 class Counted(torch.utils.data.Dataset):
@@ -156,6 +157,16 @@ class Counted(torch.utils.data.Dataset):
     def __getitem__(self, index):
         self.read.append(index)
         return torch.full((3, 4, 4), float(index)), index
+
+
+def test_the_command_of_a_row_without_images_says_what_they_were_for():
+    """--table judges every row by images; --distill_batch alone would be refused where a row uses none."""
+    typed = ["--table", "--distill_batch", "4"]
+    without = command("main_cls.py", typed, ["--quantize"], looks=False)
+    assert without == "python main_cls.py --distill_batch 4 --quantize --fidelity"
+    assert cli.parse(main_cls.TASK, without.split()[2:]).distill_batch == 4
+    assert command("main_cls.py", typed, ["--quantize", "--distill_range"]).endswith("--quantize --distill_range")
+    assert command("main_cls.py", ["--table"], ["--quantize"], looks=False).endswith("main_cls.py --quantize")
 
 
 @pytest.mark.parametrize(("room", "read_again"), [(10**6, 0), (4 * 3 * 16 * 4, 6), (0, 10)])

@@ -1,8 +1,6 @@
 """The command line that the three scripts share, and how they fail."""
 
 import argparse
-import os
-import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -395,34 +393,6 @@ def open_device(name: str) -> torch.device:
 
 
 # ---------------------------------------------------------------------------------- what is printed
-
-
-def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | None = None) -> str:
-    """The command line that started this run, to be typed again; or that of one of its rows, with that row's passes in
-    the place of what chose them."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if passes is not None:
-        words = [
-            *_without(words, ("--table", "--rows", "--auto", "--max_noise", "--force", "--doctor", "--report")),
-            *passes,
-        ]
-    start = (
-        ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
-        if distributed.world_size() > 1
-        else ["python"]
-    )
-    return shlex.join([*start, program, *words])
-
-
-def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The words of a command line without these flags and their values."""
-    kept, dropping = [], False
-    for word in words:
-        if word.startswith("--"):
-            dropping = word.partition("=")[0] in flags
-        if not dropping:
-            kept.append(word)
-    return kept
 
 
 def headline(args: Namespace, network: Loaded, samples: int, recipe: str) -> str:

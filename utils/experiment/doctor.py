@@ -14,7 +14,8 @@ from utils.core.errors import UserError
 from utils.core.files import make_folder
 from utils.core.input_spec import InputSpec
 from utils.core.networks import plain
-from utils.experiment import cli, page
+from utils.experiment import page
+from utils.experiment.command_line import command
 from utils.experiment.loading import Quantize
 from utils.graph.capture import capture
 from utils.graph.layers import WEIGHTED, Clip, Elementwise, grouped_weight
@@ -253,7 +254,7 @@ def _next(run: "Run", statistics: Sequence[str]) -> list[str]:
     """The command to type, and what it may lack. statistics: what was found of BatchNorm."""
     file = f"{run.network.name.replace(':', '_').replace('/', '_')}-int8.onnx"
     words = ["--auto"] if without_kernels(vars(run.args)) else ["--auto", "--export", file]
-    lines = [cli.command(run.task.program, run.argv, words)]
+    lines = [command(run.task.program, run.argv, words)]
     if any(line.startswith(("without:", "contradicted:")) for line in statistics):
         lines.append("add --images DIR, a folder of 8 or more unlabelled pictures: some ranges are guesses without")
     return lines

@@ -21,6 +21,7 @@ from utils.core.files import make_folder
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
 from utils.experiment import cli, deployment, doctor, page, recipe_search, records, scores
+from utils.experiment.command_line import command
 from utils.experiment.evaluation import Evaluator, agreement, networks_of
 from utils.experiment.images import images_of
 from utils.experiment.loading import Quantize
@@ -61,9 +62,10 @@ class Run:
     def line(self, recipe: Recipe) -> dict[str, Any]:
         """The part of a row's line that is known before it runs."""
         args = Namespace(**vars(self.args) | recipe.settings)
-        command = cli.command(self.task.program, self.argv, recipe.words if args.table else None)
+        looks = recipe.needs_images or args.fidelity
+        typed = command(self.task.program, self.argv, recipe.words if args.table else None, looks)
         name = f"auto: {recipe}" if args.auto else str(recipe)
-        return records.settings(self.task.name, args, command, self.network, self.weights_sha256, name)
+        return records.settings(self.task.name, args, typed, self.network, self.weights_sha256, name)
 
     def float_keys(self, recipe: Recipe) -> dict[str, str]:
         """What decides what a row's float networks compute: the weights, and the passes on them."""

@@ -1,0 +1,43 @@
+"""The command line of a run, and of one row of it, to be typed again."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from utils.core import distributed
+from utils.experiment.images import OF_IMAGES
+
+
+def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | None = None, looks: bool = True) -> str:
+    """The command line that started this run, to be typed again; or that of one of its rows, with that row's passes in
+    the place of what chose them.
+
+    looks: whether that row looks at images; where it does not, and the run says how images are made, they serve to judge
+    it: --fidelity.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if passes is not None:
+        words = [
+            *_without(words, ("--table", "--rows", "--auto", "--max_noise", "--force", "--doctor", "--report")),
+            *passes,
+        ]
+        if not looks and any(word.partition("=")[0].removeprefix("--") in OF_IMAGES for word in words):
+            words.append("--fidelity")
+    start = (
+        ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+        if distributed.world_size() > 1
+        else ["python"]
+    )
+    return shlex.join([*start, program, *words])
+
+
+def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The words of a command line without these flags and their values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in flags
+        if not dropping:
+            kept.append(word)
+    return kept
