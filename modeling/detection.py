@@ -12,7 +12,7 @@ from modeling.ssd_lite import SPEC, WEIGHTS, ssd_coder, ssd_lite
 from modeling.torchvision_models import download, official_weights
 from modeling.yolo import SPEC as YOLO_SPEC
 from modeling.yolo import build_yolo, raw_yolo
-from utils.core.errors import UserError
+from utils.core.errors import UserError, message_of
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
 from utils.tasks.boxes import BoxCoder, Coder, PriorSpec, box_convert
@@ -106,8 +106,7 @@ def box_coder(model: nn.Module, spec: InputSpec) -> Coder:
     except UserError:
         raise
     except Exception as error:  # the user's method may raise anything
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{asked} (height, width) fails: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{asked} (height, width) fails: {type(error).__name__}: {message_of(error)}") from error
     if not isinstance(coder, Coder):
         raise UserError(
             f"{asked} returns a {type(coder).__name__}; it must return a Coder, as docs/libraries.md shows (Your own detector)"

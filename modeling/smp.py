@@ -6,7 +6,7 @@ from torch import nn
 
 from modeling.checkpoint import count_outputs, fit, read_checkpoint
 from modeling.factory import near_matches
-from utils.core.errors import UserError
+from utils.core.errors import UserError, message_of
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision  # noqa: F401 (before the library, which imports it plainly)
 
@@ -36,7 +36,7 @@ def build_smp(name: str, weights: str | None, key: str | None = None) -> nn.Modu
         classes = count_outputs(tensors, smp.create_model(arch, encoder, encoder_weights=None), 1)
         model = smp.create_model(arch, encoder, encoder_weights=None, classes=classes)
     except Exception as error:  # pairs that do not go together: the library raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = message_of(error, type(error).__name__)
         raise UserError(
             f"segmentation_models_pytorch builds no {arch} on {encoder!r}: {reason}; check --model"
         ) from None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.checkpoint import fit, read_checkpoint
-from utils.core.errors import UserError
+from utils.core.errors import UserError, message_of
 from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision  # noqa: F401 (before ultralytics, which imports it plainly)
 from utils.tasks.distribution_focal import DistributionFocalCoder
@@ -102,7 +102,7 @@ def _untrained(name: str, classes: int | None) -> RawYolo:
     try:
         made = DetectionModel(name, nc=classes, verbose=False)
     except Exception as error:  # a file that is not there, or is none of a network: ultralytics raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = message_of(error, type(error).__name__)
         raise UserError(f"ultralytics builds no detection network of {name!r}: {reason}; check --model") from None
     return raw_yolo(made)
 

@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, message_of
 
 TORCH_OPSET = 18  # the lowest that torch.onnx writes
 
@@ -74,7 +74,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the first cause, without colours."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = message_of(error, type(error).__name__)
     return re.sub(r"\x1b\[\d+m", "", line)[:160]
 
 

@@ -228,7 +228,7 @@ class Rerun:
                     continue
                 interpreter.env = {source: changed.get(source.name, self.values.get(source.name)) for source in sources}
                 changed[node.name] = interpreter.run_node(node)
-        outputs = outputs_of(changed.get(next(iter(reversed(self.model.graph.nodes))).name, tuple(self.outputs)))
+        outputs = outputs_of(changed.get(self.model.graph.output_node().name, tuple(self.outputs)))
         return sum(
             float((after - before).double().square().sum()) / power
             for before, after, power in zip(self.outputs, outputs, self.power, strict=True)

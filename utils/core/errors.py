@@ -1,4 +1,4 @@
-"""The one exception that the user can fix."""
+"""The one exception that the user can fix, and what others say."""
 
 
 class UserError(Exception):
@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The scripts print the line without a traceback and exit with code 2.
     """
+
+
+def message_of(error: BaseException, silent: str = "") -> str:
+    """The first line of what an error says. silent: in its place where it says nothing."""
+    return (str(error).strip().splitlines() or [silent])[0]

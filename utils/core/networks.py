@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, message_of
 from utils.core.input_spec import InputSpec
 
 # What authors call the output that is meant, where a network has several of its shape.
@@ -30,8 +31,7 @@ def plain(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model, memo)
         _bind_functions(copied, memo)
     except Exception as error:  # whatever the network's own parts raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the network cannot be copied: {reason}") from error
+        raise UserError(f"the network cannot be copied: {message_of(error, type(error).__name__)}") from error
     for module in list(copied.modules()):
         module.training = False
         for name, part in module.named_children():
@@ -100,24 +100,27 @@ class Scored(nn.Module):
         return (first, *others) if others else first
 
 
-def scored(model: nn.Module, spec: InputSpec, dims: int | None) -> nn.Module:
+@contextmanager
+def failing_in_a_line(images: Tensor) -> Iterator[None]:
+    """Whatever a user's network raises on images, as a UserError."""
+    try:
+        yield
+    except Exception as error:  # the user's network may raise anything
+        raise UserError(
+            f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {message_of(error)}; check --image_size"
+        ) from error
+
+
+def scored(model: nn.Module, spec: InputSpec, dims: int) -> nn.Module:
     """The network as it is where it returns one tensor of that many dimensions; else wrapped so that it comes first.
 
-    dims: 2 for logits [N, C], for which [N, C, 1, 1] will do, or 4 for maps [N, C, H, W]; None: as it is. A network that fails on an
+    dims: 2 for logits [N, C], for which [N, C, 1, 1] will do, or 4 for maps [N, C, H, W]. A network that fails on an
     image of its input, or returns nothing of that kind, is a UserError; which of several outputs is scored is said.
     """
-    if dims is None:
-        return model
     images = spec.probe(2)
-    try:
-        with torch.inference_mode():
-            alone = model(images[:1])
-            result = _several(model, images, alone)
-    except Exception as error:  # the user's network may raise anything
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}; check --image_size"
-        ) from error
+    with failing_in_a_line(images), torch.inference_mode():
+        alone = model(images[:1])
+        result = _several(model, images, alone)
     if isinstance(result, Tensor) and result.dim() == dims and getattr(alone, "ndim", None) == dims:
         _say_smaller(result, spec)
         return model

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, message_of
 
 _LONGEST = 400  # characters of a reason that came with an exception
 
@@ -135,7 +135,7 @@ def read_plain(file: Path, remedy: str) -> Any:
 
 def reason(error: BaseException) -> str:
     """The first line of what an exception says, printable and not too long; its kind where it says nothing."""
-    text = (str(error).strip().splitlines() or [""])[0]
+    text = message_of(error)
     return printable(text) or type(error).__name__
 
 

@@ -155,16 +155,7 @@ def check_search_flags(parser: ArgumentParser, args: Namespace) -> None:
 
 def check_data_flags(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse what a saved network would ignore, and keys of a checkpoint that is none of the user's."""
-    ignored = (
-        "model",
-        "resize",
-        "checkpoint_key",
-        "distill_images",
-        "distill_batch",
-        "distill_steps",
-        "distill_start",
-        "distill_cache",
-    )
+    ignored = ("model", "resize", "checkpoint_key", *OF_IMAGES, "distill_cache")
     said = [flag for flag in ignored if getattr(args, flag, None) != parser.get_default(flag)]
     if args.load and said:
         parser.error(f"--load takes the network, its input and its passes from the file; leave out --{said[0]}")

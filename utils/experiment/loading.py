@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, message_of
 from utils.experiment.records import Loaded
 from utils.passes.log import PassLog
 from utils.passes.result import Quantized
@@ -38,7 +38,7 @@ def _built(args: Namespace, build: Callable[[], Loaded]) -> Loaded:
     except UserError:
         raise
     except Exception as error:  # a module of the user's may raise anything as it is imported
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = message_of(error)
         raise UserError(
             f"--model {args.model}: its code fails as it is imported ({type(error).__name__}: {first}); run it on its own"
         ) from error

@@ -115,6 +115,5 @@ class KnownConstants(TorchFunctionMode):
 
 
 def _writes(name: str) -> bool:
-    if name in ("__invert__", "__index__", "__int__"):
-        return False
-    return name in ("__setitem__", "set_") or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    in_place = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")  # __iadd__, of __add__
+    return name in ("__setitem__", "set_") or in_place or (name.endswith("_") and not name.endswith("__"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, message_of
 from utils.core.input_spec import InputSpec
 from utils.graph.layers import WEIGHTED
 
@@ -109,7 +109,7 @@ def propagate_shapes(model: fx.GraphModule, spec: InputSpec, batch: int = 1) -> 
 def first_line(error: BaseException) -> str:
     """What an error says, in a line; of one that torch.fx wraps, the cause."""
     error = error.__cause__ or error
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return message_of(error, type(error).__name__)
 
 
 def outputs_of(result: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:

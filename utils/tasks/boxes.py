@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, message_of
 from utils.core.predictions import prior_predictions
 from utils.core.torchvision_compat import torchvision
 
@@ -120,8 +120,7 @@ class Coder:
                 return None
             shapes = f"{tuple(scores.shape)} and {tuple(boxes.shape)}"
         except Exception as error:  # whatever outputs of another kind, or a mistake in a user's decode(), lead to
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return f"decode() fails: {type(error).__name__}: {reason}"
+            return f"decode() fails: {type(error).__name__}: {message_of(error)}"
         return f"decode() gives {shapes}, not scores [N, P, classes] and boxes [N, P, 4]"
 
     def doubt(self, outputs: Any) -> str | None:

@@ -58,12 +58,11 @@ def count_classes(model: nn.Module, spec: InputSpec, coder: Coder) -> int:
 
     A network that fails on an image of its input, or does not return what its coder decodes, is a UserError.
     """
-    outputs = run_once(model, spec)
+    outputs, own = run_once(model, spec), type(coder) not in CODERS.values()
     if not coder.fits(outputs):
-        why = None if type(coder) in CODERS.values() else coder.misfit(outputs)
+        why = coder.misfit(outputs) if own else None
         raise UserError(f"the network returns {described(outputs)}; {coder.expects}{f': {why}' if why else ''}")
-    doubt = None if type(coder) in CODERS.values() else coder.doubt(outputs)
-    if doubt:
+    if own and (doubt := coder.doubt(outputs)):
         print(f"warning: decode() of {type(coder).__name__} gives {doubt}")
     return coder.decode(outputs)[0].shape[2]
 

@@ -7,21 +7,15 @@ from torch import Tensor, nn
 
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
-from utils.core.networks import Scored, named_tensors
+from utils.core.networks import Scored, failing_in_a_line, named_tensors
 from utils.tasks.boxes import BoxCoder, Coder
 
 
 def run_once(model: nn.Module, spec: InputSpec) -> Any:
     """What the network returns for one image of its input; a network that fails on it is a UserError."""
     images = spec.probe(1)
-    try:
-        with torch.inference_mode():
-            return model(images)
-    except Exception as error:  # the user's network may raise anything
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"the network fails on images of shape {tuple(images.shape)}: {type(error).__name__}: {reason}; check --image_size"
-        ) from error
+    with failing_in_a_line(images), torch.inference_mode():
+        return model(images)
 
 
 def with_heads(model: nn.Module, spec: InputSpec, coder: Coder) -> nn.Module:
