@@ -199,8 +199,6 @@ def _batch(
     mean, std = (torch.tensor(t)[:, None, None] for t in (spec.mean, spec.std))
     low, high = (-mean / std).to(device), ((1 - mean) / std).to(device)
     start = STARTS[settings.start](spec, size, generator)
-    if not settings.steps:
-        return start.clamp(low.cpu(), high.cpu())
     images = start.to(device).clamp(low, high).contiguous(memory_format=torch.channels_last).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=settings.rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
