@@ -1,7 +1,7 @@
 """ONNX files, the engine that runs them, and the gate that holds it to the simulation."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 
 import numpy as np
@@ -30,6 +30,7 @@ from utils.graph.capture import capture
 from utils.graph.layers import WEIGHTED
 from utils.graph.nodes import weighted_nodes
 from utils.passes.exactness import probed_outputs
+from utils.quantization import serialization
 
 FULL = Recipe(quantize=True, equalize=True, correction=True)
 
@@ -124,6 +125,12 @@ def test_outputs_have_the_networks_names(tmp_path):
     for name, values in example.items():
         assert found[name].shape == values.shape
         assert (found[name] - values).abs().mean() < 0.2 * values.abs().max()
+
+    graph = capture(scored(network, spec, 2), spec)
+    parts = graph, result.float, result.simulated, asdict(FULL), spec, "classification", "net", "here"
+    serialization.save(tmp_path / "net.dfq", serialization.Saved(*parts))
+    loaded = serialization.load(tmp_path / "net.dfq", "classification")
+    assert loaded.simulated.meta["outputs"] == loaded.model.meta["outputs"] == ("logits", "features")
 
 
 def test_any_batch_runs(tmp_path):

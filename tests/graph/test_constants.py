@@ -90,11 +90,17 @@ def of_constant_written_by_image(net, x):
     return net.body(x) if total.max() > 0 else net.body(-x)
 
 
+def of_mask_joined_by_image(net, x):
+    bright = torch.zeros(2, dtype=torch.bool)
+    bright |= x.sum() > 0
+    return net.body(x) if bright.any() else net.body(-x)
+
+
 def sliced_by_image(net, x):
     return net.body(x)[:, :, : int(x.abs().sum() * 0 + 5)]
 
 
-@pytest.mark.parametrize("ask", [of_image, of_constant_written_by_image, sliced_by_image])
+@pytest.mark.parametrize("ask", [of_image, of_constant_written_by_image, of_mask_joined_by_image, sliced_by_image])
 def test_what_is_asked_of_images_is_refused(ask):
     with pytest.raises(UserError, match="depends on its values"):
         capture(Body(ask).eval(), SPEC)
