@@ -106,7 +106,9 @@ def box_coder(model: nn.Module, spec: InputSpec) -> Coder:
     except UserError:
         raise
     except Exception as error:  # the user's method may raise anything
-        raise UserError(f"{asked} (height, width) fails: {type(error).__name__}: {message_of(error)}") from error
+        raise UserError(
+            f"{asked} (height, width) fails: {type(error).__name__}: {message_of(error)}; check it, and --image_size"
+        ) from error
     if not isinstance(coder, Coder):
         raise UserError(
             f"{asked} returns a {type(coder).__name__}; it must return a Coder, as docs/libraries.md shows (Your own detector)"

@@ -9,6 +9,7 @@ from networks import SPEC, chain
 from torch import nn
 
 from utils.core.predictions import channel_predictions
+from utils.experiment import cli
 from utils.experiment.evaluation import Evaluator, agreement
 from utils.experiment.runner import Run
 from utils.quantization.recipe import Recipe
@@ -79,3 +80,12 @@ def test_agreement_counts_all_images_of_all_batches():
     always = Counted(0)
     assert agreement(Parity(), Parity(), images, channel_predictions) == 100
     assert agreement(Parity(), lambda x: always(x)[:, :2], images, channel_predictions, batch=3) == 50
+
+
+def test_the_command_of_a_chosen_row_can_be_typed_again():
+    """A recipe that uses no images, found by a search that made some its own way."""
+    argv = ["--auto", "--distill_steps", "3"]
+    run = Run(TASK, argv, cli.parse(TASK, argv), None, SPEC, CPU)
+    command = run.command(Recipe(quantize=True, equalize=True))
+    assert command == "python main_cls.py --distill_steps 3 --equalize --quantize --fidelity"
+    assert cli.parse(TASK, command.split()[2:]).distill_steps == 3

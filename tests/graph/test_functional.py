@@ -92,6 +92,11 @@ def slice_is_written(a, b):
     return a
 
 
+def no_slice_is_written(a, b):
+    a[:, 3:1] = b[:, 3:1]
+    return a * b
+
+
 def view_is_written(a, b):
     a.view(a.shape[0], -1).relu_()
     return a + b
@@ -137,6 +142,7 @@ SHARED_MEMORY = [
     position_is_written,
     every_second_is_written,
     slice_is_written,
+    no_slice_is_written,
     view_is_written,
     written_after_a_view,
     view_of_what_was_written_is_written,

@@ -64,6 +64,8 @@ def expected(model: nn.Module) -> tuple[Tensor, Tensor]:
         ),
         (lambda c, b: {"cls_logits": c, "bbox_regression": b}, "cls_logits is taken for class logits, bbox_regression"),
         (lambda c, b: {"features": b.mean(1), "boxes": b, "scores": c}, "scores is taken for class logits, boxes for"),
+        (lambda c, b: {"cls": c, "box": b, "centerness": c[..., :1]}, "cls is taken for class logits, box for"),
+        (lambda c, b: (c[..., :1], c, b), "output_1 is taken for class logits, output_2 for box offsets"),
         (lambda c, b: {"heads": (b, c)}, "heads.output_1 is taken for class logits, heads.output_0 for box offsets"),
     ],
 )
@@ -79,11 +81,12 @@ def test_logits_and_offsets_are_found_in_what_a_network_returns(returned, told, 
     assert count_classes(model, SPEC, BOXES) == 3
 
 
-def test_names_tell_logits_of_four_classes_from_offsets():
-    network = Heads(lambda c, b: {"loc": b, "conf": c}, classes=4)
+@pytest.mark.parametrize(("scores", "boxes"), [("conf", "loc"), ("box_cls", "box_delta")])
+def test_names_tell_logits_of_four_classes_from_offsets(scores, boxes):
+    network = Heads(lambda c, b: {boxes: b, scores: c}, classes=4)
     logits, offsets = with_heads(network, SPEC, BOXES)(SPEC.probe(2))
     found = network(SPEC.probe(2))
-    assert torch.equal(logits, found["conf"]) and torch.equal(offsets, found["loc"])
+    assert torch.equal(logits, found[scores]) and torch.equal(offsets, found[boxes])
 
 
 def test_what_is_not_clear_is_refused_with_names_and_shapes():

@@ -11,7 +11,6 @@ from utils.calibration.fidelity import held_out
 from utils.calibration.images import Images
 from utils.core import distributed
 from utils.core.errors import UserError
-from utils.experiment.command_line import command
 from utils.experiment.loading import Quantize
 from utils.quantization.recipe import OF_A_ROW, SETTINGS
 from utils.search.auto import check_near, find_recipe
@@ -75,7 +74,7 @@ def _say_found(run: "Run", found: Found, shares: dict[str, float], real: bool, s
     chosen = found.chosen.recipe
     if chosen.distill_equalize and real:
         say("  a plain run chooses its equalization by all pictures that are held out, and may choose another")
-    say(f"  the same by: {command(run.task.program, run.argv, found.chosen.recipe.words)}")
+    say(f"  the same by: {run.command(chosen)}")
 
 
 def ranking_of(found: Found, judged: int) -> dict[str, Any]:

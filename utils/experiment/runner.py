@@ -59,11 +59,15 @@ class Run:
         """The network's graph, to be read or copied, not edited."""
         return capture(self.network.model, self.spec)
 
+    def command(self, recipe: Recipe) -> str:
+        """The command line of one row, to be typed again."""
+        looks = recipe.needs_images or self.args.fidelity
+        return command(self.task.program, self.argv, recipe.words, looks)
+
     def line(self, recipe: Recipe) -> dict[str, Any]:
         """The part of a row's line that is known before it runs."""
         args = Namespace(**vars(self.args) | recipe.settings)
-        looks = recipe.needs_images or args.fidelity
-        typed = command(self.task.program, self.argv, recipe.words if args.table else None, looks)
+        typed = self.command(recipe) if args.table else command(self.task.program, self.argv)
         name = f"auto: {recipe}" if args.auto else str(recipe)
         return records.settings(self.task.name, args, typed, self.network, self.weights_sha256, name)
 

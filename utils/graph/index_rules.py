@@ -92,6 +92,8 @@ def _slice_scatter(t: Translator, node: fx.Node, x, source, dim=0, start=None, e
     if is_free(size[axis]):
         return None
     start, end, _ = slice(start, end).indices(size[axis])
+    if end <= start:  # nothing is written
+        return x
     if step != 1:
         return _interleaved(t, x, source, axis, range(start, end, step))
     parts = [t.slice(x, axis, 0, start)] if start else []

@@ -117,16 +117,21 @@ class Coder:
         try:
             scores, boxes = self.decode(outputs)
             if scores.dim() == boxes.dim() == 3 and boxes.shape == (*scores.shape[:2], 4):
-                return None
+                return None if scores.numel() else "decode() gives no score"
             shapes = f"{tuple(scores.shape)} and {tuple(boxes.shape)}"
         except Exception as error:  # whatever outputs of another kind, or a mistake in a user's decode(), lead to
             return f"decode() fails: {type(error).__name__}: {message_of(error)}"
         return f"decode() gives {shapes}, not scores [N, P, classes] and boxes [N, P, 4]"
 
+    @property
+    def takes_heads(self) -> bool:
+        """Whether decode() takes class logits first and box offsets second, whatever else follows."""
+        return False
+
     def doubt(self, outputs: Any) -> str | None:
         """What looks wrong with the values that decode() makes of outputs that fit; None: nothing."""
         scores, boxes = self.decode(outputs)
-        if scores.min() < 0 or scores.max() > 1:
+        if not ((scores > -1e-3) & (scores < 1.001)).all():
             return f"scores from {scores.min():.3g} to {scores.max():.3g}, not between 0 and 1: a sigmoid or softmax is missing"
         if boxes.abs().median() > 2:
             return f"boxes of up to {boxes.max():.3g}, not fractions of the image's sides: they look like pixels"
@@ -169,27 +174,43 @@ class BoxCoder(Coder):
 
     priors: [P, 4], centre form. centre_variance, size_variance: scale of the predicted offsets. clip: cut boxes at the
     image's border. background: whether class 0 is that, and a softmax gives the scores; without it each class has a
-    sigmoid, as focal loss trains them.
+    sigmoid, as focal loss trains them; None: as a subclass says, or true. A subclass with a decode() of its own may give
+    priors another meaning.
     """
 
     priors: Tensor = field(repr=False)
     centre_variance: float = 0.1
     size_variance: float = 0.2
     clip: bool = False
-    background: bool = field(default=True, kw_only=True)
+    background: bool = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        said = (self.background, type(self).background, Coder.background)
+        object.__setattr__(self, "background", next(value for value in said if value is not None))
+        if not self.takes_heads:
+            return
         priors = torch.as_tensor(self.priors, dtype=torch.float32)
         wrong = f"priors of shape {tuple(priors.shape)}" if priors.dim() != 2 or priors.shape[1] != 4 else None
         if wrong is None and len(priors) and priors[:, :2].abs().median() > 2:
             wrong = f"priors with centres of up to {priors[:, :2].max():g}, so in pixels"
-        if wrong is None and len(priors) > 8 and (priors[:, 2:] >= priors[:, :2]).all():
-            wrong = "priors that are corners"
         if wrong:
             raise UserError(
                 f"BoxCoder gets {wrong}; it takes [P, 4]: centre x, centre y, width, height, as fractions of the image's sides"
             )
         object.__setattr__(self, "priors", priors)
+
+    @property
+    def takes_heads(self) -> bool:
+        return type(self).decode is BoxCoder.decode
+
+    def doubt(self, outputs: Any) -> str | None:
+        if not self.takes_heads:
+            return super().doubt(outputs)
+        ends = self.priors[:, :2] + self.priors[:, 2:] / 2
+        ordered = (self.priors[:, 2:] >= self.priors[:, :2]).all() and self.priors.min() >= 0 and self.priors.max() <= 1
+        if len(self.priors) > 8 and ordered and (ends > 1).any(1).float().mean() > 1 / 3:
+            return "boxes from priors that look like corners; it takes centre x, centre y, width and height"
+        return None
 
     @property
     def expects(self) -> str:
@@ -203,14 +224,17 @@ class BoxCoder(Coder):
     def heads(self, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
         """Which of a network's tensors, by name, are its class logits and its box offsets; None: it is not clear.
 
-        A name that speaks of boxes settles it, otherwise the shapes do.
+        Names that speak of classes and of boxes settle it, otherwise the shapes do; a centerness is of one class.
         """
         rows = {name: one for name, one in tensors.items() if one.dim() == 3 and one.shape[1] == len(self.priors)}
         fours = [name for name, one in rows.items() if one.shape[2] == 4]
-        named = [name for name in fours if re.search(r"box|reg|loc|offset|delta", name.lower())]
+        classes = [name for name in rows if re.search(r"cls|class|logit|score|conf", name.lower())]
+        named = [name for name in fours if name not in classes and re.search(r"box|reg|loc|offset|delta", name.lower())]
         boxes = named or fours
-        scores = [name for name in rows if name not in boxes]
-        return (scores[0], boxes[0]) if len(scores) == len(boxes) == 1 else None
+        others = [name for name in rows if name not in boxes]
+        several = [name for name in others if rows[name].shape[2] > 1]
+        scores = next((found for found in (others, classes, several) if len(found) == 1), [])
+        return (scores[0], boxes[0]) if scores and len(boxes) == 1 and scores != boxes else None
 
     def boxes(self, offsets: Tensor) -> Tensor:
         """Predicted offsets [..., P, 4] as boxes in corner form."""

@@ -62,7 +62,7 @@ def count_classes(model: nn.Module, spec: InputSpec, coder: Coder) -> int:
     if not coder.fits(outputs):
         why = coder.misfit(outputs) if own else None
         raise UserError(f"the network returns {described(outputs)}; {coder.expects}{f': {why}' if why else ''}")
-    if own and (doubt := coder.doubt(outputs)):
+    if doubt := coder.doubt(outputs):
         print(f"warning: decode() of {type(coder).__name__} gives {doubt}")
     return coder.decode(outputs)[0].shape[2]
 

@@ -22,13 +22,13 @@ def with_heads(model: nn.Module, spec: InputSpec, coder: Coder) -> nn.Module:
     """The network as it is where it returns one tensor or several in a list; else wrapped so that it hands out such.
 
     For a BoxCoder class logits come first and offsets second, by their names and shapes; which are taken is said. Scores
-    that are no logits any more are a UserError. For other coders tensors keep their order, and a
+    that are no logits any more are a UserError. For coders with a decode() of their own tensors keep their order, and a
     list of one is that tensor, as engines hand it out.
     """
     result = run_once(model, spec)
     tensors, several = dict(named_tensors(result)), isinstance(result, tuple | list) and len(result) > 1
     flat = isinstance(result, Tensor) or (several and all(isinstance(one, Tensor) for one in result))
-    if not isinstance(coder, BoxCoder):
+    if not coder.takes_heads:
         return model if flat or not tensors else Scored(model, tuple(tensors), flatten=False)
     heads = coder.heads(tensors)
     if flat and coder.fits(result):
