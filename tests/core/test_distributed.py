@@ -1,5 +1,6 @@
 """Several processes find what one finds, to the last image."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,13 +17,21 @@ from utils.core.errors import UserError
 from utils.experiment.records import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
+# torchrun's own launcher, with processes that are forks of this one, so that slow packages are imported once for all.
 DRIVER = """
-import sys
+import json, sys
 import main_cls, main_det, main_seg
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from utils.core.distributed import process_group
-with process_group():
-    for name in sys.argv[1].split(","):
-        {"cls": main_cls, "seg": main_seg, "det": main_det}[name].main(sys.argv[2:])
+
+def work(names, flags):
+    with process_group():
+        for name in names:
+            {"cls": main_cls, "seg": main_seg, "det": main_det}[name].main(flags)
+
+for count, names, flags in json.loads(sys.argv[1]):
+    config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
+    elastic_launch(config, work)(names, flags)
 """
 # Images and thread count leave nothing to chance.
 FLAGS = ["--quantize", "--equalize", "--correction", "--distill_range", "--range_method", "percentile"]
@@ -34,14 +43,14 @@ def places(folder: Path, name: str) -> list[str]:
     return ["--results", str(folder / f"{name}.jsonl"), "--distill_cache", str(folder / f"distilled {name}")]
 
 
-def run(processes: int, scripts: str, folder: Path) -> dict[str, dict]:
-    """The lines of the scripts' runs on the demo, by task."""
+def run(folder: Path, *parts: tuple[int, list[str]]) -> dict[str, dict]:
+    """The lines of the scripts' runs on the demo, by task. parts: each a number of processes, and what they run."""
     (folder / "driver.py").write_text(DRIVER)
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command = [*start, str(folder / "driver.py"), scripts, *FLAGS, *places(folder, str(processes))]
+    wanted = [(processes, names, [*FLAGS, *places(folder, str(processes))]) for processes, names in parts]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(folder / "driver.py"), json.dumps(wanted)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
-    return {line["task"]: line for line in read_lines(folder / f"{processes}.jsonl")}
+    return {line["task"]: line for count, _ in parts for line in read_lines(folder / f"{count}.jsonl")}
 
 
 @pytest.fixture
@@ -62,7 +71,7 @@ def test_two_and_three_processes_find_what_one_finds(tmp_path, one_thread):
     for script in (main_cls, main_seg, main_det):
         script.main([*FLAGS, *places(tmp_path, "1")])
     alone = read_lines(tmp_path / "1.jsonl")
-    several = run(3, "cls", tmp_path) | run(2, "seg,det", tmp_path)
+    several = run(tmp_path, (3, ["cls"]), (2, ["seg", "det"]))
     assert [(line["task"], line["samples"]) for line in alone] == [(task, 7) for task in several]
     assert list(map(found, alone)) == list(map(found, several.values()))
     assert several["segmentation"]["command"].startswith("torchrun --nproc-per-node=2 main_seg.py ")
