@@ -12,6 +12,7 @@ import torch
 import main_cls
 import main_det
 import main_seg
+from demo import render
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.experiment.records import read_lines
@@ -19,19 +20,28 @@ from utils.experiment.records import read_lines
 ROOT = Path(__file__).resolve().parents[2]
 # torchrun's own launcher, with processes that are forks of this one, so that slow packages are imported once for all.
 DRIVER = """
-import json, sys
-import main_cls, main_det, main_seg
+import importlib, json, sys
+import dfq  # what forks share
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from utils.core.distributed import process_group
+from utils.experiment import cli
 
-def work(names, flags):
-    with process_group():
-        for name in names:
-            {"cls": main_cls, "seg": main_seg, "det": main_det}[name].main(flags)
+def work(script, flags):
+    cli.run(lambda _: importlib.import_module(script).main(flags), f"{script}.py")
 
-for count, names, flags in json.loads(sys.argv[1]):
+for count, script, flags in json.loads(sys.argv[1]):
+    importlib.import_module(script)
     config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
-    elastic_launch(config, work)(names, flags)
+    elastic_launch(config, work)(script, flags)
+"""
+# A small network in the place of the demo's own, which two processes would capture at once.
+SEGMENTER = """
+import torch
+from torch import nn
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 10, 1)]
+    return nn.Sequential(*layers).eval()
 """
 # Images and thread count leave nothing to chance.
 FLAGS = ["--quantize", "--equalize", "--correction", "--distill_range", "--range_method", "percentile"]
@@ -43,14 +53,12 @@ def places(folder: Path, name: str) -> list[str]:
     return ["--results", str(folder / f"{name}.jsonl"), "--distill_cache", str(folder / f"distilled {name}")]
 
 
-def run(folder: Path, *parts: tuple[int, list[str]]) -> dict[str, dict]:
-    """The lines of the scripts' runs on the demo, by task. parts: each a number of processes, and what they run."""
+def in_forks(folder: Path, *parts: tuple[int, str, list[str]]) -> subprocess.CompletedProcess:
+    """The driver, ended. parts: each a number of processes, the module whose main they call, and its flags."""
     (folder / "driver.py").write_text(DRIVER)
-    wanted = [(processes, names, [*FLAGS, *places(folder, str(processes))]) for processes, names in parts]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(folder / "driver.py"), json.dumps(wanted)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
-    return {line["task"]: line for count, _ in parts for line in read_lines(folder / f"{count}.jsonl")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    command = [sys.executable, str(folder / "driver.py"), json.dumps(parts)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -66,35 +74,36 @@ def found(line: dict) -> dict:
     return {key: line[key] for key in kept}
 
 
-def test_two_and_three_processes_find_what_one_finds(tmp_path, one_thread):
+def test_two_and_three_processes_find_what_one_finds(tmp_path, monkeypatch, one_thread):
     """Each script once in one process, and once in several; shards are cut in one place for all of them."""
-    for script in (main_cls, main_seg, main_det):
-        script.main([*FLAGS, *places(tmp_path, "1")])
-    alone = read_lines(tmp_path / "1.jsonl")
-    several = run(tmp_path, (3, ["cls"]), (2, ["seg", "det"]))
-    assert [(line["task"], line["samples"]) for line in alone] == [(task, 7) for task in several]
-    assert list(map(found, alone)) == list(map(found, several.values()))
-    assert several["segmentation"]["command"].startswith("torchrun --nproc-per-node=2 main_seg.py ")
+    (tmp_path / "segmenter.py").write_text(SEGMENTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["--model", "segmenter:network", "--data", str(render.rendered("voc")), "--image_size", "64"]
+    runs = [(3, main_cls, FLAGS), (2, main_seg, [*FLAGS, *own]), (2, main_det, FLAGS)]
+    for _, script, flags in runs:
+        script.main([*flags, *places(tmp_path, "alone")])
+    parts = [(count, script.__name__, [*flags, *places(tmp_path, "several")]) for count, script, flags in runs]
+    in_forks(tmp_path, *parts).check_returncode()
+    alone, several = (read_lines(tmp_path / f"{name}.jsonl") for name in ("alone", "several"))
+    assert [line["samples"] for line in alone] == [7] * 3
+    assert list(map(found, alone)) == list(map(found, several))
+    assert several[1]["command"].startswith("torchrun --nproc-per-node=2 main_seg.py ")
 
 
 def test_a_lost_process_ends_the_run_with_a_line(tmp_path):
     """The second of two processes is killed while the first waits for it."""
-    (tmp_path / "driver.py").write_text(
+    (tmp_path / "lost.py").write_text(
         "import os, signal\n"
         "from utils.core import distributed\n"
-        "from utils.experiment import cli\n"
         "def main(_):\n"
         "    if not distributed.is_main_process():\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    distributed.all_gather(1)\n"
-        "cli.run(main, 'driver.py')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(tmp_path / "driver.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    ended = in_forks(tmp_path, (2, "lost", []))
     assert ended.returncode != 0
     assert (
-        "driver.py: error: lost another process" in ended.stderr
+        "lost.py: error: lost another process" in ended.stderr
         or "another process of this run has ended" in ended.stderr
     )
 

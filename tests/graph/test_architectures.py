@@ -1,6 +1,6 @@
 """The passes on the architectures that people have: exact on every one, or refused with a reason."""
 
-from functools import cache
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,20 +63,22 @@ ALL = WITH_BATCHNORM | WITHOUT_BATCHNORM
 EXACT = Recipe(equalize=True)
 
 
-@cache
-def built(name: str):
-    """A network with random statistics, its input and its graph; the passes work on copies."""
-    build, side = ALL[name]
+@pytest.fixture(scope="module")
+def taken(request: pytest.FixtureRequest):
+    """A network with random statistics, its input and its graph, and what becomes of it: quantized where it has BatchNorm,
+    otherwise as exact passes leave it. All tests of one come in a row."""
+    build, side = ALL[request.param]
     torch.manual_seed(0)
     model, spec = randomise(build()), InputSpec(size=(side, side))
-    return model, spec, capture(model, spec)
+    graph = capture(model, spec)
+    recipe = replace(EXACT, quantize=True, correction=True) if request.param in WITH_BATCHNORM else EXACT
+    return model, spec, graph, quantize_data_free(model, spec, recipe, captured=graph)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_exact_passes_keep_the_output(name):
+@pytest.mark.parametrize("taken", ALL, indirect=True)
+def test_exact_passes_keep_the_output(taken):
     """quantize_data_free checks each pass against its probe; this checks all of them on other images."""
-    model, spec, graph = built(name)
-    result = quantize_data_free(model, spec, EXACT, captured=graph)
+    model, spec, _, result = taken
     images = spec.probe(3, seed=11)
     assert deviation(probed_outputs(model, images), result.float, images) < 1e-4
     counts = result.log.counts()
@@ -89,10 +91,9 @@ def test_exact_passes_keep_the_output(name):
     assert {entry.where for entry in result.log.entries if entry.action == "found layers"} <= told
 
 
-@pytest.mark.parametrize("name", WITH_BATCHNORM)
-def test_every_layer_is_quantized(name):
-    model, spec, graph = built(name)
-    result = quantize_data_free(model, spec, Recipe(quantize=True, correction=True), captured=graph)
+@pytest.mark.parametrize("taken", WITH_BATCHNORM, indirect=True)
+def test_every_layer_is_quantized(taken):
+    _, spec, _, result = taken
     counts = result.log.counts()
     found = counts["found layers"]["applied"]
     for action in ("quantized weights", "corrected biases", "quantized biases"):
@@ -100,8 +101,8 @@ def test_every_layer_is_quantized(name):
     assert result.simulated(spec.probe()).isfinite().all()
 
 
-@pytest.mark.parametrize("name", WITHOUT_BATCHNORM)
-def test_networks_without_statistics_are_refused(name):
-    model, spec, graph = built(name)
+@pytest.mark.parametrize("taken", WITHOUT_BATCHNORM, indirect=True)
+def test_networks_without_statistics_are_refused(taken):
+    model, spec, graph, _ = taken
     with pytest.raises(UserError, match="no BatchNorm"):
         quantize_data_free(model, spec, Recipe(quantize=True), captured=graph)

