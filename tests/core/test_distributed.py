@@ -33,15 +33,18 @@ for count, script, flags in json.loads(sys.argv[1]):
     config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
     elastic_launch(config, work)(script, flags)
 """
-# A small network in the place of the demo's own, which two processes would capture at once.
-SEGMENTER = """
+# Small networks in the place of the demo's own, which several processes would capture at once.
+NETWORKS = """
 import torch
 from torch import nn
 
-def network():
+def segmenter(*head):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 10, 1)]
+    layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 10, 1), *head]
     return nn.Sequential(*layers).eval()
+
+def classifier():
+    return segmenter(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 """
 # Images and thread count leave nothing to chance.
 FLAGS = ["--quantize", "--equalize", "--correction", "--distill_range", "--range_method", "percentile"]
@@ -76,10 +79,13 @@ def found(line: dict) -> dict:
 
 def test_two_and_three_processes_find_what_one_finds(tmp_path, monkeypatch, one_thread):
     """Each script once in one process, and once in several; shards are cut in one place for all of them."""
-    (tmp_path / "segmenter.py").write_text(SEGMENTER)
+    (tmp_path / "small.py").write_text(NETWORKS)
     monkeypatch.syspath_prepend(tmp_path)
-    own = ["--model", "segmenter:network", "--data", str(render.rendered("voc")), "--image_size", "64"]
-    runs = [(3, main_cls, FLAGS), (2, main_seg, [*FLAGS, *own]), (2, main_det, FLAGS)]
+    classifier, segmenter = (
+        [*FLAGS, "--model", f"small:{name}", "--data", str(render.rendered(scenes)), "--image_size", "64"]
+        for name, scenes in (("classifier", "classification"), ("segmenter", "voc"))
+    )
+    runs = [(3, main_cls, classifier), (2, main_seg, segmenter), (2, main_det, FLAGS)]
     for _, script, flags in runs:
         script.main([*flags, *places(tmp_path, "alone")])
     parts = [(count, script.__name__, [*flags, *places(tmp_path, "several")]) for count, script, flags in runs]
