@@ -160,7 +160,7 @@ class _Alone(fx.Interpreter):
     def __init__(self, simulated: fx.GraphModule, tensors: dict[str, Tensor], layers: dict[str, LayerParity]):
         super().__init__(simulated)
         self.tensors, self.layers = tensors, layers
-        self.reach: dict[fx.Node, float] = {}  # of each layer, how large its terms could add up to
+        self.reach: dict[fx.Node, float] = {}  # how large the terms of a value can be: float32 rounds it by their size
 
     def run_node(self, node: fx.Node) -> Tensor:
         module = module_of(self.module, node)
@@ -172,7 +172,14 @@ class _Alone(fx.Interpreter):
                 + module.bias.abs()
             )
             self.reach[node] = float(terms.max())
+        else:  # the mean of large values that cancel is as uncertain as they are
+            self.reach[node] = max((self._size(source) for source in node.all_input_nodes), default=0)
         return super().run_node(node)
+
+    def _size(self, node: fx.Node) -> float:
+        value = self.env[node]
+        counts = isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        return max(float(value.abs().max()) if counts else 0, self.reach.get(node, 0))
 
     def _compare(self, node: fx.Node, quantizer: Quantizer) -> Tensor:
         """The engine's output of a quantizer, held against what the simulation makes of the engine's input."""
