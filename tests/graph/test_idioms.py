@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SPEC, conv_bn, settle
+from networks import SPEC, conv_bn, settle, sqnr
 from test_wordings import Wide, captured, modules, names
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -260,3 +260,26 @@ def test_dropout_that_follows_the_mode_draws_none():
     parts = [nn.Dropout(), nn.Dropout2d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.RReLU()]
     parts += [Held(attention), Held(recurrent, layer=nn.LSTM(8, 8, 2, batch_first=True, dropout=0.2))]
     assert modules(captured(Wide(nn.Sequential(*parts))))["Elementwise"] == 1
+
+
+GAIN = 1 + torch.arange(8.0)[:, None, None] / 8
+INVERSE_ROOTS = {
+    "rsqrt": lambda v: torch.rsqrt(v + 1e-6),
+    "times a gain": lambda v: GAIN * (v + 1e-6).rsqrt(),
+    "a power": lambda v: (v + 1e-6) ** -0.5,
+    "one over": lambda v: 1 / (v + 1e-6).sqrt(),
+    "a number over": lambda v: torch.div(torch.tensor(2.0), (v + 1e-6).sqrt()),
+    "reciprocal": lambda v: GAIN * (v + 1e-6).sqrt().reciprocal() * 0.5,
+}
+
+
+@pytest.mark.parametrize("inverse", INVERSE_ROOTS.values(), ids=INVERSE_ROOTS)
+def test_a_norm_that_multiplies_by_an_inverse_is_one_that_divides(inverse):
+    """Rounded, the inverse of what is near 0 at some positions would leave nothing of all others."""
+    torch.manual_seed(0)
+    norm = Held(lambda _, x: x * inverse(x.square().mean(1, keepdim=True)))
+    model = settle(Wide(nn.Sequential(conv_bn(8, 8), norm)).eval(), SPEC)
+    graph = captured(model)
+    assert [node.target for node in graph.graph.nodes].count(torch.ops.aten.div.Tensor) == 1
+    images = SPEC.probe(4, seed=3)
+    assert sqnr(model(images), quantize_data_free(model, SPEC, Recipe(quantize=True)).simulated(images)) > 20

@@ -5,6 +5,7 @@ node becomes, or None to leave it as it is. What changes shape alone becomes res
 positions become mean.dim; layers become modules.
 """
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from utils.graph.index_rules import INDEX_RULES
 from utils.graph.layers import make_layer
 from utils.graph.pooling_rules import POOLING_RULES, extreme_over_axis
 from utils.graph.shape_rules import SHAPE_RULES, Rule, each, pad_axes
-from utils.graph.translate import Size, Translator, is_constant, size_of
+from utils.graph.translate import Size, Translator, is_constant, is_free, size_of
 
 aten = torch.ops.aten
 
@@ -139,6 +140,46 @@ def _arithmetic(name: str) -> Rule:
     return rule
 
 
+def _multiplied(t: Translator, node: fx.Node, x, y) -> Any:
+    """x * rsqrt(v), x * (c / v) and the like are quotients: what is divided by is never rounded, lest small values be 0."""
+    for value, factor in ((x, y), (y, x)):
+        if isinstance(value, fx.Node) and isinstance(factor, fx.Node) and (found := _inverse(t, factor)):
+            divisor, constants = found
+            value = _unexpanded(value, divisor, t.size())
+            quotient = t.emit(aten.div.Tensor, (value, divisor), size=_broadcast(value, divisor))
+            for constant in constants:
+                quotient = t.emit(aten.mul.Tensor, (quotient, constant), size=t.size())
+            return quotient
+    return _arithmetic("mul")(t, node, x, y)
+
+
+def _inverse(t: Translator, node: fx.Node) -> tuple[fx.Node, list] | None:
+    """What a value is one over, and the constants that it is times; None if it is neither."""
+    source, *others = node.args or (None,)
+    if node.target is aten.rsqrt.default:
+        return t.emit(aten.sqrt.default, (source,), size=size_of(node)), []
+    if node.target is aten.reciprocal.default:
+        return source, []
+    if node.target is aten.pow.Tensor_Scalar and others[0] < 0:
+        return t.emit(node.target, (source, -others[0]), size=size_of(node)), []
+    if node.target is aten.div.Tensor and _fixed(source):
+        return others[0], [] if source == 1 else [source]
+    if node.target is aten.mul.Tensor and _fixed(others[0]):
+        found = _inverse(t, source)
+        return found and (found[0], found[1] if others[0] == 1 else [*found[1], others[0]])
+    return None
+
+
+def _broadcast(x: fx.Node, y: fx.Node) -> Size:
+    """The size of an operator's result of two tensors."""
+    pairs = zip_longest(reversed(size_of(x)), reversed(size_of(y)), fillvalue=1)
+    return tuple(b if not is_free(a) and a == 1 else a for a, b in pairs)[::-1]
+
+
+def _fixed(operand: Any) -> bool:
+    return not isinstance(operand, fx.Node) or operand.op == "get_attr"
+
+
 def _unexpanded(x: Any, other: Any, size: Size) -> Any:
     """An operand before it was expanded, where arithmetic expands it by itself."""
     if not (isinstance(x, fx.Node) and x.target is aten.expand.default and isinstance(other, fx.Node)):
@@ -228,7 +269,7 @@ RULES: dict[str, Rule] = {
     },
     **dict.fromkeys(("add",), _arithmetic("add")),
     **dict.fromkeys(("sub", "subtract"), _arithmetic("sub")),
-    **dict.fromkeys(("mul", "multiply"), _arithmetic("mul")),
+    **dict.fromkeys(("mul", "multiply"), _multiplied),
     **dict.fromkeys(("div", "divide", "true_divide"), _arithmetic("div")),
     "rsub": _reversed_subtraction,
 }
