@@ -21,6 +21,7 @@ from utils.calibration.distillation import (
     describe_fit,
     distill,
     distill_few,
+    for_few_bits,
     for_search,
     search_images,
     statistics_fit,
@@ -290,7 +291,9 @@ def quantize_auto(
     """
     captured = capture(model, spec)
     if images is None:
-        made = (distill(captured, spec, one, torch.device("cpu")) for one in for_search(Distillation()))
+        few_bits = settings.get("bits_weight", 8) < 8
+        kind = for_few_bits(captured, spec, Distillation()) if few_bits else Distillation()
+        made = (distill(captured, spec, one, torch.device("cpu")) for one in for_search(kind))
         shown = search_images(*made)
     else:
         shown = Images(*halves(images), real=True)

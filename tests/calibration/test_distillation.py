@@ -22,6 +22,7 @@ from utils.calibration.distillation import (
 from utils.calibration.rendered import dead_leaves, natural_noise
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.graph.capture import capture
 
 CPU = torch.device("cpu")
 FEW = Distillation(images=6, batch=4, steps=15)
@@ -191,3 +192,16 @@ def test_a_few_images_are_made_once_for_a_captured_network(monkeypatch):
     first, again, others = (distill.distill_few(network, SPEC) for network in (graph, graph, other))
     assert first is again and len(calls) == 2 and not torch.equal(first, others)
     assert torch.equal(first, real(graph, SPEC, distill.few_images(SPEC), torch.device("cpu")))
+
+
+@pytest.mark.parametrize("contrast", [1, 0.1])
+def test_leaves_serve_for_few_bits_where_a_network_knows_them(contrast):
+    torch.manual_seed(0)
+    model = randomise(chain()).train()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.momentum = None
+        norm.reset_running_stats()
+    model(contrast * dead_leaves(SPEC, 64, torch.Generator().manual_seed(5)))
+    settings = replace(FEW, seed=3)
+    leaves = replace(settings, start="leaves", steps=0)
+    assert distill.for_few_bits(capture(model.eval(), SPEC), SPEC, settings) == (leaves if contrast == 1 else settings)

@@ -8,6 +8,7 @@ from networks import SPEC, chain, folded, randomise, settle, spread_gains
 from test_cli import failure, flags, images  # noqa: F401
 
 import main_cls
+from utils.calibration import distillation
 from utils.calibration.moments import Gaussian
 from utils.experiment.doctor import FAR, coarse_share, contradictions
 from utils.graph.nodes import module_of, weighted_nodes
@@ -49,6 +50,19 @@ def test_a_search_is_recorded_with_its_ranking_and_repeated_by_its_flags(images,
     repeated = json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[1])
     assert f"auto: {repeated['recipe']}" == line["recipe"]
     assert repeated["quantized"] == line["quantized"]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_for_few_bits_a_search_looks_at_dead_leaves_where_they_fit(fits, images, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(distillation, "LEAVES_FIT", 9 if fits else 0)
+    own = ("--distill_cache", str(tmp_path / "cache"), "--distill_images", "8", "--bits_weight", "6")
+    main_cls.main(flags(images, tmp_path, "--auto", *own, model="test_recipe_search:uneven"))
+    printed = capsys.readouterr().out
+    line = json.loads((tmp_path / "runs.jsonl").read_text())
+    chosen = "--distill_start leaves --distill_steps 0"
+    again = next(text for text in printed.splitlines() if "the same by: " in text)
+    assert all((chosen in text) == fits for text in (again, line["command"]))
+    assert ("dead leaves, which meet" in printed) == fits == (line["flags"]["distill_start"] == "leaves")
 
 
 def test_a_network_far_from_float_writes_nothing_unless_forced(images, tmp_path, capsys):  # noqa: F811

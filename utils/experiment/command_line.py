@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from utils.core import distributed
 from utils.experiment.images import OF_IMAGES
@@ -16,13 +16,13 @@ def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | No
     looks: whether that row looks at images; where it does not, and the run says how images are made, they serve to judge
     it: --fidelity.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = words_of(argv)
     if passes is not None:
         words = [
             *_without(words, ("--table", "--rows", "--auto", "--max_noise", "--force", "--doctor", "--report")),
             *passes,
         ]
-        if not looks and any(word.partition("=")[0].removeprefix("--") in OF_IMAGES for word in words):
+        if not looks and says(words, OF_IMAGES):
             words.append("--fidelity")
     start = (
         ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
@@ -30,6 +30,16 @@ def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | No
         else ["python"]
     )
     return shlex.join([*start, program, *words])
+
+
+def words_of(argv: Sequence[str] | None) -> list[str]:
+    """A script's arguments; None: the process's own."""
+    return list(sys.argv[1:] if argv is None else argv)
+
+
+def says(words: Sequence[str], names: Container[str]) -> bool:
+    """Whether a command line has one of the flags. names: without their dashes."""
+    return any(word.partition("=")[0].removeprefix("--") in names for word in words)
 
 
 def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:

@@ -97,6 +97,12 @@ def check_image_flags(parser: ArgumentParser, args: Namespace, typed: Sequence[s
         parser.error("--images needs --quantize, --equalize or --auto")
 
 
+def settings_of(args: Namespace) -> Distillation:
+    return Distillation(
+        args.distill_images, args.distill_batch, args.distill_steps, args.seed, start=args.distill_start
+    )
+
+
 def images_of(
     args: Namespace,
     task: Task,
@@ -117,9 +123,7 @@ def images_of(
         return own
     if not (needed or args.fidelity):
         return None
-    settings = Distillation(
-        args.distill_images, args.distill_batch, args.distill_steps, args.seed, start=args.distill_start
-    )
+    settings = settings_of(args)
     folder = args.distill_cache or cache_folder() / "distilled"
     wanted = for_search(settings) if args.auto else (settings, for_judging(settings))
     made = [distilled(model, spec, one, device, folder, captured) for one in wanted]

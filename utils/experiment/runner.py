@@ -4,7 +4,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from utils.backends.base import ENGINES
+from utils.calibration.distillation import for_few_bits
 from utils.calibration.fidelity import held_out
 from utils.calibration.images import Images
 from utils.core import distributed
@@ -21,9 +22,9 @@ from utils.core.files import make_folder
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
 from utils.experiment import cli, deployment, doctor, page, recipe_search, records, scores
-from utils.experiment.command_line import command
+from utils.experiment.command_line import command, says, words_of
 from utils.experiment.evaluation import Evaluator, agreement, networks_of
-from utils.experiment.images import images_of
+from utils.experiment.images import images_of, settings_of
 from utils.experiment.loading import Quantize
 from utils.graph.capture import capture
 from utils.passes.result import Quantized
@@ -113,6 +114,7 @@ def run_rows(run: Run, data: Data | None, recipes: Sequence[Recipe], quantize: Q
 def _run_auto(run: Run, evaluator: Evaluator | None, quantize: Quantize) -> None:
     """The row of the recipe that a search finds."""
     captured = _captured(run, evaluator)
+    run = _on_leaves(run, captured)
     images = images_of(run.args, run.task, run.network.model, run.spec, run.device, True, captured)
     images, judging = unseen(images)
     found, ranking = recipe_search.find(run, captured, images, judging, quantize)
@@ -123,6 +125,21 @@ def _run_auto(run: Run, evaluator: Evaluator | None, quantize: Quantize) -> None
     else:
         row = evaluate_row(run, evaluator, recipe, quantized, images, {"ranking": ranking})
         _keep(run, evaluator, row)
+
+
+def _on_leaves(run: Run, captured: fx.GraphModule) -> Run:
+    """For weights of few bits the run that looks at dead leaves, as if its command line said so, where they serve better."""
+    args, words = run.args, words_of(run.argv)
+    if args.images or args.bits_weight >= 8 or says(words, ("distill_start", "distill_steps")):
+        return run
+    settings = for_few_bits(captured, run.spec, settings_of(args))
+    if settings.start == args.distill_start:
+        return run
+    if distributed.is_main_process():
+        print("images: dead leaves, which meet the network's statistics as they are")
+    chosen = {"distill_start": settings.start, "distill_steps": settings.steps}
+    words += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+    return replace(run, argv=words, args=Namespace(**vars(args) | chosen))
 
 
 def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe], quantize: Quantize) -> None:
