@@ -62,6 +62,7 @@ from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe, Value
 from utils.quantization.target import DEFAULT
 from utils.search.auto import check_near, find_recipe, unseen
+from utils.search.candidates import OUTER_BITS
 from utils.search.search import Found
 
 
@@ -287,11 +288,13 @@ def quantize_auto(
 
     images: [N, C, H, W] of your own, 8 or more, half of which are to judge by; None: distilled ones. max_noise: the dB that
     the output must be over its noise; the noisiest layers stay in float until it is. predictions: class indices of the
-    outputs, to compare. settings: of Recipe, that every candidate has, such as bits_weight=4.
+    outputs, to compare. settings: of Recipe, that every candidate has, such as bits_weight=4, which leaves the first and the
+    last layer 8 bits unless bits_first_last says otherwise.
     """
     captured = capture(model, spec)
+    if few_bits := settings.get("bits_weight", OUTER_BITS) < OUTER_BITS:
+        settings = {"bits_first_last": OUTER_BITS} | settings
     if images is None:
-        few_bits = settings.get("bits_weight", 8) < 8
         kind = for_few_bits(captured, spec, Distillation()) if few_bits else Distillation()
         made = (distill(captured, spec, one, torch.device("cpu")) for one in for_search(kind))
         shown = search_images(*made)

@@ -62,6 +62,7 @@ def test_for_few_bits_a_search_looks_at_dead_leaves_where_they_fit(fits, images,
     chosen = "--distill_start leaves --distill_steps 0"
     again = next(text for text in printed.splitlines() if "the same by: " in text)
     assert all((chosen in text) == fits for text in (again, line["command"]))
+    assert all("--bits_first_last 8" in text for text in (again, line["command"])) and line["bits"]["first_last"] == 8
     assert ("dead leaves, which meet" in printed) == fits == (line["flags"]["distill_start"] == "leaves")
 
 

@@ -30,6 +30,7 @@ from utils.graph.capture import capture
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
 from utils.search.auto import unseen
+from utils.search.candidates import OUTER_BITS
 from utils.search.judge import Judge, views
 from utils.tasks.base import Data, Task
 from utils.tasks.metrics import Metric
@@ -114,7 +115,7 @@ def run_rows(run: Run, data: Data | None, recipes: Sequence[Recipe], quantize: Q
 def _run_auto(run: Run, evaluator: Evaluator | None, quantize: Quantize) -> None:
     """The row of the recipe that a search finds."""
     captured = _captured(run, evaluator)
-    run = _on_leaves(run, captured)
+    run = _for_few_bits(run, captured)
     images = images_of(run.args, run.task, run.network.model, run.spec, run.device, True, captured)
     images, judging = unseen(images)
     found, ranking = recipe_search.find(run, captured, images, judging, quantize)
@@ -127,17 +128,21 @@ def _run_auto(run: Run, evaluator: Evaluator | None, quantize: Quantize) -> None
         _keep(run, evaluator, row)
 
 
-def _on_leaves(run: Run, captured: fx.GraphModule) -> Run:
-    """For weights of few bits the run that looks at dead leaves, as if its command line said so, where they serve better."""
+def _for_few_bits(run: Run, captured: fx.GraphModule) -> Run:
+    """For weights of few bits the run as if its command line asked for what serves them, unless that says otherwise."""
     args, words = run.args, words_of(run.argv)
-    if args.images or args.bits_weight >= 8 or says(words, ("distill_start", "distill_steps")):
+    if args.bits_weight >= OUTER_BITS:
         return run
-    settings = for_few_bits(captured, run.spec, settings_of(args))
-    if settings.start == args.distill_start:
-        return run
-    if distributed.is_main_process():
-        print("images: dead leaves, which meet the network's statistics as they are")
-    chosen = {"distill_start": settings.start, "distill_steps": settings.steps}
+    chosen: dict[str, Any] = {}
+    say = print if distributed.is_main_process() else lambda line: None
+    if not says(words, ("bits_first_last",)):
+        chosen["bits_first_last"] = OUTER_BITS
+        say(f"bits: {args.bits_weight} of weights, {OUTER_BITS} of the first and the last layer's")
+    if not args.images and not says(words, ("distill_start", "distill_steps")):
+        settings = for_few_bits(captured, run.spec, settings_of(args))
+        if settings.start != args.distill_start:
+            chosen |= {"distill_start": settings.start, "distill_steps": settings.steps}
+            say("images: dead leaves, which meet the network's statistics as they are")
     words += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
     return replace(run, argv=words, args=Namespace(**vars(args) | chosen))
 

@@ -28,6 +28,9 @@ SAME = 0.5  # dB that decide nothing
 RELU_LOSS = 0.3  # dB that ReLU in the place of ReLU6 may cost, since engines run it faster
 
 
+OUTER_BITS = 8  # of the first and the last layer where others have fewer, as in published tables
+
+
 def start(bits: dict[str, int]) -> Recipe:
     """The recipe that all others are changes of. bits: the settings that the user chose."""
     return Recipe(quantize=True, equalize=True, correction=True, **bits)
