@@ -60,7 +60,18 @@ def test_a_row_has_its_figures_its_interval_and_its_own_flags():
 
 def test_of_a_row_that_was_recorded_again_the_last_line_counts():
     (group,) = tables.grouped([line(quantized=1.0), line(**OTHER), line(quantized=2.0)])
-    assert [row["quantized"] for row in group.rows] == [2.0, None]
+    assert [row["quantized"] for row in group.rows] == [None, 2.0]
+
+
+def test_rows_stand_in_one_order_whenever_they_were_recorded():
+    four = {"weight": 4, "activation": 8, "bias": 32}
+    lines = [
+        line(recipe=name, flags={"n": i}) for i, name in enumerate(["auto: +LE+BC", "+of no table", "+BC", "+ReLU"])
+    ]
+    lines += [line(recipe="+ReLU", bits=four), line(recipe="+ReLU", flags={"per_channel": True})]
+    (group,) = tables.grouped(lines)
+    names = [tables.rows_table(group, ["row", "W/A/bias"]).splitlines()[i].split(" | ")[0] for i in range(4, 10)]
+    assert names == ["| +ReLU", "| +ReLU per channel", "| +BC", "| +of no table", "| auto: +LE+BC", "| +ReLU"]
 
 
 def test_networks_and_images_have_tables_of_their_own():

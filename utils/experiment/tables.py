@@ -26,6 +26,7 @@ from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment.published import Published, published
 from utils.experiment.records import change, identity, name_of, read_lines, signed_interval
+from utils.quantization.recipe import TABLE
 from utils.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,10 +105,19 @@ def grouped(lines: Sequence[Line]) -> list[Group]:
         groups.setdefault(key, []).append(line)
     made = []
     for (task, model, _, data, *_), rows in groups.items():
+        rows.sort(key=_place)
         commands = [_words(row) for row in rows]
         common = [word for word in commands[0] if word != "--quantize" and all(word in each for each in commands)]
         made.append(Group(rows, common, None if data == "demo" else published(task, model, data)))
     return made
+
+
+def _place(line: Line) -> tuple:
+    """Where a row stands in its table: by bits, many first, then as --table has the recipes, and what it does not have last."""
+    bits = [-line["bits"][name] if line["bits"] else -32 for name in ("weight", "activation")]
+    names = list(TABLE)
+    named = names.index(line["recipe"]) if line["recipe"] in names else len(names)
+    return *bits, line["recipe"].startswith("auto"), named, name_of(line), line["command"]
 
 
 def _words(line: Line) -> list[str]:
