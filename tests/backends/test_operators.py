@@ -1,7 +1,7 @@
 """Operators in the ONNX file: the parity gate passes and ONNX Runtime computes what the simulation does, or one line says why not."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 import pytest
@@ -16,6 +16,7 @@ from utils.backends.onnxruntime.session import OnnxNetwork, find_kernels
 from utils.backends.torch_onnx import Input, exported_by_torch
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
+from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.exactness import probed_outputs
 
 SPEC = InputSpec(size=(12, 12), resize=12)
@@ -385,3 +386,15 @@ def test_a_tensor_of_one_number_has_its_shape_where_more_than_arithmetic_reads_i
     middle = Around(lambda x: torch.cat([torch.full_like(x, float("-inf")), x], 1).softmax(1), 16)
     result = quantize_data_free(settle(middle, SPEC), SPEC, Recipe(quantize=True))
     check_parity(build(result, SPEC, {}), result.simulated, SPEC.probe(4))
+
+
+def test_a_grouped_transposed_convolution_has_one_scale_where_others_have_one_per_channel():
+    result = quantized(nn.ConvTranspose2d(8, 8, 2, 2, groups=4), replace(RECIPE, per_channel=True))
+    checked(result)
+    layers = {node.target: module_of(result.simulated, node) for node in weighted_nodes(result.simulated)}
+    assert {name: layer.weight_qparams.per_channel for name, layer in layers.items()} == {
+        "first.0": True,
+        "middle": False,
+        "last.0": True,
+    }
+    assert any("middle has one scale" in note for note in result.log.notes)

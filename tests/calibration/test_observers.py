@@ -145,3 +145,15 @@ def test_the_range_of_least_error_on_a_signed_grid():
     for bits in (4, 6, 8):
         found = error(*histogram.range("mse", bits, signed=True), bits)
         assert found < 1.1 * min(error(0.0, float(share) * 40, bits) for share in torch.linspace(0.02, 1, 60))
+
+
+def test_layers_see_all_images_of_a_network_that_takes_one_at_a_time():
+    graph, images = (
+        capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), SPEC),
+        SPEC.probe(5),
+    )
+    expected = run_layers(graph, images, lambda _, layer, x: layer(x))
+    graph.meta["batch"] = 1
+    seen = []
+    found = run_layers(graph, images, lambda _, layer, x: (seen.append(len(x)), layer(x))[1])
+    assert seen == [5, 5] and torch.equal(found, expected)

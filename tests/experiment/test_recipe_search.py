@@ -4,8 +4,9 @@ import json
 import shlex
 
 import pytest
-from networks import SPEC, chain, folded, randomise, settle, spread_gains
+from networks import SPEC, chain, conv_bn, folded, randomise, settle, spread_gains
 from test_cli import failure, flags, images  # noqa: F401
+from torch import nn
 
 import main_cls
 from utils.calibration import distillation
@@ -112,7 +113,7 @@ def test_the_doctor_follows_the_target(images, tmp_path, capsys):  # noqa: F811
     main_cls.main(flags(images, tmp_path, "--doctor", "--bits_activation", "4", model="test_recipe_search:uneven"))
     printed = capsys.readouterr().out
     assert "simulated alone: it has no kernels for --bits_activation 4, only for 8" in printed
-    assert "--bits_activation 4 --auto\n" in printed
+    assert "--bits_activation 4 --auto --save test_recipe_search_uneven-int8.dfq\n" in printed
 
 
 @pytest.mark.parametrize(("count", "refused"), [(2, True), (3, True), (4, False)])
@@ -191,3 +192,64 @@ def test_channels_of_few_steps_are_counted():
     assert coarse_share(layer) == 0
     layer.weight.data[:2] /= 100
     assert coarse_share(layer) == pytest.approx(0.25)
+
+
+class OneAtATime(nn.Module):
+    """A network whose code fixes its batch, for --model test_recipe_search:OneAtATime."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = settle(randomise(conv_bn(3, 8, 3, padding=1))), nn.Linear(8 * 24 * 24, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x).reshape(1, -1))
+
+
+def test_a_network_that_takes_one_image_at_a_time_is_searched_as_any_other(images, tmp_path, capsys):  # noqa: F811
+    one = ("--batch_size", "1", "--distill_cache", str(tmp_path / "cache"), *FEW)
+    own = {"model": "test_recipe_search:OneAtATime"}
+    main_cls.main(flags(images, tmp_path, "--doctor", **own))
+    assert "1 image(s) at a time" in capsys.readouterr().out
+    main_cls.main(flags(images, tmp_path, "--auto", "--bits_weight", "4", *one, **own))
+    line = json.loads((tmp_path / "runs.jsonl").read_text())
+    assert any("+AR" in one["recipe"] for one in line["ranking"]["candidates"]) and line["fidelity"]["output"] > 10
+
+
+class Outputs(nn.Module):
+    """Labels and a score beside its logits, for --model test_recipe_search:Outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = uneven()
+
+    def forward(self, x):
+        logits = self.network(x)
+        return {"label": logits.argmax(1), "scores": logits, "top": logits.amax(1)}
+
+
+def test_outputs_of_one_number_an_image_are_judged_too(images, tmp_path):  # noqa: F811
+    own = ("--distill_cache", str(tmp_path / "cache"), *FEW)
+    passes = ("--quantize", "--equalize", "--correction", "--fidelity")
+    main_cls.main(flags(images, tmp_path, *passes, *own, model="test_recipe_search:Outputs"))
+    assert 5 < json.loads((tmp_path / "runs.jsonl").read_text())["fidelity"]["noise"] < 60
+
+
+def test_the_doctor_names_what_no_file_can_hold(images, tmp_path, capsys):  # noqa: F811
+    main_cls.main(flags(images, tmp_path, "--doctor", model="test_recipe_search:Median"))
+    printed = capsys.readouterr().out
+    assert (
+        "no file of it: " in printed
+        and "--save" in printed.partition("Next")[2]
+        and "--export" not in printed.partition("Next")[2]
+    )
+
+
+class Median(nn.Module):
+    """A network with an operator that ONNX lacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = settle(randomise(conv_bn(3, 5, 3, padding=1)))
+
+    def forward(self, x):
+        return self.body(x).flatten(2).median(2).values

@@ -18,11 +18,14 @@ def test_a_noisy_output_says_what_to_try():
     near = Fidelity(9.96, {})
     (line,) = fidelity_warnings(near, PLAIN, 16, real=False)
     assert line.startswith("the output is only 10.0 dB over its quantization noise on 16 held-out images (distilled)")
-    for flag in ("--per_channel", "--equalize", "--correction", "--bits_weight", "--images DIR"):
+    for flag in ("--per_channel", "--equalize", "--correction", "--images DIR"):
         assert flag in line
+    assert "more bits" not in line  # engines have no more than 8
+    (line,) = fidelity_warnings(near, Recipe(quantize=True, bits_weight=4), 16, real=False)
+    assert "more bits (--bits_weight)," in line
     given = Recipe(quantize=True, equalize=True, correction=True, per_channel=True)
     (line,) = fidelity_warnings(near, given, 8, real=True)
-    assert line.endswith("on 8 held-out images (yours); try more bits (--bits_weight, --bits_activation)")
+    assert line.endswith("on 8 held-out images (yours); try --float_layers with the noisiest layers")
     assert len(fidelity_warnings(Fidelity(float("nan"), {}), PLAIN, 16, real=False)) == 1
 
 

@@ -191,7 +191,7 @@ def test_the_nearest_is_chosen_and_layers_that_it_harms_are_left_out():
     ways = {name: partial(way, name) for name in outputs}
     (chosen, _), why = choose_nearest(ways, lambda result: result[1], {"a", "b"})
     assert chosen == "one['a']"
-    assert why.startswith("equalization: one, without a, the nearest on distilled images (none 20.00 dB, one 28.00 dB")
+    assert why.startswith("equalization: one, without a, the nearest on held-out images (none 20.00 dB, one 28.00 dB")
     assert "one, without a, b 23.00 dB" in why
 
 

@@ -49,12 +49,18 @@ def test_weights_lie_on_their_steps(kind, symmetric, channelwise, bits):
 
 
 def test_per_channel_scales_of_a_transposed_convolution_run_along_its_output():
-    layer = nn.ConvTranspose2d(4, 6, 2, groups=2).requires_grad_(False)
+    layer = nn.ConvTranspose2d(4, 6, 2).requires_grad_(False)
     layer.weight.normal_()
-    layer.weight[:2, 1] *= 10  # group 0, output 1
+    layer.weight[:, 1] *= 10
     qparams = choose_weight_qparams(layer, 8, per_channel=True, symmetric=True)
     assert qparams.scale.shape == (6,)
     assert qparams.scale.argmax() == 1
+
+
+def test_a_grouped_transposed_convolution_has_one_scale():
+    layer = nn.ConvTranspose2d(4, 6, 2, groups=2).requires_grad_(False)
+    scale = choose_weight_qparams(layer, 8, per_channel=True, symmetric=True).scale
+    assert scale.dim() == 0 and torch.equal(scale * 127, layer.weight.abs().max())
 
 
 def test_a_tensor_of_zeros_stays_zeros():

@@ -79,11 +79,6 @@ def _layer(w: "_Writer", node: fx.Node, layer: nn.Module) -> str:
     if isinstance(layer, nn.Linear):
         return _linear(w, node, layer)
     transposed = isinstance(layer, _ConvTransposeNd)
-    if transposed and layer.groups > 1 and layer.weight_qparams is not None and layer.weight_qparams.per_channel:
-        raise UserError(
-            f"layer {node.target!r} is a grouped transposed convolution, whose scales per channel ONNX cannot hold; "
-            "leave out --per_channel"
-        )
     before, after = padding(layer)
     source = node.args[0]
     if _pads_zeros(source) and not transposed:

@@ -29,7 +29,7 @@ from utils.core.errors import UserError
 from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
 from utils.core.networks import to_fast_format
-from utils.core.predictions import class_axis
+from utils.core.predictions import class_axis, first_output
 from utils.graph.capture import capture
 
 REGIONS = 4  # along a side of a map of logits, each of one class
@@ -94,8 +94,9 @@ def for_few_bits(network: fx.GraphModule, spec: InputSpec, settings: Distillatio
 
 
 def for_judging(settings: Distillation) -> Distillation:
-    """Images to judge results by: of another seed, and a quarter as many."""
-    return replace(settings, images=max(2, settings.images // 4), seed=settings.seed + 1)
+    """Images to judge results by: of another seed, a quarter as many, and distilled even where others are not."""
+    made = replace(settings, start=Distillation.start, steps=settings.steps or Distillation.steps)
+    return replace(made, images=max(2, settings.images // 4), seed=settings.seed + 1)
 
 
 def for_search(settings: Distillation) -> tuple[Distillation, Distillation, Distillation]:
@@ -310,23 +311,31 @@ def describe_fit(fit: dict[str, Fit], images: int, kind: str = "distilled images
 
 
 def _run(network: fx.GraphModule, spec: InputSpec, images: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Squared errors of every BatchNorm's statistics on the images, the network's input first; and the first output."""
+    """Squared errors of every BatchNorm's statistics on the images, the network's input first; and the first output.
+
+    As many images at a time as the network takes; the statistics are those of all.
+    """
     mean, variance = (moment.to(images.device) for moment in spec.prior())
     errors = {"input": squared_errors(images, mean, variance, 0.0)}
-    with _listening(network, errors):
-        outputs = network(images)
-    return errors, outputs[0] if isinstance(outputs, tuple | list) else outputs
+    parts = images.split(network.meta["batch"] or len(images))
+    with _listening(network, errors, len(parts)):
+        outputs = [first_output(network(part)) for part in parts]
+    return errors, torch.cat(outputs)
 
 
 @contextmanager
-def _listening(network: fx.GraphModule, errors: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """While open, every BatchNorm writes its squared errors before it runs."""
+def _listening(network: fx.GraphModule, errors: dict[str, tuple[Tensor, Tensor]], parts: int) -> Iterator[None]:
+    """While open, every BatchNorm writes its squared errors once it has seen all parts."""
 
     def listen(name: str, norm: _BatchNorm) -> None:
-        errors[name] = ()  # in the network's order
+        errors[name], seen = (), []  # in the network's order
 
         def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            errors[name] = squared_errors(inputs[0], norm.running_mean, norm.running_var, norm.eps)
+            seen.append(inputs[0])
+            if len(seen) == parts:
+                read = torch.cat(seen) if parts > 1 else seen[0]
+                errors[name] = squared_errors(read, norm.running_mean, norm.running_var, norm.eps)
+                seen.clear()
 
         handles.append(norm.register_forward_pre_hook(hook))
 

@@ -1,6 +1,6 @@
 """What a network's activations are on images: their histograms, means and extremes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,25 +35,34 @@ def observe(model: fx.GraphModule, images: Tensor, see: Callable[[fx.Node, Tenso
             observer.run(some)
 
 
-class _LayerRunner(fx.Interpreter):
-    def __init__(self, model: fx.GraphModule, run_layer: Callable[[str, nn.Module, Tensor], Tensor]):
-        super().__init__(model)
-        self.run_layer = run_layer
-
-    def run_node(self, node: fx.Node) -> object:
-        layer = module_of(self.module, node)
-        if isinstance(layer, WEIGHTED):
-            return self.run_layer(node.target, layer, self.env[node.args[0]])
-        return super().run_node(node)
-
-
 def run_layers(model: fx.GraphModule, images: Tensor, run_layer: Callable[[str, nn.Module, Tensor], Tensor]) -> object:
-    """Run a network on all images at once, with every layer called by run_layer; returns the network's output.
+    """Run a network on all images, with every layer called by run_layer on all of them at once; returns the network's output.
 
     run_layer: is given the layer's name, the layer and its input, may change the layer, and returns the layer's output.
+    Between layers a network that takes a number of images alone is run on as many at a time.
     """
+    parts = images.split(model.meta["batch"] or len(images))
+    runs = [fx.Interpreter(model) for _ in parts]
+    for run, part in zip(runs, parts, strict=True):
+        run.args_iter = iter([part])
     with torch.no_grad():
-        return _LayerRunner(model, run_layer).run(images)
+        for node in model.graph.nodes:
+            layer = module_of(model, node)
+            if isinstance(layer, WEIGHTED):
+                inputs = [run.env[node.args[0]] for run in runs]
+                result = run_layer(node.target, layer, joined(inputs))
+                values = result.split([len(x) for x in inputs]) if len(runs) > 1 else [result]
+            else:
+                values = [run.run_node(node) for run in runs]
+            for run, value in zip(runs, values, strict=True):
+                run.env[node] = value
+                for read in run.user_to_last_uses.get(node, ()):
+                    del run.env[read]
+    return joined(values) if isinstance(values[0], Tensor) else tuple(map(joined, zip(*values, strict=True)))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 # ---------------------------------------------------------------------------------------- ranges

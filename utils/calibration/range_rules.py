@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.calibration.moments import Unknown
-from utils.calibration.observers import Observer, channel_mean, layer_means, observe, run_layers
+from utils.calibration.observers import channel_mean, joined, layer_means, observe, run_layers
 from utils.calibration.ranges import RangeOf
 from utils.core.input_spec import InputSpec
 from utils.graph.in_place import without_overwriting
@@ -210,28 +210,37 @@ class Rerun:
 
     def __init__(self, model: fx.GraphModule, images: Tensor):
         self.model = without_overwriting(model)
-        observer = Observer(self.model, lambda node, value: None)
-        observer.garbage_collect_values = False
-        with torch.inference_mode():
-            self.outputs = outputs_of(observer.run(images))
-        self.values = {node.name: value for node, value in observer.env.items()}
+        self.parts: list[dict[str, object]] = []  # of as many images as the network takes at a time
+        for part in images.split(model.meta["batch"] or len(images)):
+            interpreter = fx.Interpreter(self.model, garbage_collect_values=False)
+            with torch.inference_mode():
+                interpreter.run(part)
+            self.parts.append({node.name: value for node, value in interpreter.env.items()})
+        tensors = [name for name, value in self.parts[0].items() if isinstance(value, Tensor) and value.dim()]
+        self.values = {name: joined([part[name] for part in self.parts]) for name in tensors}
+        self.result = self.model.graph.output_node().name
+        each = [outputs_of(part[self.result]) for part in self.parts]
+        self.outputs = [joined(same) for same in zip(*each, strict=True)]
         self.power = [float(output.double().square().sum().clamp_min(1e-30)) for output in self.outputs]
 
     def noise(self, name: str, value: Tensor) -> float:
         """The change of the outputs, as a share of each output's power, when a node's value is replaced."""
-        changed: dict[str, object] = {name: value}
+        values = value.split(len(value) // len(self.parts)) if len(self.parts) > 1 else [value]
+        return sum(self._noise(part, {name: own}) for part, own in zip(self.parts, values, strict=True))
+
+    def _noise(self, part: dict[str, object], changed: dict[str, object]) -> float:
         interpreter = fx.Interpreter(self.model, garbage_collect_values=False)
         with torch.inference_mode():
             for node in self.model.graph.nodes:
                 sources = node.all_input_nodes
                 if node.name in changed or not any(source.name in changed for source in sources):
                     continue
-                interpreter.env = {source: changed.get(source.name, self.values.get(source.name)) for source in sources}
+                interpreter.env = {source: changed.get(source.name, part.get(source.name)) for source in sources}
                 changed[node.name] = interpreter.run_node(node)
-        outputs = outputs_of(changed.get(self.model.graph.output_node().name, tuple(self.outputs)))
+        before, after = outputs_of(part[self.result]), outputs_of(changed.get(self.result, part[self.result]))
         return sum(
-            float((after - before).double().square().sum()) / power
-            for before, after, power in zip(self.outputs, outputs, self.power, strict=True)
+            float((own - other).double().square().sum()) / power
+            for own, other, power in zip(after, before, self.power, strict=True)
         )
 
 
@@ -248,8 +257,7 @@ def weight_noise(model: fx.GraphModule, images: Tensor, bits: int, per_channel: 
         shift = channel_mean(layer, result) - means[name]
         return result - along_outputs(layer, shift, result.dim())
 
-    with torch.no_grad():
-        expected = outputs_of(without_overwriting(model)(images))
+    expected = outputs_of(run_layers(without_overwriting(model), images, lambda _, layer, value: layer(value)))
     pairs = zip(expected, outputs_of(run_layers(rounded, images, run)), strict=True)
     return sum(float((a - b).double().square().sum() / a.double().square().sum().clamp_min(1e-30)) for a, b in pairs)
 

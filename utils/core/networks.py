@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from utils.core.errors import UserError, message_of
 from utils.core.input_spec import InputSpec
 
+FIXED = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 64)  # batches that a network's code may fix
 # What authors call the output that is meant, where a network has several of its shape.
 _NAMES = ("logits", "out", "output", "outputs", "pred", "preds", "prediction", "predictions", "scores", "cls", "y")
 
@@ -118,8 +119,8 @@ def scored(model: nn.Module, spec: InputSpec, dims: int) -> nn.Module:
     image of its input, or returns nothing of that kind, is a UserError; which of several outputs is scored is said.
     """
     images = spec.probe(2)
-    with failing_in_a_line(images), torch.inference_mode():
-        alone = model(images[:1])
+    with torch.inference_mode():
+        alone = _alone(model, spec)
         result = _several(model, images, alone)
     if isinstance(result, Tensor) and result.dim() == dims and getattr(alone, "ndim", None) == dims:
         _say_smaller(result, spec)
@@ -139,6 +140,28 @@ def scored(model: nn.Module, spec: InputSpec, dims: int) -> nn.Module:
         print(f"outputs {', '.join(outputs)}: {first} is scored, all are exported")
     _say_smaller(outputs[first], spec)
     return Scored(model, names, flatten=dims == 2)
+
+
+def _alone(model: nn.Module, spec: InputSpec) -> Any:
+    """What the network returns for one image; that it takes another number of them alone is a UserError."""
+    images = spec.probe(1)
+    try:
+        return model(images)
+    except Exception:
+        if (count := next((n for n in FIXED if _runs(model, spec.probe(n))), None)) is not None:
+            raise UserError(
+                f"the network takes {count} images at a time, and fails on one; write x.shape[0], or -1, where its code says {count}"
+            ) from None
+        with failing_in_a_line(images):
+            raise
+
+
+def _runs(model: nn.Module, images: Tensor) -> bool:
+    try:
+        model(images)
+    except Exception:  # what it raises is of no interest
+        return False
+    return True
 
 
 def _several(model: nn.Module, images: Tensor, alone: Any) -> Any:

@@ -257,6 +257,8 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
     to_int8 = [flag for flag in ("export", "save") if getattr(args, flag)]
     if to_int8 and args.table:
         parser.error(f"--{to_int8[0]} writes one network; leave out --table")
+    if len(to_int8) == 2 and args.export.resolve() == args.save.resolve():
+        parser.error(f"--export and --save are to write the same file, {args.export}; name two")
     to_int8 += [f"engine {args.engine}"] if args.engine != "simulate" else []
     if to_int8 and not (args.quantize or args.load or args.table or args.auto):
         parser.error(f"--{to_int8[0]} needs --quantize, --auto or --load")

@@ -73,8 +73,11 @@ def diagnose(run: "Run", quantize: Quantize) -> tuple[Findings, UserError | None
     except UserError as error:
         findings["Next"] = [f"nothing can be quantized as it is: {error}"]
         return findings, error
-    findings["On integers"] = _engine(run, recipe, quantized)
-    findings["Next"] = _next(run, findings["BatchNorm"])
+    try:
+        findings["On integers"], written = _engine(run, recipe, quantized), True
+    except UserError as error:
+        findings["On integers"], written = [f"no file of it: {error}"], False
+    findings["Next"] = _next(run, statistics, findings["BatchNorm"], written)
     return findings, None
 
 
@@ -250,12 +253,18 @@ def _on_integers(kind: str) -> bool:
     )
 
 
-def _next(run: "Run", statistics: Sequence[str]) -> list[str]:
-    """The command to type, and what it may lack. statistics: what was found of BatchNorm."""
-    file = f"{run.network.name.replace(':', '_').replace('/', '_')}-int8.onnx"
-    words = ["--auto"] if without_kernels(vars(run.args)) else ["--auto", "--export", file]
+def _next(run: "Run", statistics: Statistics, found: Sequence[str], written: bool) -> list[str]:
+    """The command to type, and what it may lack. found: what was, of BatchNorm. written: whether there can be a file of it."""
+    file = f"{run.network.name.replace(':', '_').replace('/', '_')}-int8"
+    export = written and not without_kernels(vars(run.args))
+    words = ["--auto", *(["--export", f"{file}.onnx"] if export else ["--save", f"{file}.dfq"])]
+    if not statistics and not run.args.images:
+        return [
+            command(run.task.program, run.argv, [*words, "--images", "DIR"]),
+            "DIR is a folder of 8 or more unlabelled pictures: no BatchNorm tells of any range",
+        ]
     lines = [command(run.task.program, run.argv, words)]
-    if any(line.startswith(("without:", "contradicted:")) for line in statistics):
+    if not run.args.images and any(line.startswith(("without:", "contradicted:")) for line in found):
         lines.append("add --images DIR, a folder of 8 or more unlabelled pictures: some ranges are guesses without")
     return lines
 

@@ -12,6 +12,7 @@ from utils.calibration.images import Images
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.experiment.loading import Quantize
+from utils.passes.advice import more_bits
 from utils.quantization.recipe import OF_A_ROW, SETTINGS
 from utils.search.auto import check_near, find_recipe
 from utils.search.float_layers import describe_noise
@@ -67,9 +68,10 @@ def _say_found(run: "Run", found: Found, shares: dict[str, float], real: bool, s
         + ("" if args.max_noise else "; --float_layers NAME ... keeps layers in float")
     )
     if args.max_noise and found.chosen.noise < args.max_noise:
+        tries = " or ".join([*([] if real else ["--images DIR"]), *more_bits(found.chosen.recipe)])
         say(
-            f"  warning: --max_noise {args.max_noise:g} is not reached with half of the layers in float; leave the network in float, or try "
-            "--images DIR or more bits"
+            f"  warning: --max_noise {args.max_noise:g} is not reached with half of the layers in float; leave the network in float"
+            + (f", or try {tries}" if tries else "")
         )
     chosen = found.chosen.recipe
     if chosen.distill_equalize and real:

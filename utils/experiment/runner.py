@@ -241,7 +241,9 @@ def _say(run: Run, quantized: Quantized, images: Images | None) -> dict[str, Any
     if quantized.fidelity is None:
         return {}
     count = len(images.judging)
-    same = agreement(quantized.float, quantized.simulated, images.judging, run.task.predictions)
+    same = agreement(
+        quantized.float, quantized.simulated, images.judging, run.task.predictions, quantized.float.meta["batch"] or 16
+    )
     print(quantized.fidelity.report(count, args.verbose, images.real))
     print(f"  on {held_out(count, images.real)}: {same:.1f} % of predictions agree with the float network's")
     judge = Judge(run.captured, views(images.judging, images.real))

@@ -257,13 +257,13 @@ class Translator:
         return parts
 
     def sizes(self, value: Tensor) -> Size:
-        """Of a value of the exported program. Of one batch, what is a multiple of it along the first axis is free."""
-        first, *others = tuple(value.shape) or (None,)
-        if first is None:
-            return ()
-        if self.batch and isinstance(first, int) and first % self.batch == 0:
-            first = BatchSize(first)
-        return (first, *others)
+        """Of a value of the exported program. Of one batch, the first side that is a multiple of it is free."""
+        sides = list(value.shape)
+        if self.batch:
+            free = (i for i, side in enumerate(sides) if isinstance(side, int) and side and side % self.batch == 0)
+            if (axis := next(free, None)) is not None:
+                sides[axis] = BatchSize(sides[axis])
+        return tuple(sides)
 
     def size(self) -> Size:
         """Of the value that is being written."""

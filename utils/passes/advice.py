@@ -15,6 +15,12 @@ def other_ranges(recipe: Recipe, real: bool) -> str:
     return f"; try {' or '.join(tries)}" if tries else ""
 
 
+def more_bits(recipe: Recipe) -> list[str]:
+    """To try more bits, where there are fewer than the 8 that engines have."""
+    few = [f"--{name}" for name in ("bits_weight", "bits_activation") if getattr(recipe, name) < 8]
+    return [f"more bits ({', '.join(few)})"] if few else []
+
+
 def fidelity_warnings(near: Fidelity, recipe: Recipe, images: int, real: bool) -> list[str]:
     """Lines on an output far from the float one's, and on tensors that are cut.
 
@@ -23,10 +29,10 @@ def fidelity_warnings(near: Fidelity, recipe: Recipe, images: int, real: bool) -
     warnings = []
     if not near.output >= LEAST_OUTPUT:
         tries = [f"--{name}" for name in ("per_channel", "equalize", "correction") if not getattr(recipe, name)]
-        tries += ["more bits (--bits_weight, --bits_activation)"] + ([] if real else ["--images DIR"])
+        tries += more_bits(recipe) + ([] if real else ["--images DIR"])
         warnings.append(
             f"the output is only {near.output:.1f} dB over its quantization noise on {held_out(images, real)}; "
-            f"try {', '.join(tries)}"
+            f"try {', '.join(tries or ['--float_layers with the noisiest layers'])}"
         )
     cut = {name: share for name, share in near.saturation.items() if share > MOST_SATURATED}
     if cut:

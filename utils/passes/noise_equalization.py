@@ -273,4 +273,4 @@ def choose_nearest(
         current = fidelity_of(tried[name])
     chosen = max(tried, key=lambda name: fidelity_of(tried[name]).output)
     shown = ", ".join(f"{name} {fidelity_of(result).output:.2f} dB" for name, result in tried.items())
-    return tried[chosen], f"equalization: {chosen}, the nearest on distilled images ({shown})"
+    return tried[chosen], f"equalization: {chosen}, the nearest on held-out images ({shown})"

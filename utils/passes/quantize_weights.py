@@ -13,7 +13,7 @@ from utils.graph.layers import grouped_weight, on_integers
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.log import PassLog
 from utils.quantization.placement import quantizer_before, value_sources
-from utils.quantization.qparams import choose_weight_qparams, fit_bias_to_int32, round_weight
+from utils.quantization.qparams import choose_weight_qparams, fit_bias_to_int32, has_one_scale, round_weight
 
 ACTION = "quantized weights"
 
@@ -76,6 +76,10 @@ def quantize_weights(
             if not torch.equal(roomy.scale, qparams.scale):
                 qparams = roomy
                 log.applied("fitted biases to int32", node.target, "its weights have larger steps")
+        if per_channel and has_one_scale(layer):
+            log.note(
+                f"{node.target} has one scale: a grouped transposed convolution's weights have no axis of output channels"
+            )
         layer.weight_qparams = qparams
         round_weight(layer, qparams)
         log.applied(ACTION, node.target, f"largest step {float(qparams.scale.max()):.3g}")

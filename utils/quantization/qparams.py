@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from utils.graph.layers import grouped_weight
 
@@ -74,11 +75,16 @@ def fake_quantize(x: Tensor, qparams: QParams, axis: int = 0) -> Tensor:
 # ----------------------------------------------------------------------------------------- weights
 
 
+def has_one_scale(layer: nn.Module) -> bool:
+    """Whether a layer's weights have no axis of output channels, as those of a grouped transposed convolution."""
+    return isinstance(layer, _ConvTransposeNd) and layer.groups > 1
+
+
 def choose_weight_qparams(layer: nn.Module, bits: int, per_channel: bool, symmetric: bool) -> QParams:
-    """The parameters that span a layer's weights, per tensor or per output channel."""
+    """The parameters that span a layer's weights, per tensor or, where it can have more scales than one, per output channel."""
     view = grouped_weight(layer)  # [groups, out, in, positions]
     low, high = view.amin((2, 3)).reshape(-1), view.amax((2, 3)).reshape(-1)
-    if not per_channel:
+    if not per_channel or has_one_scale(layer):
         low, high = low.min(), high.max()
     if symmetric:
         return symmetric_qparams(torch.maximum(-low, high), bits)

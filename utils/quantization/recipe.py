@@ -233,7 +233,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, value in as_today(asdict(self)).items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "float_layers", tuple(self.float_layers))  # a command line's is a list
+        object.__setattr__(self, "float_layers", tuple(dict.fromkeys(self.float_layers)))  # a list, as typed
         check_settings(asdict(self))
 
     @classmethod

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from utils.calibration.images import Images, halves
 from utils.core.errors import UserError
 from utils.core.predictions import Predictions
+from utils.passes.advice import more_bits
 from utils.passes.result import Quantized
-from utils.quantization.recipe import Recipe
 from utils.search.candidates import stages, start
 from utils.search.float_layers import add_until, layer_noise
 from utils.search.judge import Judge, views
@@ -67,7 +67,7 @@ def check_near(found: Found, images: Images) -> None:
     """Refuse a network that is far from float in the best of all recipes."""
     if found.chosen.noise < FAR:
         tries = [] if images.real else ["--images DIR with pictures of your own"]
-        tries += ["more bits (--bits_weight, --bits_activation)"] * (min(bits_of(found.chosen.recipe)) < 16)
+        tries += more_bits(found.chosen.recipe)
         tries += [f"--max_noise {FAR + 5:g}, which keeps the noisiest layers in float"] * (
             not found.chosen.recipe.float_layers
         )
@@ -75,7 +75,3 @@ def check_near(found: Found, images: Images) -> None:
             f"no candidate comes near to float: the best output is {found.chosen.noise:.1f} dB over its noise, and {FAR:g} "
             f"are asked for; try {', or '.join(tries)}; --force takes it as it is"
         )
-
-
-def bits_of(recipe: Recipe) -> tuple[int, int]:
-    return recipe.bits_weight, recipe.bits_activation

@@ -73,8 +73,10 @@ class Judge:
 
 
 def mean_share(expected: list[Tensor], found: list[Tensor]) -> float:
-    """noise_share of several outputs, on average."""
-    shares = [noise_share(before, after) for before, after in zip(expected, found, strict=True)]
+    """noise_share of several outputs, on average; what has a number an image, a label or a score, counts where it is alone."""
+    pairs = list(zip(expected, found, strict=True))
+    several = [pair for pair in pairs if pair[0].is_floating_point() and pair[0].dim() > 1]
+    shares = [noise_share(*pair) for pair in several or pairs]
     return sum(shares) / len(shares)
 
 
@@ -91,10 +93,12 @@ def weighted_agreement(same: Tensor, margin: Tensor) -> float:
 def noise_share(expected: Tensor, found: Tensor) -> float:
     """Power of the error as a share of how much the output varies; 1 where it is no number.
 
-    expected, found: [N, C], [N, P, C] or [N, C, H, W]. About its mean over images and positions for each class: what
+    expected, found: [N], [N, C], [N, P, C] or [N, C, H, W]. About its mean over images and positions for each class: what
     every image shares tells nothing of it.
     """
     expected, found = expected.double(), found.double()
+    if expected.dim() == 1:
+        expected, found = expected[:, None], found[:, None]
     others = [axis for axis in range(expected.dim()) if axis != class_axis(expected)]
     alone = expected.numel() == expected.shape[class_axis(expected)]  # one image says nothing of what others share
     varied = (expected - (expected.mean() if alone else expected.mean(others, keepdim=True))).square().sum()
