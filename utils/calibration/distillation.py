@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from utils.calibration.images import Images
+from utils.calibration.observers import joined
 from utils.calibration.rendered import dead_leaves, natural_noise
 from utils.core import distributed
 from utils.core.errors import UserError
@@ -320,7 +321,7 @@ def _run(network: fx.GraphModule, spec: InputSpec, images: Tensor) -> tuple[dict
     parts = images.split(network.meta["batch"] or len(images))
     with _listening(network, errors, len(parts)):
         outputs = [first_output(network(part)) for part in parts]
-    return errors, torch.cat(outputs)
+    return errors, joined(outputs)
 
 
 @contextmanager
@@ -333,8 +334,7 @@ def _listening(network: fx.GraphModule, errors: dict[str, tuple[Tensor, Tensor]]
         def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
             seen.append(inputs[0])
             if len(seen) == parts:
-                read = torch.cat(seen) if parts > 1 else seen[0]
-                errors[name] = squared_errors(read, norm.running_mean, norm.running_var, norm.eps)
+                errors[name] = squared_errors(joined(seen), norm.running_mean, norm.running_var, norm.eps)
                 seen.clear()
 
         handles.append(norm.register_forward_pre_hook(hook))
