@@ -45,6 +45,9 @@ LOADING = {
     "mean": (main_seg, ["--mean", "0.5"]),
     "distill_images": (main_cls, ["--distill_images", "3"]),
     "distill_cache": (main_det, ["--distill_cache", "folder"]),
+    "target": (main_cls, ["--target", "openvino"]),
+    "per_channel": (main_seg, ["--per_channel"]),
+    "fidelity": (main_cls, ["--fidelity"]),
 }
 
 
