@@ -10,7 +10,7 @@ from torch import nn
 from dfq import Recipe, quantize_data_free
 from utils.calibration import range_rules as rules
 from utils.calibration.moments import Unknown
-from utils.calibration.range_rules import FACTORS, MARGIN, NEAR, SHARES, choose_factor, covering, fit_ranges
+from utils.calibration.range_rules import FACTORS, MARGIN, candidates, choose_range, covering, fit_ranges, settled
 from utils.graph.capture import capture
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.quantization.quantizer import Quantizer
@@ -33,16 +33,23 @@ def test_two_ranges_are_held_by_one_and_the_unknown_gives_way():
     assert isinstance(rules.combine(Unknown("here"), Unknown("there")), Unknown)
 
 
-def test_the_factor_is_the_widest_that_does_not_matter():
-    assert choose_factor({MARGIN: 0.9}, share=1) == MARGIN
-    assert choose_factor({MARGIN: 1.1}, share=1) is None
-    assert choose_factor({MARGIN: 1.1, 1.0: 0.9 * SHARES}, share=1) == 1.0
-    # everywhere too loud: of narrower ones the widest that is near the least noise
-    loud = dict(zip(FACTORS, (80, 40, 20, 10, 9.9, 9.8), strict=True))
-    assert choose_factor(loud, share=1) == 0.5
-    # clipping soon costs more than it saves: 1 stays, though MARGIN would be near too
-    assert choose_factor(dict(zip(FACTORS[:4], (11, 10, 40, 90), strict=True)), share=1) == 1.0
-    assert 10 < 9.8 * NEAR < 20
+def test_a_tensor_may_get_what_is_known_of_it_by_every_factor_and_what_batchnorm_tells():
+    found = candidates(((-2.0, 4.0), (-1.0, 3.5)), None)
+    assert found == sorted(found, key=lambda one: one[0] - one[1])  # the widest first
+    assert (-1.0, 3.5) in found and all((-2.0 * factor, 4.0 * factor) in found for factor in FACTORS)
+    assert len(found) == len(FACTORS) + 1
+    # behind a clip the wider ones are one and the same
+    assert candidates(((0.0, 6.0),), (0.0, 6.0))[:2] == [(0.0, 6.0), (0.0, 6.0 * FACTORS[2])]
+
+
+def test_the_range_is_the_widest_that_adds_no_more_than_the_slack_over_the_least():
+    widths = [(0.0, high) for high in (8.0, 6.0, 4.0, 3.0)]
+    assert choose_range(dict(zip(widths, (9, 5, 2, 3), strict=True)), slack=0.5) == (0.0, 4.0)
+    assert choose_range(dict(zip(widths, (9, 2.4, 2, 3), strict=True)), slack=0.5) == (0.0, 6.0)
+    assert choose_range(dict(zip(widths, (2.6, 2.4, 2.1, 2.2), strict=True)), slack=0.5) == (0.0, 8.0)
+    assert settled([0.4], slack=0.5) and not settled([0.6], slack=0.5)
+    assert settled([9, 2, 3, 4], slack=0.5)
+    assert not settled([9, 2, 3], slack=0.5) and not settled([9, 2, 3, 2.5], slack=0.5)
 
 
 def test_the_images_that_reach_furthest_are_chosen():
@@ -65,9 +72,9 @@ def test_ranges_start_from_whoever_tells():
         return lambda node: ranges.get(node.name, Unknown("here"))
 
     found = rules.starting_ranges(nodes, of(analytic), of(observed), {"guess"}, False)
-    assert found == {"both": (-1.0, 3.0), "guess": (0.0, 5.0), "strange": (0.0, 4.0)}
+    assert found == {"both": ((-1.0, 3.0), (-1.0, 2.0)), "guess": ((0.0, 5.0),), "strange": ((0.0, 4.0),)}
     found = rules.starting_ranges(nodes, of(analytic), of(observed), {"guess"}, uncapped=True)
-    assert found == {"both": (-1.0, 2.0), "guess": (0.0, 5.0), "strange": (0.0, 4.0)}
+    assert found == {"both": ((-1.0, 2.0),), "guess": ((0.0, 5.0),), "strange": ((0.0, 4.0),)}
 
 
 # ---- networks
@@ -155,10 +162,10 @@ def test_a_range_is_narrowed_where_the_output_does_not_depend_on_how_far_it_goes
     network = capture(Outlier().eval(), SPEC)
     images, name = SPEC.probe(4), weighted_nodes(network)[0].name
     low, high = (float(end) for end in rules.Rerun(network, images).values[name].aminmax())
-    loud = fit_ranges(network, {name: (low, high)}, images, 8, allowed=1e-9)[name]
+    loud = fit_ranges(network, {name: ((low, high),)}, images, 8, allowed=1e-9)[name]
     assert loud.factor < 1 and (loud.low, loud.high) == pytest.approx((low * loud.factor, high * loud.factor))
-    assert fit_ranges(network, {name: (low, high)}, images, 8, allowed=10.0)[name].factor == MARGIN
-    assert fit_ranges(network, {name: (low, high)}, images, 8, 10.0, {name})[name].factor == rules.OPEN
+    assert fit_ranges(network, {name: ((low, high),)}, images, 8, allowed=10.0)[name].factor == pytest.approx(MARGIN)
+    assert fit_ranges(network, {name: ((low, high),)}, images, 8, 10.0, {name})[name].factor == rules.OPEN
     line = rules.describe_fitted({name: loud})
     assert (
         "0 of 1 wider" in line and f"1 narrowed, since rounding at full width costs more than clipping ({name}" in line

@@ -2,13 +2,13 @@
 
 A range from statistics knows nothing of heavy tails; one from a few images is narrower than that from all data; and in
 some networks a few positions reach many times further than all others, while the output does not depend on how far. No
-width serves all of these, so that the width is measured: a tensor's range is as wide as it can be
-without its noise mattering at the network's output.
+width serves all of these, so that the width is measured: a tensor's range is the one that makes the least noise at the
+network's output, or a wider one whose noise does not matter there.
 """
 
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,8 @@ from utils.quantization.quantizer import Quantizer
 Range = tuple[float, float]
 
 MARGIN = math.sqrt(2)  # how much further than a few images all data may reach
-FACTORS = (MARGIN, 1.0, 0.5**0.5, 0.5, 0.5**1.5, 0.25)  # of a range's width, widest first
-SHARES = 4  # even shares of the noise that a tensor may have before its range is narrowed
-NEAR = 10**0.2  # of the least noise, 2 dB: a wider range is kept for so much
+FACTORS = (MARGIN, 1.0, 0.5**0.5, 0.5, 0.5**1.5, 0.25)  # of the width of the range that holds all
+SLACK = 0.25  # of an even share of the noise that all tensors may have: what a wider range may cost
 MEASURED = 4  # images on which widths are measured: there are two runs of half the network for every tensor
 PIXELS = MEASURED * 224 * 224  # of them, where images are large
 OPEN = 2.0  # the factor of a tensor that only an average stands between and the network's output
@@ -56,21 +55,31 @@ def within(known: Range, bounds: Range | None) -> Range:
     return known if bounds is None else (max(known[0], bounds[0]), min(known[1], bounds[1]))
 
 
-def choose_factor(noise: Mapping[float, float], share: float) -> float | None:
-    """The factor to take, or None where narrower ones should be tried first.
+def candidates(known: Sequence[Range], bounds: Range | None) -> list[Range]:
+    """The ranges that a tensor may get, the widest first: the first of those known, by every factor, and the others."""
+    ranges = {within(one, bounds) for one in (*(widen(known[0], factor) for factor in FACTORS), *known[1:])}
+    return sorted(ranges, key=_width, reverse=True)
 
-    noise: by factor, widest first, what rounding and clipping add to the output's power. share: what a tensor may
-    add. Beyond 1 a factor is a precaution, and must cost no more than the share; 1 may cost SHARES of it.
-    Below, the widest that comes within NEAR of the least noise.
+
+def settled(tried: Sequence[float], slack: float) -> bool:
+    """Whether no narrower range is worth a try: the widest adds next to nothing, or twice in a row a narrower one added more.
+
+    tried: what ranges add to the output's power by rounding and clipping, the widest first.
     """
-    for factor, added in noise.items():
-        if added <= (share if factor > 1 else SHARES * share):
-            return factor
-    values = list(noise.values())
-    if len(values) < len(FACTORS) and not (len(values) > 2 and values[-1] > values[-2] > values[-3]):
-        return None
-    least = min(values)
-    return next((factor for factor, added in noise.items() if factor <= 1 and added <= NEAR * least), 1.0)
+    return tried[0] <= slack or (len(tried) > 2 and tried[-1] > tried[-2] > tried[-3])
+
+
+def choose_range(noise: Mapping[Range, float], slack: float) -> Range:
+    """The widest that adds the least, or up to slack more: a precaution, since a few images do not reach as far as all data.
+
+    noise: by range, the widest first, what it adds.
+    """
+    least = min(noise.values())
+    return next(one for one, added in noise.items() if added <= least + slack)
+
+
+def _width(known: Range) -> float:
+    return known[1] - known[0]
 
 
 def covering(reach: Tensor, count: int) -> list[int]:
@@ -156,19 +165,22 @@ def guesses_replaced(
 
 def starting_ranges(
     nodes: Iterable[fx.Node], analytic: RangeOf, observed: RangeOf, guessed: Collection[str], uncapped: bool
-) -> dict[str, Range]:
-    """The ranges of the nodes, by name, before their width is measured; of those that images tell of.
+) -> dict[str, tuple[Range, ...]]:
+    """The ranges that are known of the nodes, by name, before any is measured; of nodes that images tell of.
 
-    Those from BatchNorm and those on images, held by one; where no BatchNorm tells, those on images. uncapped: the
-    network lost its ReLU6, with which it was trained. What BatchNorm tells is of the network that had them, and keeps
-    values near what they let through, so that it goes before what images show of the other.
+    First the one that holds those from BatchNorm and on images, then that from BatchNorm; where no BatchNorm tells, that
+    on images alone. uncapped: the network lost its ReLU6, with which it was trained. What BatchNorm tells is of the network
+    that had them, and keeps values near what they let through, so that it goes before what images show of the other.
     """
     ranges = {}
     for node in nodes:
         seen, known = observed(node), Unknown("here") if node.name in guessed else analytic(node)
         if node.op == "placeholder" or isinstance(seen, Unknown):
             continue
-        ranges[node.name] = combine(known, seen) if isinstance(known, Unknown) or not uncapped else known
+        if isinstance(known, Unknown):
+            ranges[node.name] = (seen,)
+        else:
+            ranges[node.name] = (known,) if uncapped else (combine(known, seen), known)
     return ranges
 
 
@@ -273,7 +285,7 @@ class Fitted:
 
 def fit_ranges(
     model: fx.GraphModule,
-    ranges: Mapping[str, Range],
+    ranges: Mapping[str, Sequence[Range]],
     images: Tensor,
     bits: int,
     allowed: float,
@@ -281,29 +293,29 @@ def fit_ranges(
     signed: bool = False,
     other_bits: Mapping[str, int] | None = None,
 ) -> dict[str, Fitted]:
-    """The ranges, each as wide as its noise at the network's output allows; by the node's name.
+    """Of every tensor the range that makes least noise at the network's output, or a wider one; by the node's name.
 
-    ranges: by node, what its values are taken to lie in. images: [N, C, H, W] on which noise is measured; choose those
+    ranges: by node, as starting_ranges gives them. images: [N, C, H, W] on which noise is measured; choose those
     with the extremes, as measuring_images does. bits: of the activations. allowed: noise of all tensors together, as a share
-    of the outputs' power, as weight_noise tells of the weights; a tensor's is that of one in so many. open_ended: tensors
+    of the outputs' power, as weight_noise tells of the weights; a wider range may cost SLACK of what one tensor in so many may. open_ended: tensors
     that get OPEN times their range, since what the network hands out must not be cut. signed: on a symmetric grid.
     other_bits: by node, where they are others.
     """
     rerun, fitted, bounds = Rerun(model, images), {}, clip_bounds(model)
-    share = allowed / max(1, len(ranges))
+    slack = SLACK * allowed / max(1, len(ranges))
     for name, known in ranges.items():
         if name in open_ended:
-            fitted[name] = Fitted(*widen(known, OPEN), OPEN)
+            fitted[name] = Fitted(*widen(known[0], OPEN), OPEN)
             continue
-        noise: dict[float, float] = {}
-        for factor in FACTORS:
-            low, high = within(widen(known, factor), bounds.get(name))
-            own_bits = (other_bits or {}).get(name, bits)
+        noise: dict[Range, float] = {}
+        own_bits = (other_bits or {}).get(name, bits)
+        for low, high in candidates(known, bounds.get(name)):
             quantizer = Quantizer(activation_qparams(torch.tensor(low), torch.tensor(high), own_bits, signed))
-            noise[factor] = rerun.noise(name, quantizer(rerun.values[name]))
-            if (chosen := choose_factor(noise, share)) is not None:
+            noise[low, high] = rerun.noise(name, quantizer(rerun.values[name]))
+            if settled(list(noise.values()), slack):
                 break
-        fitted[name] = Fitted(*within(widen(known, chosen), bounds.get(name)), chosen)
+        chosen = choose_range(noise, slack)
+        fitted[name] = Fitted(*chosen, _width(chosen) / max(_width(within(known[0], bounds.get(name))), 1e-30))
     return fitted
 
 

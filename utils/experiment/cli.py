@@ -237,7 +237,9 @@ def check(parser: ArgumentParser, args: Namespace) -> Namespace:
     of_a_row = [name for name in given(settings) if name in OF_A_ROW]
     if args.table and of_a_row:
         parser.error(f"--table runs the passes of each of its rows; leave out --{of_a_row[0]}")
-    own = [flag for flag in ("weights", "image_size", "mean", "std", "table", "save", "fidelity") if getattr(args, flag)]
+    own = [
+        flag for flag in ("weights", "image_size", "mean", "std", "table", "save", "fidelity") if getattr(args, flag)
+    ]
     if args.load and (said := [*given(settings), *own]):
         parser.error(f"--load takes the network, its input and its passes from the file; leave out --{said[0]}")
     check_data_flags(parser, args)

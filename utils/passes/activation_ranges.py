@@ -1,6 +1,6 @@
 """Activation ranges: between what values every tensor is quantized, from BatchNorm statistics (section 5) and from images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
@@ -82,13 +82,13 @@ def activation_ranges(
 def _fitted(
     network: fx.GraphModule,
     written: list[fx.Node],
-    ranges: Mapping[str, tuple[float, float]],
+    ranges: Mapping[str, Sequence[tuple[float, float]]],
     observed: RangeOf,
     recipe: Recipe,
     some: Tensor,
     log: PassLog,
 ) -> RangeOf:
-    """The ranges, each as wide as its noise at the output allows. some: images [N, C, H, W] on which that is measured."""
+    """Of every tensor the range that makes least noise at the output. some: images [N, C, H, W] on which that is measured."""
     last = {node.name for node in written if averaged_into_output(network, node)}
     allowed = weight_noise(network, some, recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric)
     other_bits = bits_of_first_and_last(network, recipe.bits_first_last)[1]
