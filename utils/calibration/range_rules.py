@@ -29,7 +29,7 @@ Range = tuple[float, float]
 
 MARGIN = math.sqrt(2)  # how much further than a few images all data may reach
 FACTORS = (MARGIN, 1.0, 0.5**0.5, 0.5, 0.5**1.5, 0.25)  # of the width of the range that holds all
-SLACK = 0.25  # of an even share of the noise that all tensors may have: what a wider range may cost
+SLACK = 0.05  # of an even share of the noise that all tensors may have: what a wider range may cost
 MEASURED = 4  # images on which widths are measured: there are two runs of half the network for every tensor
 PIXELS = MEASURED * 224 * 224  # of them, where images are large
 OPEN = 2.0  # the factor of a tensor that only an average stands between and the network's output
