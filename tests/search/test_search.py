@@ -102,17 +102,17 @@ def searched(uneven):
     """What a search finds on it, by these images."""
     images = SPEC.probe(16, seed=4)
     torch.manual_seed(0)
-    return quantize_auto(uneven[0], SPEC, images, bits_weight=5, **EVEN), images
+    return quantize_auto(uneven[0], SPEC, images, bits_weight=6, **EVEN), images
 
 
 def test_on_a_network_it_takes_what_is_nearest(uneven, searched):
     model, result = uneven[0], searched[0]
-    assert result.chosen.recipe.bits_weight == 5 and result.chosen.recipe.quantize
+    assert result.chosen.recipe.bits_weight == 6 and result.chosen.recipe.quantize
     assert result.chosen.noise >= max(one.noise for one in result.candidates) - IMAGES_GAIN
     images = SPEC.probe(32, seed=9)
     with torch.no_grad():
         expected, ours = model(images), result.quantized.simulated(images)
-    plain = {one.recipe: one.noise for one in result.candidates}[start({"bits_weight": 5, **EVEN})]
+    plain = {one.recipe: one.noise for one in result.candidates}[start({"bits_weight": 6, **EVEN})]
     measured = 10 * float((expected.square().sum() / (expected - ours).square().sum()).log10())
     assert measured > plain - 3, "it is not as near on other images as it was judged"
 
@@ -120,7 +120,7 @@ def test_on_a_network_it_takes_what_is_nearest(uneven, searched):
 def test_layers_stay_in_float_until_the_noise_is_low_enough(uneven, searched):
     model, (plain, images) = uneven[0], searched
     wanted = plain.chosen.noise + 3
-    result = quantize_auto(model, SPEC, images, max_noise=wanted, bits_weight=5, **EVEN)
+    result = quantize_auto(model, SPEC, images, max_noise=wanted, bits_weight=6, **EVEN)
     assert result.chosen.noise >= wanted
     shares = layer_noise(plain.quantized, halves(images)[0])
     assert result.chosen.recipe.float_layers == tuple(shares)[: len(result.chosen.recipe.float_layers)]
