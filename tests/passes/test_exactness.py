@@ -3,11 +3,13 @@
 import math
 
 import pytest
-from networks import SPEC, chain, randomise
+import torch
+from networks import SPEC, chain, randomise, settle
 from torch import nn
 
 from utils.core.errors import UserError
-from utils.passes.exactness import Reference, check_unchanged, probed_outputs, rounding_noise
+from utils.graph.capture import capture
+from utils.passes.exactness import Reference, check_capture, check_unchanged, probed_outputs, rounding_noise
 from utils.passes.log import PassLog
 
 
@@ -36,3 +38,19 @@ def test_a_network_that_amplifies_rounding_is_checked_against_that():
     assert log.notes[0].startswith("folding moved the output")
     with pytest.raises(UserError, match="folding"):
         check_unchanged("folding", model, Reference(probe, [1.5 * probe], model), log)
+
+
+def test_a_network_whose_images_depend_on_one_another_is_said_to_be_so():
+    def warnings(model: nn.Module) -> list[str]:
+        log = PassLog()
+        check_capture(model, capture(model, SPEC), SPEC, SPEC.probe(2), log)
+        return log.warnings
+
+    kept = settle(chain())
+    assert not warnings(kept)
+    free = settle(chain())
+    free[0][1] = nn.BatchNorm2d(free[0][1].num_features, track_running_stats=False).eval()
+    assert ["depends on the others in its batch" in line for line in warnings(free)] == [True]
+    with torch.no_grad():
+        a, b = SPEC.probe(2)
+        assert not torch.allclose(free(torch.stack([a, b]))[:1], free(a[None]), rtol=1e-2)

@@ -62,11 +62,25 @@ def check_capture(model: nn.Module, network: fx.GraphModule, spec: InputSpec, pr
     if network.meta["batch"] is None:
         other = spec.probe(3, seed=1)
         check_unchanged("capture", network, Reference(other, probed_outputs(model, other), model), log)
+        _warn_of_neighbours(reference, log)
     else:
         log.note(
             f"the network fixes its batch: it is captured, and runs, with {network.meta['batch']} image(s) at a time"
         )
     return reference
+
+
+def _warn_of_neighbours(reference: Reference, log: PassLog) -> None:
+    """Say where what the network gives for an image depends on the images beside it."""
+    images = len(reference.probe)
+    if not all(output.dim() and len(output) == images for output in reference.outputs):
+        return
+    moved = deviation([output[:1] for output in reference.outputs], reference.loaded, reference.probe[:1])
+    if moved > TOLERANCE:
+        log.warn(
+            f"an image's output depends on the others in its batch (it moves by {moved:.1e} of its largest value when they "
+            "are left out), as behind a BatchNorm without running statistics; scores hold for the batch size they were measured with"
+        )
 
 
 def check_unchanged(name: str, model: nn.Module, reference: Reference, log: PassLog) -> None:
