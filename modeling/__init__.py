@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from modeling.checkpoint import check_finite, input_channels
+from modeling.checkpoint import check_finite
 from modeling.classification import build_classifier
 from utils.core import distributed
 from utils.core.input_spec import InputSpec, natural_pixels
+from utils.core.networks import input_channels
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ def build_model(
     with distributed.main_process_first():  # weights that are not there yet are downloaded once
         model, spec, source = build(name, weights, checkpoint_key)
     check_finite(model)
-    channels = input_channels(model, len(spec.mean))
+    channels = input_channels(model.eval(), spec.size, len(spec.mean))
     if channels != len(spec.mean):
         mean, std = natural_pixels(channels)
         spec = replace(spec, mean=mean, std=std)
         print(f"{name}: images of {channels} channel(s), mean {mean}, std {std}; --mean and --std change them")
-    return Network(model.eval(), spec, name, source)
+    return Network(model, spec, name, source)

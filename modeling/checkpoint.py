@@ -199,12 +199,6 @@ def first_convolution(model: nn.Module) -> tuple[str, nn.Module] | None:
     return next(((name, module) for name, module in model.named_modules() if isinstance(module, kinds)), None)
 
 
-def input_channels(model: nn.Module, default: int = 3) -> int:
-    """How many channels the network's images have, by its first convolution."""
-    found = first_convolution(model)
-    return found[1].in_channels if found else default
-
-
 def adapt_input(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give the first convolution as many input channels as the checkpoint's weights have."""
     found = first_convolution(model)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from modeling.checkpoint import fit, input_channels, read_checkpoint
+from modeling.checkpoint import fit, read_checkpoint
 from modeling.factory import build_from_factory, near_matches
 from modeling.mobilenet_v2 import to_torchvision_layout
 from modeling.ssd_lite import SPEC, WEIGHTS, ssd_coder, ssd_lite
@@ -14,6 +14,7 @@ from modeling.yolo import SPEC as YOLO_SPEC
 from modeling.yolo import build_yolo, raw_yolo
 from utils.core.errors import UserError, message_of
 from utils.core.input_spec import InputSpec
+from utils.core.networks import input_channels
 from utils.core.torchvision_compat import torchvision
 from utils.tasks.boxes import BoxCoder, Coder, PriorSpec, box_convert
 
@@ -44,7 +45,7 @@ class RawHeads(nn.Module):
 
     def coder(self, size: tuple[int, int]) -> BoxCoder:
         """The priors for images of that height and width, and how torchvision chooses detections."""
-        images = torch.zeros(1, input_channels(self.backbone), *size)
+        images = torch.zeros(1, input_channels(self.backbone, size), *size)
         with torch.inference_mode():
             maps = list(self.backbone(images).values())
             corners = self.anchors(torchvision.models.detection.image_list.ImageList(images, [size]), maps)[0]

@@ -415,6 +415,54 @@ def grey_segmenter():
     return nn.Conv2d(1, 2, 1)
 
 
+class HeadFirst(nn.Module):
+    """Writes its parts down in another order than it runs them in."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.head, self.stem = nn.Conv2d(8, 5, 1), nn.Conv2d(channels, 8, 3)
+
+    def forward(self, x):
+        return self.head(self.stem(x)).mean((2, 3))
+
+
+def head_first():
+    return HeadFirst(3)
+
+
+def grey_head_first():
+    return HeadFirst(1)
+
+
+def gathers_pixels():
+    return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def gathers_grey_pixels():
+    return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class InDepth(nn.Module):
+    """Its channels are the depth of a volume."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(1, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x.unsqueeze(1)).mean((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("factory", "channels"),
+    {"head_first": 3, "grey_head_first": 1, "gathers_pixels": 3, "gathers_grey_pixels": 1, "InDepth": 3}.items(),
+)
+def test_input_channels_are_those_that_the_first_convolution_to_run_needs(factory, channels):
+    network = build_model(f"{__name__}:{factory}")
+    assert len(network.spec.mean) == channels
+    network.model(network.spec.probe(1))
+
+
 def test_input_channels_follow_a_users_network():
     assert build_model(f"{__name__}:grey").spec.mean == (0.449,)
     assert build_model(f"{__name__}:grey_segmenter", build=build_segmenter).spec.std == (0.226,)

@@ -101,6 +101,36 @@ class Scored(nn.Module):
         return (first, *others) if others else first
 
 
+class _Found(Exception):
+    """Ends a run at its first convolution, with what it is."""
+
+
+def input_channels(model: nn.Module, size: tuple[int, int], usual: int = 3) -> int:
+    """How many channels the network's images have: the usual number, or what its first convolution to run needs instead.
+
+    model: evaluating. size: height and width of an image. What runs before that convolution may gather pixels into channels.
+    """
+
+    def stop(layer: nn.Module, inputs: tuple) -> None:
+        raise _Found(inputs[0].shape[1 - layer.weight.dim()], layer.in_channels)
+
+    model = _unwrapped(model)
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    hooks = [layer.register_forward_pre_hook(stop) for layer in layers]
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, usual, *size))
+    except _Found as found:
+        given, wanted = found.args
+        return wanted if usual * wanted % given else usual * wanted // given
+    except Exception:  # what comes before takes other images, and the first layer of all may tell
+        return layers[0].in_channels if layers else usual
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return usual
+
+
 @contextmanager
 def failing_in_a_line(images: Tensor) -> Iterator[None]:
     """Whatever a user's network raises on images, as a UserError."""
