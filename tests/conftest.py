@@ -34,22 +34,13 @@ def _one_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_capture():
-    """Runs on the demo's networks, which read a graph and do not edit it, share one of each: no test has it captured anew."""
-    from utils.core.hashing import weights_hash
+    """No test has the demo's networks captured anew."""
+    from networks_captured import captures_shared
+
     from utils.experiment import runner
 
-    capture, known = runner.capture, {}
-
-    def captured(model, spec):
-        if not type(getattr(model, "network", model)).__module__.startswith(("modeling.", "torchvision.models.")):
-            return capture(model, spec)
-        key = weights_hash(model), str(model), spec
-        if key not in known:
-            known[key] = capture(model, spec)
-        return known[key]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "capture", captured)
+        patch.setattr(runner, "capture", captures_shared(runner.capture))
         yield
 
 
