@@ -34,22 +34,13 @@ def _one_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_capture():
-    """Runs on the demo's networks, which read a graph and do not edit it, share one of each: no test has it captured anew."""
-    from utils.core.hashing import weights_hash
+    """No test has the demo's networks captured anew."""
+    from networks_captured import captures_shared
+
     from utils.experiment import runner
 
-    capture, known = runner.capture, {}
-
-    def captured(model, spec):
-        if not type(getattr(model, "network", model)).__module__.startswith(("modeling.", "torchvision.models.")):
-            return capture(model, spec)
-        key = weights_hash(model), str(model), spec
-        if key not in known:
-            known[key] = capture(model, spec)
-        return known[key]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "capture", captured)
+        patch.setattr(runner, "capture", captures_shared(runner.capture))
         yield
 
 
@@ -70,14 +61,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# The long tests, in two halves.
-LONG = (("test_distributed", "test_properties"), ("test_demo_runs", "test_export", "test_table", "test_real_networks"))
+# The long tests, in two halves. What draws the demo's scenes is in one, and comes last in the other, which finds them drawn.
+LONG = (("test_properties", "test_distributed"), ("test_demo_runs", "test_export", "test_table", "test_real_networks"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """Long tests first, so that no worker has one left when the others are done: a half at the head of what each of two
     workers is given at once, an eighth of all."""
-    first, second = ([item for item in items if item.path.stem in half] for half in LONG)
+    first, second = ([item for stem in half for item in items if item.path.stem == stem] for half in LONG)
     short = [item for item in items if item.path.stem not in LONG[0] + LONG[1]]
     filling = max(0, len(items) // 8 - len(first))
     items[:] = first + short[:filling] + second + short[filling:]

@@ -7,29 +7,34 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import main_cls
-import main_det
-import main_seg
 from demo import render
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.experiment.records import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-# torchrun's own launcher, with processes that are forks of this one, so that slow packages are imported once for all.
+# torchrun's own launcher, with processes that are forks of this one, so that slow packages are imported once for all. What
+# one process does is done here, and forks have the demo's network as it was captured for that.
 DRIVER = """
 import importlib, json, sys
-import dfq  # what forks share
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from utils.experiment import cli
 
 def work(script, flags):
     cli.run(lambda _: importlib.import_module(script).main(flags), f"{script}.py")
 
-for count, script, flags in json.loads(sys.argv[1]):
-    importlib.import_module(script)
+parts = json.loads(sys.argv[1])
+if any(count == 1 for count, *_ in parts):
+    from networks_captured import captures_shared
+    from utils.experiment import runner
+    runner.capture = captures_shared(runner.capture)
+for count, script, flags in parts:
+    module = importlib.import_module(script)
+    if count == 1:
+        module.main(flags)
+        continue
     config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
     elastic_launch(config, work)(script, flags)
 """
@@ -59,17 +64,12 @@ def places(folder: Path, name: str) -> list[str]:
 def in_forks(folder: Path, *parts: tuple[int, str, list[str]]) -> subprocess.CompletedProcess:
     """The driver, ended. parts: each a number of processes, the module whose main they call, and its flags."""
     (folder / "driver.py").write_text(DRIVER)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", folder))),
+    }
     command = [sys.executable, str(folder / "driver.py"), json.dumps(parts)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def found(line: dict) -> dict:
@@ -77,18 +77,16 @@ def found(line: dict) -> dict:
     return {key: line[key] for key in kept}
 
 
-def test_two_and_three_processes_find_what_one_finds(tmp_path, monkeypatch, one_thread):
+def test_two_and_three_processes_find_what_one_finds(tmp_path):
     """Each script once in one process, and once in several; shards are cut in one place for all of them."""
     (tmp_path / "small.py").write_text(NETWORKS)
-    monkeypatch.syspath_prepend(tmp_path)
     classifier, segmenter = (
         [*FLAGS, "--model", f"small:{name}", "--data", str(render.rendered(scenes)), "--image_size", "64"]
         for name, scenes in (("classifier", "classification"), ("segmenter", "voc"))
     )
-    runs = [(3, main_cls, classifier), (2, main_seg, segmenter), (2, main_det, FLAGS)]
-    for _, script, flags in runs:
-        script.main([*flags, *places(tmp_path, "alone")])
-    parts = [(count, script.__name__, [*flags, *places(tmp_path, "several")]) for count, script, flags in runs]
+    runs = [(3, "main_cls", classifier), (2, "main_seg", segmenter), (2, "main_det", FLAGS)]
+    parts = [(1, script, [*flags, *places(tmp_path, "alone")]) for _, script, flags in runs]
+    parts += [(count, script, [*flags, *places(tmp_path, "several")]) for count, script, flags in runs]
     in_forks(tmp_path, *parts).check_returncode()
     alone, several = (read_lines(tmp_path / f"{name}.jsonl") for name in ("alone", "several"))
     assert [line["samples"] for line in alone] == [7] * 3

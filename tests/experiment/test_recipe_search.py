@@ -2,19 +2,34 @@
 
 import json
 import shlex
+from functools import partial
 
 import pytest
 from networks import SPEC, chain, conv_bn, folded, randomise, settle, spread_gains
 from test_cli import failure, flags, images  # noqa: F401
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
+import dfq
 import main_cls
 from utils.calibration import distillation
 from utils.calibration.moments import Gaussian
 from utils.experiment.doctor import FAR, coarse_share, contradictions
 from utils.graph.nodes import module_of, weighted_nodes
+from utils.passes import noise_equalization
+from utils.passes.block_learning import Reconstruction
 
 FEW = ("--distill_images", "8", "--distill_steps", "3")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_learning():
+    """Scales and roundings that a candidate learns take a tenth of the steps: what is told and written of it is the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise_equalization, "ITERATIONS", 30)
+        patch.setattr(noise_equalization, "_MINIMA", {})  # what other tests find is found in full
+        patch.setattr(dfq, "Reconstruction", partial(Reconstruction, iterations=20))
+        yield
 
 
 def uneven():
@@ -199,10 +214,10 @@ class OneAtATime(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.head = settle(randomise(conv_bn(3, 8, 3, padding=1))), nn.Linear(8 * 24 * 24, 5)
+        self.body, self.head = settle(randomise(conv_bn(3, 8, 3, padding=1))), nn.Linear(8 * 6 * 6, 5)
 
     def forward(self, x):
-        return self.head(self.body(x).reshape(1, -1))
+        return self.head(avg_pool2d(self.body(x), 4).reshape(1, -1))
 
 
 def test_a_network_that_takes_one_image_at_a_time_is_searched_as_any_other(images, tmp_path, capsys):  # noqa: F811

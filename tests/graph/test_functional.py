@@ -138,16 +138,41 @@ def every_second_is_written(a, b):
     return a
 
 
-SHARED_MEMORY = [
+def slice_of_a_slice_is_written(a, b):
+    a[:, 1:][:, :2, 3] = b[:, :2, 3]
+    return a.relu_() + b
+
+
+SLICES = [
     position_is_written,
     every_second_is_written,
     slice_is_written,
     no_slice_is_written,
+    filled,
+    slice_of_a_slice_is_written,
+]
+
+
+def slice_is_read_after_it_is_written_again(a, b):
+    half = a[:, :2].add_(1.0)
+    a[:, 1:] = b[:, 1:]
+    return torch.cat([a, half], 1)
+
+
+def view_is_read_between_slices_are_written(a, b):
+    a[:, :2] = b[:, 2:]
+    flat = a.flatten(1)
+    a[:, 2:] = b[:, :2]
+    return flat + b.flatten(1)
+
+
+SHARED_MEMORY = [
     view_is_written,
     written_after_a_view,
     view_of_what_was_written_is_written,
     part_is_written,
-    filled,
+    slice_is_read_after_it_is_written_again,
+    view_is_read_between_slices_are_written,
 ]
 
 
@@ -155,7 +180,7 @@ def writers(graph):
     return [node for node in graph.graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False)]
 
 
-@pytest.mark.parametrize("function", [*UNSHARED, *SHARED_MEMORY], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [*UNSHARED, *SLICES, *SHARED_MEMORY], ids=lambda function: function.__name__)
 def test_what_is_written_in_place_is_captured_exactly(function):
     model = InPlace(function).eval()
     graph = capture(model, SMALL)
@@ -165,13 +190,13 @@ def test_what_is_written_in_place_is_captured_exactly(function):
         torch.testing.assert_close(graph(x), model(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", [*UNSHARED, *SHARED_MEMORY], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [*UNSHARED, *SLICES, *SHARED_MEMORY], ids=lambda function: function.__name__)
 def test_only_shared_memory_needs_torchs_own_functionalization(function, monkeypatch):
     program = torch.export.export(InPlace(function).eval(), (SMALL.probe(2),), strict=False)
     decomposed = []
     monkeypatch.setattr(type(program), "run_decompositions", lambda self, table: decomposed.append(table) or self)
     functionalize(program)
-    assert decomposed == ([] if function in UNSHARED else [{}])
+    assert decomposed == ([{}] if function in SHARED_MEMORY else [])
 
 
 def test_an_in_place_activation_and_its_readers_read_one_clip():

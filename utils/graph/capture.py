@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils._pytree import tree_leaves
 
 from utils.core.errors import UserError
@@ -136,7 +137,8 @@ def _export(model: _OfImages, images: Tensor, batch: Any) -> ExportedProgram:
     named = (*model.network.named_parameters(), *model.network.named_buffers())
     model.tensors = {name: tensor.detach() for name, tensor in named}
     try:
-        return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+        with _use_lazy_graph_module(True):  # what torch compiles anew after each of its own passes is never run
+            return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
     finally:
         model.tensors = None
 

@@ -1,8 +1,9 @@
 """In-place operators as what they mean: values, not memory.
 
 `x.relu_()` gives a new value, and whoever reads x after it reads that value. Where no view shares x's memory, the
-graph says so by itself: the operator becomes its functional form, and later readers are given its result. Where
-views do, torch.export's own functionalization does the work; it is as exact, and several seconds slower.
+graph says so by itself: the operator becomes its functional form, and later readers are given its result. Where a slice is
+written that nobody else reads, they are given the whole with that slice in it. Where other views share memory,
+torch.export's own functionalization does the work; it is as exact, and several seconds slower.
 """
 
 import torch
@@ -23,13 +24,22 @@ _FRESH |= {
 }
 
 
+_SCATTERS = {
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+}
+
+
 def functionalize(program: ExportedProgram) -> ExportedProgram:
     """The program without a single operator that writes to its inputs; it computes what it did."""
-    writers = [node for node in program.graph.nodes if _writes(node)]
-    if not all(functional_form(node.target) and _unshared(node) for node in writers):
-        return program.run_decompositions({})
-    for node in writers:
-        _rewrite(program.graph, node)
+    for node in [node for node in program.graph.nodes if _writes(node)]:
+        if functional_form(node.target) and _unshared(node):
+            _rewrite(program.graph, node)
+        elif functional_form(node.target) and _alone_in_slice(node):
+            _scatter(program.graph, node)
+        else:
+            program.graph_module.recompile()
+            return program.run_decompositions({})
     program.graph.lint()
     return program
 
@@ -117,3 +127,56 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     order = {other: i for i, other in enumerate(graph.nodes)}
     for reader in [user for user in source.users if order[user] > order[node]]:
         reader.replace_input_with(source, node)
+
+
+def _slices(node: fx.Node) -> list[fx.Node]:
+    """The slices, each of the one before it, to the last of which alone an operator writes; none where it writes to others.
+
+    Nothing but the next slice reads each, and the operator the last.
+    """
+    slices: list[fx.Node] = []
+    reader, value = node, next(iter(_written(node)), node)
+    while value.target in _SCATTERS and list(value.users) == [reader] and not value.kwargs:
+        slices.insert(0, value)
+        reader, value = value, value.args[0]
+    return slices
+
+
+def _alone_in_slice(node: fx.Node) -> bool:
+    """Whether an operator writes to a slice of a tensor whose memory only such slices share, while it is written to."""
+    if len(_written(node)) != 1 or not (slices := _slices(node)):
+        return False
+    whole = slices[0].args[0]
+    if whole.op != "call_function" or _may_alias(whole):
+        return False
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    writers = [
+        other for other in node.graph.nodes if _writes(other) and (into := _slices(other)) and into[0].args[0] is whole
+    ]
+    firsts = {_slices(writer)[0] for writer in writers}
+    last = max(order[writer] for writer in writers)
+    if any(_shares(user, whole) and order[user] < last for user in whole.users if user not in firsts):
+        return False
+    later = min((order[writer] for writer in writers if order[writer] > order[node]), default=len(order))
+    return not any(_shares(user, node) or order[user] > later for user in node.users)
+
+
+def _shares(user: fx.Node, value: fx.Node) -> bool:
+    """Whether what reads a value may be memory of it; what writes it elsewhere is not."""
+    return _may_alias(user) and not (_writes(user) and value not in _written(user))
+
+
+def _scatter(graph: fx.Graph, node: fx.Node) -> None:
+    """Let an operator that writes to a slice give a new value, and those who read the whole after it read one with it."""
+    slices = _slices(node)
+    whole = slices[0].args[0]
+    order = {other: i for i, other in enumerate(graph.nodes)}
+    readers = [user for user in whole.users if order[user] > order[node]]
+    node.target = functional_form(node.target)
+    value = node
+    for part in reversed(slices):
+        with graph.inserting_after(value):
+            value = graph.call_function(_SCATTERS[part.target], (part.args[0], value, *part.args[1:]))
+        value.meta = node.meta | {"val": part.args[0].meta["val"]}
+    for reader in readers:
+        reader.replace_input_with(whole, value)

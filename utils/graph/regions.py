@@ -6,6 +6,7 @@ only moves values (reshape, slice, concat, shuffles) moves the indices as it mov
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,16 +33,25 @@ class ChannelSlice:
     index: Tensor
     keeps_constants: bool = True
 
+    @cached_property
+    def _own(self) -> Tensor:
+        """[C_in] which of the module's channels are the region's."""
+        return self.index != ELSEWHERE
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The module's channels that are the region's, and which of the region's they are."""
+        return self._own.nonzero().flatten(), self.index[self._own]
+
     def gather(self, values: Tensor, elsewhere: float) -> Tensor:
         """[C] of the region's channels -> [C_in] of the module's, with `elsewhere` for those of other layers."""
-        taken = values[self.index.clamp(min=0)]
-        return torch.where(self.index == ELSEWHERE, torch.full_like(taken, elsewhere), taken)
+        return torch.where(self._own, values[self.index], elsewhere)  # ELSEWHERE is a place too, the last
 
     def reduce(self, values: Tensor, channels: int, lowest: float = 0.0) -> Tensor:
         """[C_in] of the module's channels -> [C]: the largest of those that are each of the region's, or `lowest`."""
-        own = self.index != ELSEWHERE
+        inside, places = self._places
         start = torch.full((channels,), lowest, dtype=values.dtype)
-        return start.scatter_reduce(0, self.index[own], values[own], "amax")
+        return start.scatter_reduce(0, places, values[inside], "amax")
 
 
 @dataclass(frozen=True, eq=False)
