@@ -2,8 +2,8 @@
 
 A range from statistics knows nothing of heavy tails; one from a few images is narrower than that from all data; and in
 some networks a few positions reach many times further than all others, while the output does not depend on how far. No
-width serves all of these, so that the width is measured: a tensor's range is the one that makes the least noise at the
-network's output, or a wider one whose noise does not matter there.
+width serves all of these, so that the width is measured: a tensor's range is the one whose noise at the network's
+output is smallest, or a wider one whose noise does not matter there.
 """
 
 import math
@@ -293,7 +293,7 @@ def fit_ranges(
     signed: bool = False,
     other_bits: Mapping[str, int] | None = None,
 ) -> dict[str, Fitted]:
-    """Of every tensor the range that makes least noise at the network's output, or a wider one; by the node's name.
+    """Of every tensor the noise-optimal range, or a wider one that costs next to nothing; by the node's name.
 
     ranges: by node, as starting_ranges gives them. images: [N, C, H, W] on which noise is measured; choose those
     with the extremes, as measuring_images does. bits: of the activations. allowed: noise of all tensors together, as a share

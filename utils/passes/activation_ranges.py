@@ -88,7 +88,7 @@ def _fitted(
     some: Tensor,
     log: PassLog,
 ) -> RangeOf:
-    """Of every tensor the range that makes least noise at the output. some: images [N, C, H, W] on which that is measured."""
+    """Of every tensor the noise-optimal range. some: images [N, C, H, W] on which that is measured."""
     last = {node.name for node in written if averaged_into_output(network, node)}
     allowed = weight_noise(network, some, recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric)
     other_bits = bits_of_first_and_last(network, recipe.bits_first_last)[1]
