@@ -29,6 +29,7 @@ Range = tuple[float, float]
 
 MARGIN = math.sqrt(2)  # how much further than a few images all data may reach
 FACTORS = (MARGIN, 1.0, 0.5**0.5, 0.5, 0.5**1.5, 0.25)  # of the width of the range that holds all
+RISE = 1.3  # of the noise that a wider range adds, beyond which narrower ones cut only more
 SLACK = 0.05  # of an even share of the noise that all tensors may have: what a wider range may cost
 MEASURED = 4  # images on which widths are measured: there are two runs of half the network for every tensor
 PIXELS = MEASURED * 224 * 224  # of them, where images are large
@@ -62,11 +63,11 @@ def candidates(known: Sequence[Range], bounds: Range | None) -> list[Range]:
 
 
 def settled(tried: Sequence[float], slack: float) -> bool:
-    """Whether no narrower range is worth a try: the widest adds next to nothing, or twice in a row a narrower one added more.
+    """Whether no narrower range is worth a try: the widest adds next to nothing, or the last adds RISE times the least.
 
     tried: what ranges add to the output's power by rounding and clipping, the widest first.
     """
-    return tried[0] <= slack or (len(tried) > 2 and tried[-1] > tried[-2] > tried[-3])
+    return tried[0] <= slack or tried[-1] > RISE * min(tried)
 
 
 def choose_range(noise: Mapping[Range, float], slack: float) -> Range:
@@ -223,11 +224,12 @@ class Rerun:
     def __init__(self, model: fx.GraphModule, images: Tensor):
         self.model = without_overwriting(model)
         self.parts: list[dict[str, object]] = []  # of as many images as the network takes at a time
+        self.runner = fx.Interpreter(self.model, garbage_collect_values=False)
+        self.behind: dict[str, list[fx.Node]] = {}
         for part in images.split(model.meta["batch"] or len(images)):
-            interpreter = fx.Interpreter(self.model, garbage_collect_values=False)
             with torch.inference_mode():
-                interpreter.run(part)
-            self.parts.append({node.name: value for node, value in interpreter.env.items()})
+                self.runner.run(part)
+            self.parts.append({node.name: value for node, value in self.runner.env.items()})
         tensors = [name for name, value in self.parts[0].items() if isinstance(value, Tensor) and value.dim()]
         self.values = {name: joined([part[name] for part in self.parts]) for name in tensors}
         self.result = self.model.graph.output_node().name
@@ -241,19 +243,26 @@ class Rerun:
         return sum(self._noise(part, {name: own}) for part, own in zip(self.parts, values, strict=True))
 
     def _noise(self, part: dict[str, object], changed: dict[str, object]) -> float:
-        interpreter = fx.Interpreter(self.model, garbage_collect_values=False)
         with torch.inference_mode():
-            for node in self.model.graph.nodes:
+            for node in self._behind(*changed):
                 sources = node.all_input_nodes
-                if node.name in changed or not any(source.name in changed for source in sources):
-                    continue
-                interpreter.env = {source: changed.get(source.name, part.get(source.name)) for source in sources}
-                changed[node.name] = interpreter.run_node(node)
+                self.runner.env = {source: changed.get(source.name, part.get(source.name)) for source in sources}
+                changed[node.name] = self.runner.run_node(node)
         before, after = outputs_of(part[self.result]), outputs_of(changed.get(self.result, part[self.result]))
         return sum(
             float((own - other).double().square().sum()) / power
             for own, other, power in zip(after, before, self.power, strict=True)
         )
+
+    def _behind(self, name: str) -> list[fx.Node]:
+        """The nodes whose values depend on that of one, in order."""
+        if name not in self.behind:
+            reached = {name}
+            for node in self.model.graph.nodes:
+                if any(source.name in reached for source in node.all_input_nodes):
+                    reached.add(node.name)
+            self.behind[name] = [node for node in self.model.graph.nodes if node.name in reached - {name}]
+        return self.behind[name]
 
 
 def weight_noise(model: fx.GraphModule, images: Tensor, bits: int, per_channel: bool, symmetric: bool) -> float:
