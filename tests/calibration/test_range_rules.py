@@ -13,6 +13,7 @@ from utils.calibration.moments import Unknown
 from utils.calibration.range_rules import FACTORS, MARGIN, candidates, choose_range, covering, fit_ranges, settled
 from utils.graph.capture import capture
 from utils.graph.nodes import module_of, weighted_nodes
+from utils.passes import activation_ranges
 from utils.quantization.quantizer import Quantizer
 
 
@@ -187,3 +188,21 @@ def test_rounded_weights_cost_more_with_fewer_bits():
     costs = [rules.weight_noise(network, images, bits, False, True) for bits in (8, 4, 2)]
     assert 0 < costs[0] < costs[1] / 20 < costs[2]
     torch.testing.assert_close(network(images), before, rtol=0, atol=0)  # rounded in a copy
+
+
+def test_ranges_are_measured_once_for_recipes_that_differ_in_their_corrections(monkeypatch):
+    measured = []
+    monkeypatch.setattr(activation_ranges, "_FITTED", {})
+    monkeypatch.setattr(activation_ranges, "fit_ranges", lambda *args: measured.append(args) or fit_ranges(*args))
+    model, images = settle(randomise(chain())), SPEC.probe(8, seed=1)
+
+    def tops(**flags) -> list[float]:
+        result = quantize_data_free(model, SPEC, Recipe(quantize=True, distill_range=True, **flags), images)
+        return [float(module.scale * module.step_max) for module in quantizers(result).values()]
+
+    plain = tops()
+    assert tops(correction=True) == plain and len(measured) == 1
+    assert tops(equalize=True) != plain and len(measured) == 2
+    tops(bits_activation=6)
+    tops(relu=True)
+    assert len(measured) == 4

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 from utils.calibration.images import Images, whose
 from utils.calibration.moments import Moments, Statistics, Unknown
 from utils.calibration.range_rules import (
+    Fitted,
     clip_bounds,
     describe_fitted,
     describe_guesses,
@@ -21,6 +22,7 @@ from utils.calibration.range_rules import (
     weight_noise,
 )
 from utils.calibration.ranges import RangeOf, analytic_ranges, describe_contradictions, observed_ranges, width_ratios
+from utils.core.hashing import content_hash
 from utils.core.input_spec import InputSpec
 from utils.passes.advice import other_ranges
 from utils.passes.first_last import bits_of_first_and_last
@@ -89,9 +91,17 @@ def _fitted(
     log: PassLog,
 ) -> RangeOf:
     """Of every tensor the noise-optimal range. some: images [N, C, H, W] on which that is measured."""
-    last = {node.name for node in written if averaged_into_output(network, node)}
-    allowed = weight_noise(network, some, recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric)
-    other_bits = bits_of_first_and_last(network, recipe.bits_first_last)[1]
-    fitted = fit_ranges(network, ranges, some, recipe.bits_activation, allowed, last, recipe.engine.signed, other_bits)
-    log.note(describe_fitted(fitted))
-    return fitted_ranges(fitted, observed)
+    bits_read = bits_of_first_and_last(network, recipe.bits_first_last)[1]
+    weights = recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric
+    bits, signed = recipe.bits_activation, recipe.engine.signed
+    key = content_hash((network.state_dict(), f"{network}", ranges, some, weights, bits, signed, bits_read))
+    if key not in _FITTED:
+        last = {node.name for node in written if averaged_into_output(network, node)}
+        allowed = weight_noise(network, some, *weights)
+        _FITTED[key] = fit_ranges(network, ranges, some, bits, allowed, last, signed, bits_read)
+    log.note(describe_fitted(_FITTED[key]))
+    return fitted_ranges(_FITTED[key], observed)
+
+
+# What was measured, by the hash of all that it depends on: recipes that differ in their corrections alone share it.
+_FITTED: dict[str, dict[str, Fitted]] = {}
