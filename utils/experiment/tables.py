@@ -113,11 +113,14 @@ def grouped(lines: Sequence[Line]) -> list[Group]:
 
 
 def _place(line: Line) -> tuple:
-    """Where a row stands in its table: by bits, many first, then as --table has the recipes, and what it does not have last."""
-    bits = [-line["bits"][name] if line["bits"] else -32 for name in ("weight", "activation")]
+    """Where a row stands in its table: by bits, many first, then as --table has the recipes, and what it does not have last.
+
+    Of rows of one name that with the biases of fewer bits is the last, and the one that a page gets by that name.
+    """
+    weight, activation, bias = (-line["bits"][name] if line["bits"] else -32 for name in ("weight", "activation", "bias"))
     names = list(TABLE)
     named = names.index(line["recipe"]) if line["recipe"] in names else len(names)
-    return *bits, line["recipe"].startswith("auto"), named, name_of(line), line["command"]
+    return weight, activation, line["recipe"].startswith("auto"), named, name_of(line), bias, line["command"]
 
 
 def _words(line: Line) -> list[str]:
