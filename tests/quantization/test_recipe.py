@@ -20,7 +20,7 @@ IMPOSSIBLE = [
     ({"quantize": True, "distill_equalize": True}, "--distill_equalize needs --equalize"),
     ({"equalize": True, "distill_equalize": True}, "--distill_equalize needs --quantize"),
     ({"quantize": True, "distill_correction": True}, "--distill_correction needs --correction"),
-    ({"quantize": True, "distill_rounding": True}, "--distill_rounding needs --distill_correction"),
+    ({"quantize": True, "distill_rounding": True}, "--distill_rounding needs --correction"),
     ({"quantize": True, "distill_rounding": "up"}, "argument --distill_rounding: invalid choice: 'up'"),
     ({"bits_first_last": 8}, "--bits_first_last needs --quantize"),
     ({"quantize": True, "bits_first_last": 1}, "argument --bits_first_last: '1' is not a number of bits from 2 to 16"),
@@ -83,6 +83,7 @@ def test_every_setting_is_a_flag_that_gives_it_back():
             "+LE+GPTQ+DBC",
         ),
         ({"correction": True, "distill_correction": True, "distill_rounding": "gptq"}, "+GPTQ+DBC"),
+        ({"correction": True, "distill_rounding": "gptq"}, "+GPTQ+BC"),
         ({"correction": True, "distill_correction": True, "distill_rounding": "adaround"}, "+AR+DBC"),
     ],
 )

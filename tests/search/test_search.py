@@ -58,7 +58,7 @@ def test_stages_add_up():
         lambda r: 20.0 + 3 * r.per_channel + 4 * r.distill_range + 5 * bool(r.distill_rounding) - 9 * r.relu
     )
     chosen = result.chosen.recipe
-    assert chosen.per_channel and chosen.distill_range and chosen.distill_rounding and chosen.distill_correction
+    assert chosen.per_channel and chosen.distill_range and chosen.distill_rounding and chosen.correction
     assert result.candidates[0] is result.chosen
     assert [one.noise for one in result.candidates] == sorted((one.noise for one in result.candidates), reverse=True)
 

@@ -117,7 +117,9 @@ def _place(line: Line) -> tuple:
 
     Of rows of one name that with the biases of fewer bits is the last, and the one that a page gets by that name.
     """
-    weight, activation, bias = (-line["bits"][name] if line["bits"] else -32 for name in ("weight", "activation", "bias"))
+    weight, activation, bias = (
+        -line["bits"][name] if line["bits"] else -32 for name in ("weight", "activation", "bias")
+    )
     names = list(TABLE)
     named = names.index(line["recipe"]) if line["recipe"] in names else len(names)
     return weight, activation, line["recipe"].startswith("auto"), named, name_of(line), bias, line["command"]

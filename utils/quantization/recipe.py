@@ -205,7 +205,7 @@ class Recipe:
         "block to keep its output (adaround: minutes; for fewer than 8 bits)",
         DISTILLED,
         default=None,
-        requires=("distill_correction",),
+        requires=("correction",),
         abbreviation=Abbreviation("+{}", 5, words={"gptq": "GPTQ", "adaround": "AR"}),
         images=True,
         former={True: "gptq", False: None},

@@ -45,9 +45,9 @@ def stages(network: fx.GraphModule, per_channel: bool, real: bool, bits_weight: 
     yield Stage({"distill_range": True}, gain)
     yield Stage({"distill_correction": True}, gain)
     yield Stage({"equalize": True, "distill_equalize": True}, gain)
-    yield Stage({"distill_correction": True, "distill_rounding": "gptq"}, gain)
+    yield Stage({"distill_rounding": "gptq"}, gain)
     if bits_weight < 8:
-        yield Stage({"distill_correction": True, "distill_rounding": "adaround"}, gain)  # minutes
+        yield Stage({"distill_rounding": "adaround"}, gain)  # minutes
     if any(isinstance(module, Clip) and module.rectifies and module.capped for module in network.modules()):
         yield Stage({"relu": True}, -RELU_LOSS)
 
