@@ -18,6 +18,8 @@ from utils.graph.nodes import shape
 
 Form = Callable[..., Any]
 
+_END = 2**63 - 1  # of a slice that goes on to the last
+
 
 # ---------------------------------------------------------------------------------- moving values
 
@@ -33,9 +35,22 @@ def permute(w: Any, node: fx.Node, x: fx.Node, order: Sequence[int]) -> str:
     return w.add("Transpose", [w.name(x)], node.name, perm=[axis % len(order) for axis in order])
 
 
-def slice_(w: Any, node: fx.Node, x: fx.Node, axis: int, start: int, stop: int, step: int = 1) -> str:
-    parts = (("starts", [start]), ("ends", [stop]), ("axes", [axis]), ("steps", [step]))
-    return w.add("Slice", [w.name(x), *(w.sizes(f"{node.name}_{kind}", values) for kind, values in parts)], node.name)
+def slice_(
+    w: Any, node: fx.Node, x: fx.Node, axis: int = 0, start: Any = None, stop: Any = None, step: int = 1
+) -> str | None:
+    sides = {"starts": start or 0, "ends": _END if stop is None else stop, "axes": axis, "steps": step}
+    parts = [_side(w, side, f"{node.name}_{kind}") for kind, side in sides.items()]
+    return None if None in parts else w.add("Slice", [w.name(x), *parts], node.name)
+
+
+def _side(w: Any, side: int | fx.Node, name: str) -> str | None:
+    """A size or a place [1]; of a tensor's size that is known with the images alone, or None of what else is not known."""
+    if not isinstance(side, fx.Node):
+        return w.sizes(name, [side])
+    if side.target is not torch.ops.aten.sym_size.int:
+        return None
+    whole = w.add("Shape", [w.name(side.args[0])], f"{name}_of")
+    return w.add("Gather", [whole, w.sizes(f"{name}_axis", [side.args[1]])], name)
 
 
 def flip(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int]) -> str:
@@ -55,17 +70,12 @@ def expand(w: Any, node: fx.Node, x: fx.Node, size: Sequence[int | fx.Node]) -> 
     target = [1 if side == -1 else side for side in size]  # 1 keeps a side as it is
     if not any(isinstance(side, fx.Node) for side in target):
         return w.add("Expand", [w.name(x), w.sizes(f"{node.name}_shape", target)], node.name)
-    parts = []
-    for i, side in enumerate(target):
-        part = f"{node.name}_side_{i}"
-        if not isinstance(side, fx.Node):
-            parts.append(w.sizes(part, [side]))
-        elif side.target is torch.ops.aten.sym_size.int:
-            whole = w.add("Shape", [w.name(side.args[0])], f"{part}_of")
-            parts.append(w.add("Gather", [whole, w.sizes(f"{part}_axis", [side.args[1]])], part))
-        else:
-            return None
-    return w.add("Expand", [w.name(x), w.add("Concat", parts, f"{node.name}_shape", axis=0)], node.name)
+    parts = [_side(w, side, f"{node.name}_side_{i}") for i, side in enumerate(target)]
+    return (
+        None
+        if None in parts
+        else w.add("Expand", [w.name(x), w.add("Concat", parts, f"{node.name}_shape", axis=0)], node.name)
+    )
 
 
 def index_select(w: Any, node: fx.Node, x: fx.Node, axis: int, index: fx.Node) -> str:
@@ -186,19 +196,19 @@ def average_pool(
     return w.add("AveragePool", [source], node.name, ceil_mode=1, count_include_pad=0, **options)
 
 
-def mean(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: bool = True) -> str:
-    if len(shape(x)) > 2 and list(axes) == list(range(2, len(shape(x)))):
+def mean(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: bool = False) -> str:
+    if keepdim and len(shape(x)) > 2 and list(axes) == list(range(2, len(shape(x)))):
         return w.add("GlobalAveragePool", [w.name(x)], node.name)
-    return w.add("ReduceMean", [w.name(x)], node.name, axes=list(axes), keepdims=1)
+    return w.add("ReduceMean", [w.name(x)], node.name, axes=list(axes), keepdims=int(keepdim))
 
 
 def extreme(kind: str) -> Form:
-    """Max or Min over axes, which are kept."""
+    """Max or Min over axes."""
 
-    def form(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: bool = True) -> str:
-        if kind == "Max" and len(shape(x)) > 2 and list(axes) == list(range(2, len(shape(x)))):
+    def form(w: Any, node: fx.Node, x: fx.Node, axes: Sequence[int], keepdim: bool = False) -> str:
+        if kind == "Max" and keepdim and len(shape(x)) > 2 and list(axes) == list(range(2, len(shape(x)))):
             return w.add("GlobalMaxPool", [w.name(x)], node.name)
-        return w.add(f"Reduce{kind}", [w.name(x)], node.name, axes=list(axes), keepdims=1)
+        return w.add(f"Reduce{kind}", [w.name(x)], node.name, axes=list(axes), keepdims=int(keepdim))
 
     return form
 

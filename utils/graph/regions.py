@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.graph.layers import WEIGHTED, ChannelAffine, Clip, Elementwise, sees_padding
-from utils.graph.nodes import describe, module_of, shape
+from utils.graph.nodes import describe, is_tensor, module_of, shape
 from utils.graph.ops import is_size, operator_of
 
 aten = torch.ops.aten
@@ -231,6 +231,8 @@ class _Walk:
         def value(source: fx.Node) -> Tensor:
             if source.op == "get_attr" and source.meta["tensor_meta"].dtype == torch.int64:  # positions to pick
                 return getattr(self.model, source.target)
+            if not is_tensor(source):  # how many images there are
+                raise _Refused(f"read by {describe(None, user)}, which mixes positions with images")
             return index if source is node else torch.full(shape(source), ELSEWHERE)
 
         args, kwargs = (fx.map_arg(part, value) for part in (user.args, user.kwargs))
