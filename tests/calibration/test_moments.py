@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SPEC, Branches, Residual, chain, made, settle
+from networks import SPEC, Branches, Residual, chain, made, randomise, settle
 from torch import nn
 
 from utils.calibration.moments import (
@@ -20,10 +20,12 @@ from utils.calibration.moments import (
 )
 from utils.graph.capture import capture
 from utils.graph.layers import Clip
+from utils.graph.nodes import module_of
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
 
 SAMPLES = 400_000
+SUMS = torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor
 CASES = [(mean, std) for mean in (-3.0, -0.5, 0.0, 0.7, 5.0, 9.0) for std in (0.01, 0.8, 4.0)]
 
 
@@ -151,3 +153,27 @@ def test_moments_of_a_clip_with_bounds_for_every_channel():
     assert last.high[0, 0].max() == pytest.approx(0.1)
     assert last.high[0, 1].max() == pytest.approx(7.0, rel=1e-3)
     assert last.low.min() == 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_of_rectified_values_reaches_as_far_as_they_do_together(sign):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU()) for _ in "ab")
+
+        def forward(self, x):
+            x, y = self.first(x), self.second(x)
+            return (x + y if sign > 0 else x - y) * 2.0
+
+    traced = capture(settle(randomise(Sum())), SPEC)
+    moments = propagate(traced, SPEC, fold_batchnorm(traced, PassLog()))
+    total = next(node.name for node in traced.graph.nodes if node.target in SUMS)
+    first, second = (moments[node.name] for node in traced.graph.nodes if isinstance(module_of(traced, node), Clip))
+    low, high = moments[total].range()
+    if sign > 0:
+        assert high > float(first.high.max()) and low >= 0
+    else:
+        assert high > 0 > low
+    assert high <= float((first.high + (second.high if sign > 0 else -second.low)).max()) + 1e-5
+    assert low >= float((first.low + (second.low if sign > 0 else -second.high)).min()) - 1e-5

@@ -49,8 +49,8 @@ def test_the_range_is_the_widest_that_adds_no_more_than_the_slack_over_the_least
     assert choose_range(dict(zip(widths, (9, 2.4, 2, 3), strict=True)), slack=0.5) == (0.0, 6.0)
     assert choose_range(dict(zip(widths, (2.6, 2.4, 2.1, 2.2), strict=True)), slack=0.5) == (0.0, 8.0)
     assert settled([0.4], slack=0.5) and not settled([0.6], slack=0.5)
-    assert settled([9, 2, 3], slack=0.5)
-    assert not settled([9, 2, 2.1], slack=0.5) and not settled([9, 5, 2, 1.9], slack=0.5)
+    assert settled([9, 2, 3, 4], slack=0.5)
+    assert not settled([9, 2, 3], slack=0.5) and not settled([9, 2, 3, 2.5], slack=0.5)
 
 
 def test_the_images_that_reach_furthest_are_chosen():

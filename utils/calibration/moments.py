@@ -104,13 +104,10 @@ class Unknown:
     reason: str
 
 
-def gaussian(mean: Tensor, variance: Tensor, bounds: tuple[Tensor, Tensor] | None = None) -> Moments:
-    """An unclipped activation, within SIGMAS deviations and within bounds that are known besides."""
+def gaussian(mean: Tensor, variance: Tensor) -> Moments:
+    """An unclipped activation, within SIGMAS deviations."""
     reach = SIGMAS * variance.sqrt()
-    low, high = mean - reach, mean + reach
-    if bounds:
-        low, high = torch.maximum(low, bounds[0]), torch.minimum(high, bounds[1])
-    return Moments(mean, variance, low, high)
+    return Moments(mean, variance, mean - reach, mean + reach)
 
 
 def larger_gaussian(first: Gaussian, second: Gaussian) -> Gaussian:
@@ -342,12 +339,16 @@ def _arithmetic(operation: Callable, x: Any, y: Any) -> Moments | None:
     """x (+, -, *) y, of which at least one has moments and the other is one too, or a constant."""
     if not (isinstance(x, Moments) and isinstance(y, Moments)):
         return _with_constant(operation, x, y)
-    corners = torch.stack(torch.broadcast_tensors(*(operation(a, b) for a in (x.low, x.high) for b in (y.low, y.high))))
-    bounds = corners.amin(0), corners.amax(0)
     if operation is operator.mul:
+        corners = torch.stack(torch.broadcast_tensors(*(a * b for a in (x.low, x.high) for b in (y.low, y.high))))
         variance = x.variance * y.variance + x.variance * y.mean**2 + y.variance * x.mean**2
-        return Moments(x.mean * y.mean, variance, *bounds)
-    return gaussian(operation(x.mean, y.mean), x.variance + y.variance, bounds)
+        return Moments(x.mean * y.mean, variance, corners.amin(0), corners.amax(0))
+    if operation is operator.sub:
+        y = Moments(-y.mean, y.variance, -y.high, -y.low)
+    # As far from the mean as both reach, if they are independent; what was rectified reaches further than its deviation says.
+    mean = x.mean + y.mean
+    below, above = torch.hypot(x.mean - x.low, y.mean - y.low), torch.hypot(x.high - x.mean, y.high - y.mean)
+    return Moments(mean, x.variance + y.variance, mean - below, mean + above)
 
 
 def _with_constant(operation: Callable, x: Any, y: Any) -> Moments | None:

@@ -29,7 +29,6 @@ Range = tuple[float, float]
 
 MARGIN = math.sqrt(2)  # how much further than a few images all data may reach
 FACTORS = (MARGIN, 1.0, 0.5**0.5, 0.5, 0.5**1.5, 0.25)  # of the width of the range that holds all
-RISE = 1.3  # of the noise that a wider range adds, beyond which narrower ones cut only more
 SLACK = 0.05  # of an even share of the noise that all tensors may have: what a wider range may cost
 MEASURED = 4  # images on which widths are measured: there are two runs of half the network for every tensor
 PIXELS = MEASURED * 224 * 224  # of them, where images are large
@@ -63,11 +62,11 @@ def candidates(known: Sequence[Range], bounds: Range | None) -> list[Range]:
 
 
 def settled(tried: Sequence[float], slack: float) -> bool:
-    """Whether no narrower range is worth a try: the widest adds next to nothing, or the last adds RISE times the least.
+    """Whether no narrower range is worth a try: the widest adds next to nothing, or twice in a row a narrower one added more.
 
     tried: what ranges add to the output's power by rounding and clipping, the widest first.
     """
-    return tried[0] <= slack or tried[-1] > RISE * min(tried)
+    return tried[0] <= slack or (len(tried) > 2 and tried[-1] > tried[-2] > tried[-3])
 
 
 def choose_range(noise: Mapping[Range, float], slack: float) -> Range:
