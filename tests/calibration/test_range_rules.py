@@ -206,3 +206,34 @@ def test_ranges_are_measured_once_for_recipes_that_differ_in_their_corrections(m
     tops(bits_activation=6)
     tops(relu=True)
     assert len(measured) == 4
+
+
+class Tail(nn.Module):
+    """Logits that something else follows before they are handed out."""
+
+    def __init__(self, tail):
+        super().__init__()
+        self.body, self.head, self.tail = conv_bn(3, 8), Head(8), tail
+
+    def forward(self, x):
+        return self.tail(self, x)
+
+
+TAILS = {
+    "softmax": lambda net, x: net.head(net.body(x)).softmax(1),
+    "scaled": lambda net, x: torch.log_softmax(net.head(net.body(x)) / 0.5, 1),
+    "flipped": lambda net, x: (net.head(net.body(x)) + net.head(net.body(x.flip(3)))) / 2,
+    "stacked": lambda net, x: torch.stack([net.head(net.body(x)), net.head(net.body(x.flip(3)))]).softmax(-1).mean(0),
+}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_logits_are_not_cut_on_their_way_out(tail):
+    model = settle(Tail(TAILS[tail]))
+    model.head.linear.weight *= 30  # far beyond what a few images show
+    result = quantize_data_free(model, SPEC, Recipe(quantize=True, correction=True))
+    layers = {node.name for node in weighted_nodes(result.float) if node.target == "head.linear"}
+    assert layers and not layers & set(quantizers(result))
+    images = SPEC.probe(32, seed=6)
+    expected, ours = model(images), result.simulated(images)
+    assert float((expected.argmax(1) == ours.argmax(1)).float().mean()) > 0.9

@@ -173,6 +173,28 @@ def averaged_into_output(model: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
+def _ends_in_functions(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether all that reads a value is the network's output, past functions, sums, products and averages of logits alone.
+
+    Nothing there gains by integers, while a range would cut the largest logits and 256 steps would make classes tie.
+    """
+
+    def passes(user: fx.Node) -> bool:
+        if user.op == "output" or is_concat(user) or keeps_grid(user):
+            return True
+        module, row = module_of(model, user), operator_of(user)
+        if module is not None:
+            return isinstance(module, ChannelAffine | Elementwise)
+        averages_logits = row.kind == "average" and len(shape(node)) <= 3
+        softmax = row.moments == "share" or user.target is torch.ops.aten.log_softmax.int
+        return averages_logits or softmax or row.kind in ("sum", "product")
+
+    return bool(node.users) and all(
+        user.op == "output" or (is_tensor(user) and passes(user) and _ends_in_functions(model, user))
+        for user in node.users
+    )
+
+
 def _can_be_written(model: fx.GraphModule, node: fx.Node) -> bool:
     if node.op in ("output", "get_attr") or not node.users or not is_tensor(node) or not shape(node):
         return False
@@ -181,7 +203,7 @@ def _can_be_written(model: fx.GraphModule, node: fx.Node) -> bool:
     sinks = [module_of(model, user) for user in node.users]
     if len(sinks) == 1 and isinstance(sinks[0], Clip):
         return False  # one kernel with its activation
-    return node.op == "placeholder" or not handed_out(node)
+    return node.op == "placeholder" or not _ends_in_functions(model, node)
 
 
 def handed_out(node: fx.Node) -> bool:
