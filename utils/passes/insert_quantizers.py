@@ -180,7 +180,7 @@ def _ends_in_functions(model: fx.GraphModule, node: fx.Node) -> bool:
     """
 
     def passes(user: fx.Node) -> bool:
-        if user.op == "output" or is_concat(user) or keeps_grid(user):
+        if is_concat(user) or keeps_grid(user):
             return True
         module, row = module_of(model, user), operator_of(user)
         if module is not None:
