@@ -48,14 +48,14 @@ def test_names_of_the_rows():
         "+LE+DBC +DR",
         "+DLE+BC +DR",
         "+DLE+DBC +DR",
-        "+LE+GPTQ+DBC +DR",
-        "+DLE+GPTQ+DBC +DR",
-        "+DLE+AR+DBC +DR",
+        "+LE+GPTQ+BC +DR",
+        "+DLE+GPTQ+BC +DR",
+        "+DLE+AR+BC +DR",
         "+LE+HBA+BC",
         "Original per channel",
         "+LE+BC per channel",
-        "+DLE+GPTQ+DBC +DR per channel",
-        "+DLE+AR+DBC +DR per channel",
+        "+DLE+GPTQ+BC +DR per channel",
+        "+DLE+AR+BC +DR per channel",
     ]
 
 

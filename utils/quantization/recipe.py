@@ -401,7 +401,7 @@ def _row(*names: str, **values: Value) -> Recipe:
     return Recipe(quantize=True, **bare, **values)
 
 
-_ON_IMAGES = ("equalize", "correction", "distill_equalize", "distill_correction", "distill_range")
+_ON_IMAGES = ("equalize", "correction", "distill_equalize", "distill_range")
 _LEARNED = {"distill_rounding": "adaround"}
 
 
@@ -423,10 +423,10 @@ TABLE = {
         _row("equalize", "correction", "distill_range"),
         _row("equalize", "correction", "distill_correction"),
         _row("equalize", "correction", "distill_correction", "distill_range"),
-        _row("equalize", "correction", "distill_equalize", "distill_range"),
-        _row("equalize", "correction", "distill_equalize", "distill_correction", "distill_range"),
-        _row("equalize", "correction", "distill_rounding", "distill_correction", "distill_range"),
-        _row("equalize", "correction", "distill_equalize", "distill_rounding", "distill_correction", "distill_range"),
+        _row(*_ON_IMAGES),
+        _row(*_ON_IMAGES, "distill_correction"),
+        _row("equalize", "correction", "distill_rounding", "distill_range"),
+        _row(*_ON_IMAGES, "distill_rounding"),
         _row(*_ON_IMAGES, **_LEARNED),
         _row("equalize", "absorption", "correction"),
         _row("per_channel"),
