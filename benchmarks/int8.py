@@ -48,6 +48,7 @@ FILES = {
     "ONNX Runtime FP32": ("onnxruntime", "original"),
     "ONNX Runtime FP32 with caps": ("onnxruntime", "capped"),
     "ONNX Runtime INT8, ours": ("onnxruntime", "ours"),
+    "ONNX Runtime INT8, uint8 weights": ("onnxruntime", "uint8"),
     f"ONNX Runtime INT8, --opset {WITH_MIN}": ("onnxruntime", "newest"),
     "ONNX Runtime INT8, quantize_static": ("onnxruntime", "static"),
     "OpenVINO FP32": ("openvino", "original"),
@@ -78,8 +79,9 @@ def files(model: nn.Module, spec: InputSpec, recipe: Recipe, images: Tensor, fol
     models = {
         "original": onnx_model(original(model, spec), spec, {}),
         "capped": onnx_model(ours.float, spec, {}),
-        "ours": build(ours, spec, {}),
-        "newest": build(ours, spec, {}, WITH_MIN),
+        "ours": build(ours, spec, {}, weight_type="int8"),
+        "uint8": build(ours, spec, {}, weight_type="uint8"),
+        "newest": build(ours, spec, {}, WITH_MIN, weight_type="int8"),
         "openvino": build(theirs, spec, {}, target=TARGETS["openvino"]),
     }
     made = {name: folder / f"{name}.onnx" for name in (*models, "static")}

@@ -435,6 +435,16 @@ ROWS: dict[str, list[Row]] = {
             flags(main_cls, "--quantize", "--export", "net.pt2", "--opset", "17"),
         ),
         Row(
+            "--weight_type that a target's files do not have",
+            "refused: files for TensorRT hold weights as int8 alone; leave out --weight_type",
+            flags(main_cls, "--quantize", "--target", "tensorrt", "--export", "net.onnx", "--weight_type", "uint8"),
+        ),
+        Row(
+            "--weight_type without a file",
+            "refused: --weight_type needs --export, or an --engine that is not simulate",
+            flags(main_cls, "--quantize", "--weight_type", "uint8"),
+        ),
+        Row(
             "--mask_values 0=0,0=1",
             "refused: argument --mask_values: '0=0,0=1' is no list of different values and their classes, such as 0=0,255=1,7=void",
             flags(main_seg, "--mask_values", "0=0,0=1"),

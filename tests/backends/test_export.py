@@ -16,6 +16,7 @@ from torch import nn
 import main_cls
 import main_det
 import main_seg
+import utils.backends.onnxruntime.export as runtime_export
 from dfq import Recipe, quantize_data_free
 from utils.backends.lowering import IntegerSum, lower_to_integers
 from utils.backends.onnx_writer import INPUT
@@ -31,6 +32,7 @@ from utils.graph.layers import WEIGHTED
 from utils.graph.nodes import weighted_nodes
 from utils.passes.exactness import probed_outputs
 from utils.quantization import serialization
+from utils.quantization.target import TARGETS
 
 FULL = Recipe(quantize=True, equalize=True, correction=True)
 
@@ -63,17 +65,19 @@ def test_networks_run_on_integers(network, flags):
     assert not kernels.floating and len(kernels.integer) == len(weighted_nodes(result.simulated))
 
 
-def test_weights_are_stored_as_integers_and_the_file_is_a_quarter(tmp_path):
+@pytest.mark.parametrize(("kind", "middle"), [("int8", 0), ("uint8", 128)])
+def test_weights_are_stored_as_integers_and_the_file_is_a_quarter(kind, middle, tmp_path):
     result = quantized(lambda: nn.Sequential(conv_bn(3, 64), conv_bn(64, 128), conv_bn(128, 128)))
-    told = export(result, SPEC, tmp_path / "net.onnx", {"recipe": "+LE+BC", "classes": {"0": "cat"}})
+    about = {"recipe": "+LE+BC", "classes": {"0": "cat"}}
+    told = export(result, SPEC, tmp_path / "net.onnx", about, weight_type=kind)
     assert 0.24 < told.size / told.float_size < 0.3
     model = onnx.load(tmp_path / "net.onnx")
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    weights = {name: values for name, values in constants.items() if name.endswith("_weight_uint8")}
+    weights = {name: values for name, values in constants.items() if name.endswith(f"_weight_{kind}")}
     biases = [values.dtype for name, values in constants.items() if name.endswith("_bias_int32")]
-    assert [values.dtype for values in weights.values()] == [np.uint8] * 3 and biases == [np.int32] * 3
-    zeros = [constants[name.replace("_uint8", "_zero_point")] for name in weights]
-    assert all(zero.dtype == np.uint8 and (zero == 128).all() for zero in zeros)
+    assert [values.dtype for values in weights.values()] == [np.dtype(kind)] * 3 and biases == [np.int32] * 3
+    zeros = [constants[name.replace(f"_{kind}", "_zero_point")] for name in weights]
+    assert all(zero.dtype == np.dtype(kind) and (zero == middle).all() for zero in zeros)
     assert model.opset_import[0].version == 13 and model.ir_version == 7
     said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert said == {"recipe": "+LE+BC", "classes": {"0": "cat"}, "float_layers": []}
@@ -99,6 +103,28 @@ def test_large_weights_are_exact_in_a_session_with_default_options(per_channel, 
     found = torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
     torch.testing.assert_close(found, lower_to_integers(result.simulated)(images), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, result.simulated(images), rtol=0.02, atol=0.02)
+
+
+def test_weights_are_uint8_where_sums_with_int8_saturate(tmp_path, monkeypatch):
+    """Whichever the processor here is: the file of either kind gives the same integers, and says where it is good."""
+    result, files, found = quantized(saturating, Recipe(quantize=True)), {}, []
+    for exact in (True, False):
+        monkeypatch.setattr(runtime_export, "sums_exactly", lambda exact=exact: exact)
+        files[exact] = tmp_path / f"{exact}.onnx"
+        told = str(export(result, SPEC, files[exact], {}))
+        assert ("weights are int8" in told, "weights are uint8" in told) == (exact, not exact)
+        found.append(OnnxNetwork(files[exact])(SPEC.probe(4)))
+        constants = onnx.load(files[exact]).graph.initializer
+        held = {tensor.name.rpartition("_")[2] for tensor in constants if "_weight_" in tensor.name}
+        assert held - {"scale", "point"} == {"int8" if exact else "uint8"}
+    assert torch.equal(*found)
+
+
+def test_a_target_of_one_weight_type_refuses_another(tmp_path):
+    result = quantized(chain, Recipe(quantize=True, target="openvino"))
+    with pytest.raises(UserError, match=r"OpenVINO hold weights as int8 alone; leave out --weight_type"):
+        export(result, SPEC, tmp_path / "net.onnx", {}, target=TARGETS["openvino"], weight_type="uint8")
+    assert not list(tmp_path.iterdir())
 
 
 class Named(nn.Module):

@@ -39,6 +39,7 @@ def quantized(network, **settings):
 
 
 @pytest.mark.parametrize("opset", [None, WITH_INT4, WITH_MIN])
+@pytest.mark.parametrize("weight_type", ["int8", "uint8"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -51,9 +52,9 @@ def quantized(network, **settings):
     ],
 )
 @pytest.mark.parametrize("network", [chain, Residual])
-def test_weights_of_fewer_bits_run_on_integers(network, settings, opset):
+def test_weights_of_fewer_bits_run_on_integers(network, settings, weight_type, opset):
     result = quantized(network, **settings)
-    model = build(result, SPEC, {}, opset)
+    model = build(result, SPEC, {}, opset, weight_type=weight_type)
     parity = check_parity(model, result.simulated, SPEC.probe(6))
     assert parity.agreement == 1 and not any(layer.off or layer.far for layer in parity.layers)
     assert not find_kernels(model, result.simulated).floating
@@ -66,7 +67,7 @@ def test_weights_of_fewer_bits_run_on_integers(network, settings, opset):
 def stored(model, layer):
     """A layer's weights as the file's constants say them, by ONNX's own reading, and the type that they are held in."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    kind = next(kind for kind in ("uint4", "uint8") if f"{layer}_weight_{kind}" in constants)
+    kind = next(kind for kind in ("int4", "uint4", "int8", "uint8") if f"{layer}_weight_{kind}" in constants)
     steps = torch.from_numpy(constants[f"{layer}_weight_{kind}"].astype(np.int64))
     along = [-1] + [1] * (steps.dim() - 1)
     scale, zero = (torch.tensor(constants[f"{layer}_weight_{part}"]) for part in ("scale", "zero_point"))
@@ -74,16 +75,18 @@ def stored(model, layer):
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("opset", "kind"), [(20, "uint8"), (WITH_INT4, "uint4")])
-def test_a_file_holds_the_weights_of_the_simulation(opset, kind, asymmetric):
+@pytest.mark.parametrize("weight_type", ["int8", "uint8"])
+@pytest.mark.parametrize(("opset", "bits"), [(20, 8), (WITH_INT4, 4)])
+def test_a_file_holds_the_weights_of_the_simulation(opset, bits, weight_type, asymmetric):
     result = quantized(Residual, **MIXED, asymmetric=asymmetric)
-    model, kinds = build(result, SPEC, {}, opset), []
+    model, kinds = build(result, SPEC, {}, opset, weight_type=weight_type), []
     for node in weighted_nodes(result.simulated):
         weight, held = stored(model, node.name)
         layer = result.simulated.get_submodule(node.target)
         torch.testing.assert_close(weight, layer.weight.double(), rtol=1e-6, atol=0)
         kinds.append(held)
-    assert kinds == ["uint8", kind, kind, "uint8"]
+    small = weight_type.replace("8", str(bits))
+    assert kinds == [weight_type, small, small, weight_type]
 
 
 def test_the_file_means_the_same_to_the_reference_of_onnx():
@@ -128,11 +131,13 @@ class Kinds(nn.Module):
         return self.head(torch.relu(self.tokens(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize("weight_type", ["int8", "uint8"])
 @pytest.mark.parametrize("settings", [{}, {"per_channel": True, "asymmetric": True}])
-def test_all_kinds_of_layers_are_stored_in_4_bits(settings):
+def test_all_kinds_of_layers_are_stored_in_4_bits(settings, weight_type):
     result = quantized(Kinds, bits_weight=4, **settings)
-    model = build(result, SPEC, {}, WITH_INT4)
-    assert sum(tensor.data_type == onnx.TensorProto.UINT4 for tensor in model.graph.initializer) == 5
+    model = build(result, SPEC, {}, WITH_INT4, weight_type=weight_type)
+    kind = {"int8": onnx.TensorProto.INT4, "uint8": onnx.TensorProto.UINT4}[weight_type]
+    assert sum(tensor.data_type == kind for tensor in model.graph.initializer) == 5
     check_parity(model, result.simulated, SPEC.probe(4))
 
 

@@ -70,7 +70,7 @@ def _parameters(w: "_Writer", node: fx.Node, layer: nn.Module, axis: int = 0) ->
     if biases is not None:
         _check_bits(w, biases, (32,), f"the values of the bias of layer {node.target!r}")
     return [
-        w.parameter(f"{node.name}_weight", layer.weight, weights, getattr(torch, w.target.weights), axis),
+        w.parameter(f"{node.name}_weight", layer.weight, weights, getattr(torch, w.weight_type), axis),
         w.parameter(f"{node.name}_bias", layer.bias, biases, torch.int32),
     ]
 

@@ -3,10 +3,8 @@
 Standard operators only. A quantizer becomes QuantizeLinear and DequantizeLinear (QDQ) with its scale and zero
 point; weights are initialisers of 8 bits and biases of 32, on the grid of weight scale times input scale, each behind a
 DequantizeLinear, or floats. From this form engines make integer kernels by themselves. What is signed is the target's
-(utils/quantization/target.py). For ONNX Runtime weights are unsigned, because x86 processors without VNNI add
-products of uint8 and int8 in 16 bits, which saturate. From opset WITH_INT4 on weights of 4 bits are stored in 4, behind
-a Cast to 8: ONNX Runtime does it once, as it loads the file, and takes its integer kernels, where a DequantizeLinear of 4
-bits runs in float.
+(utils/quantization/target.py). From opset WITH_INT4 on weights of 4 bits are stored in 4, behind a Cast to 8: ONNX Runtime
+does it once, as it loads the file, and takes its integer kernels, where a DequantizeLinear of 4 bits runs in float.
 Tensors have the names of the graph's nodes, nodes those of the layers. Sizes are those of one image;
 only the batch is dynamic. An operator that the table lacks is written by torch.onnx.
 """
@@ -40,6 +38,7 @@ OPSET = 13  # of 2020: the first whose DequantizeLinear knows scales per channel
 WITH_INT4 = 21  # whose Cast knows integers of 4 bits; ONNX Runtime has it since 1.23
 WITH_MIN = 22  # who asks for this has an ONNX Runtime with a Min of uint8, which 1.23 still lacks
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10}
+INT4 = {torch.int8: (TensorProto.INT4, "int4"), torch.uint8: (TensorProto.UINT4, "uint4")}
 _KINDS = {torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32, torch.bool: TensorProto.BOOL}
 aten = torch.ops.aten
 
@@ -50,17 +49,19 @@ def onnx_model(
     metadata: Mapping[str, Any],
     opset: int | None = None,
     target: Target = TARGETS[DEFAULT],
+    weight_type: str | None = None,
 ) -> onnx.ModelProto:
     """What a file holds. metadata: by key, anything that JSON can say. opset: the lowest that will do, if None.
 
-    target: whose engine the network was quantized for. Caps per channel are written so that any runtime takes them; from
+    target: whose engine the network was quantized for. weight_type: one of its weights, the first if None. Caps per channel are written so that any runtime takes them; from
     opset WITH_MIN on as a Min of integers, which is faster.
     Parameters of other than 8 bits (biases: 32), and an operator that neither the table nor torch.onnx can write, are
     a UserError.
     """
     if target.caps == "between" and opset is not None and opset >= WITH_MIN:
         target = replace(target, caps="integers")
-    writer = _Writer(simulated, spec, opset or OPSET, target)
+    weight_type = weight_type or target.weights[0]
+    writer = _Writer(simulated, spec, opset or OPSET, target, weight_type)
     try:
         writer.write_all()
     except _NeedsOpset as needed:
@@ -69,7 +70,7 @@ def onnx_model(
                 f"{needed}, which torch.onnx writes, needs opset {TORCH_OPSET} or newer, not {opset}; "
                 f"pass --opset {TORCH_OPSET}, or leave out --opset"
             ) from None
-        writer = _Writer(simulated, spec, TORCH_OPSET, target)
+        writer = _Writer(simulated, spec, TORCH_OPSET, target, weight_type)
         writer.write_all()
     batch = simulated.meta.get("batch") or "N"
     image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *spec.shape()[1:]])
@@ -91,8 +92,9 @@ class _NeedsOpset(Exception):
 class _Writer:
     """What has been written so far, and the values that fx nodes have become."""
 
-    def __init__(self, model: fx.GraphModule, spec: InputSpec, opset: int, target: Target):
-        self.model, self.opset, self.batch_axes, self.target = model, opset, BatchAxes(model, spec), target
+    def __init__(self, model: fx.GraphModule, spec: InputSpec, opset: int, target: Target, weight_type: str):
+        self.model, self.opset, self.batch_axes = model, opset, BatchAxes(model, spec)
+        self.target, self.weight_type = target, weight_type
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -152,11 +154,12 @@ class _Writer:
         return name
 
     def packed(self, name: str, values: Tensor) -> str:
-        """A constant of integers from 0 to 15, two in a byte, the first in the lower half."""
-        flat = values.flatten()
-        pairs = nn.functional.pad(flat, (0, len(flat) % 2)).numpy()
-        bytes_ = (pairs[::2] | pairs[1::2] << 4).tobytes()
-        self.initializers.append(helper.make_tensor(name, TensorProto.UINT4, list(values.shape), bytes_, raw=True))
+        """A constant of integers of 4 bits, signed or not as the values' type, two in a byte, the first in the lower half."""
+        halves = nn.functional.pad(values.flatten().view(torch.uint8) & 15, (0, values.numel() % 2)).numpy()
+        bytes_ = (halves[::2] | halves[1::2] << 4).tobytes()
+        kind, suffix = INT4[values.dtype]
+        name = f"{name}_{suffix}"
+        self.initializers.append(helper.make_tensor(name, kind, list(values.shape), bytes_, raw=True))
         return name
 
     def number(self, name: str, value: float) -> str:
@@ -245,13 +248,19 @@ class _Writer:
         scale, zero = (
             part.reshape(along if qparams.per_channel else []).double() for part in (qparams.scale, qparams.zero_point)
         )
-        packed = kind == torch.uint8 and qparams.bits <= 4 and self.opset >= WITH_INT4
+        packed = kind in INT4 and qparams.bits <= 4 and self.opset >= WITH_INT4
         middle = 8 if packed else 128
-        shift = -middle if kind == torch.uint8 and qparams.quant_min < 0 else 0  # signed integers as unsigned
+        shift = 0
+        if kind == torch.uint8 and qparams.quant_min < 0:  # signed integers as unsigned
+            shift = -middle
+        elif kind == torch.int8 and qparams.quant_min >= 0:  # unsigned ones as signed
+            shift = middle
         steps = ((values.double() / scale).round() + zero - shift).to(kind)
         integers = f"{name}_{str(kind).removeprefix('torch.')}"
         if packed:
-            self.add("Cast", [self.packed(f"{name}_uint4", steps)], integers, to=TensorProto.UINT8)
+            self.add(
+                "Cast", [self.packed(name, steps)], integers, to=helper.np_dtype_to_tensor_dtype(steps.numpy().dtype)
+            )
         else:
             self.constant(integers, steps)
         zero_point = self.constant(f"{name}_zero_point", (qparams.zero_point - shift).to(kind))

@@ -22,7 +22,7 @@ from utils.experiment.evaluation import tune_allocator
 from utils.experiment.images import OF_IMAGES, add_distillation_flags, add_image_flags, check_image_flags
 from utils.experiment.records import Loaded, check_writable
 from utils.quantization.recipe import DISTILLED, OF_A_ROW, SETTINGS, add_recipe_flags, check_settings, given
-from utils.quantization.target import DEFAULT, TARGETS, check_engine, without_kernels
+from utils.quantization.target import DEFAULT, TARGETS, check_engine, check_weight_type, without_kernels
 from utils.tasks.base import Task
 
 
@@ -186,6 +186,12 @@ def add_deployment_flags(parser: ArgumentParser) -> None:
         help="ONNX opset of what is exported or run, 13 to 22; from 21 on weights of 4 bits are stored in 4 (default: "
         "the lowest that has the network's operators)",
     )
+    group.add_argument(
+        "--weight_type",
+        choices=TARGETS[DEFAULT].weights,
+        help="how the file holds weights: int8, fast on processors with VNNI and on ARM, or uint8, exact on x86 without VNNI too "
+        "(default: int8 where its sums are exact here)",
+    )
     group.add_argument("--save", type=Path, metavar="FILE", help="keep the quantized network, to be loaded again")
     group.add_argument(
         "--load", type=Path, metavar="FILE", help="a network that --save kept, in place of --weights and the passes"
@@ -264,16 +270,20 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
     to_int8 += [f"engine {args.engine}"] if args.engine != "simulate" else []
     if to_int8 and not (args.quantize or args.load or args.table or args.auto):
         parser.error(f"--{to_int8[0]} needs --quantize, --auto or --load")
-    if args.opset and not args.export and args.engine == "simulate":
-        parser.error("--opset needs --export, or an --engine that is not simulate")
+    of_onnx = next((flag for flag in ("opset", "weight_type") if getattr(args, flag)), None)
+    if of_onnx and not args.export and args.engine == "simulate":
+        parser.error(f"--{of_onnx} needs --export, or an --engine that is not simulate")
     if not args.load:
         try:
             check_engine(args.target, args.engine)
+            check_weight_type(TARGETS[args.target], args.weight_type)
         except UserError as error:
             parser.error(str(error))
     to_onnx = args.export is not None and args.export.suffix != PROGRAM
-    if args.opset and args.export and not to_onnx and args.engine == "simulate":
-        parser.error(f"--opset is of ONNX files, and {args.export} is to be one of torch.export; leave out --opset")
+    if of_onnx and args.export and not to_onnx and args.engine == "simulate":
+        parser.error(
+            f"--{of_onnx} is of ONNX files, and {args.export} is to be one of torch.export; leave out --{of_onnx}"
+        )
     # Other targets' widths are refused with the recipe, even to be simulated.
     runs = args.target == DEFAULT and (to_onnx or args.engine != "simulate")
     if runs and (lacking := without_kernels(vars(args))) is not None:

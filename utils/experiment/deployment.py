@@ -49,7 +49,8 @@ def write_files(run: "Run", recipe: Recipe, quantized: Quantized, names: Mapping
         from utils.backends.onnxruntime.export import export
 
         predictions = run.task.predictions
-        print(export(quantized, run.spec, args.export, metadata, probes, predictions, args.opset, recipe.engine))
+        form = args.opset, recipe.engine, args.weight_type
+        print(export(quantized, run.spec, args.export, metadata, probes, predictions, *form))
 
 
 def in_engine(
@@ -60,7 +61,8 @@ def in_engine(
 
     name = run.args.engine
     check_engine(recipe.target, name)
-    model = build(quantized, run.spec, describe(run, recipe, names), run.args.opset, recipe.engine)
+    form = run.args.opset, recipe.engine, run.args.weight_type
+    model = build(quantized, run.spec, describe(run, recipe, names), *form)
     print(describe_kernels(model, quantized, name))
     parity = check_parity(model, quantized.simulated, probes, run.task.predictions, name, recipe.engine)
     print(f"  {parity}")

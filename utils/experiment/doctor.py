@@ -223,7 +223,7 @@ def _engine(run: "Run", recipe: Recipe, quantized: Quantized) -> list[str]:
     target = f"target: {str(recipe.engine).removeprefix('for ')}"
     if (lacking := without_kernels(recipe.settings)) is not None:
         return [target, f"simulated alone: it has no kernels for {lacking}"]
-    model = build(quantized, run.spec, {}, run.args.opset, recipe.engine)
+    model = build(quantized, run.spec, {}, run.args.opset, recipe.engine, run.args.weight_type)
     size = f"file: {len(model.SerializeToString()) / 1e6:.2f} MB, ONNX opset {model.opset_import[0].version}"
     size = "; ".join([size, *about_widths(model, quantized)])
     engine, notes = checking_engine(recipe.engine)

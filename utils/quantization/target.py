@@ -18,7 +18,7 @@ class Target:
     zero_points: whether weights may have one (--asymmetric). per_channel: weights have a scale for every output channel
     even without --per_channel. integer_biases: biases are int32 in the steps of the accumulator; else float.
     quantizes_summands: a layer's output is quantized before the sum that it feeds; else the engine adds in the layer's
-    own kernel, before anything is rounded. weights: how a file holds them, uint8 or int8. caps: whether a channel's
+    own kernel, before anything is rounded. weights: how a file may hold them, int8 or uint8, the fastest first. caps: whether a channel's
     upper bound is applied to "integers", to "floats" before they are quantized, or to floats "between" two quantizers. engines: the choices of --engine that
     run its file, the target's own first. bits_weight, bits_activation: those that its integer kernels take; weights of
     fewer than 8 bits are integers of 8 bits there, on fewer levels. bits_first: of the weights of layers that read the
@@ -33,7 +33,7 @@ class Target:
     per_channel: bool
     integer_biases: bool
     quantizes_summands: bool
-    weights: str
+    weights: tuple[str, ...]
     caps: str
     engines: tuple[str, ...]
     bits_weight: tuple[int, ...] = (8,)
@@ -65,7 +65,7 @@ TARGETS: Mapping[str, Target] = {
         per_channel=False,
         integer_biases=True,
         quantizes_summands=True,
-        weights="uint8",
+        weights=("int8", "uint8"),
         caps="between",
         engines=("onnxruntime",),
         bits_weight=(8, 7, 6, 5, 4, 3, 2),
@@ -77,7 +77,7 @@ TARGETS: Mapping[str, Target] = {
         per_channel=False,
         integer_biases=False,
         quantizes_summands=False,
-        weights="int8",
+        weights=("int8",),
         caps="integers",
         engines=("openvino", "onnxruntime"),
         bits_weight=(8, 7),
@@ -91,7 +91,7 @@ TARGETS: Mapping[str, Target] = {
         per_channel=True,
         integer_biases=False,
         quantizes_summands=True,
-        weights="int8",
+        weights=("int8",),
         caps="floats",
         engines=("onnxruntime",),
         rules="utils.backends.tensorrt.rules:check_tensorrt",
@@ -145,6 +145,12 @@ def in_words(bits: Collection[int]) -> str:
     low, high = min(bits), max(bits)
     whole_range = high - low + 1 == len(bits) > 2
     return f"{low} to {high}" if whole_range else " or ".join(map(str, sorted(bits, reverse=True)))
+
+
+def check_weight_type(target: Target, weight_type: str | None) -> None:
+    """Refuse what a target's files cannot hold weights as; None, for the fastest that is exact, is always good."""
+    if weight_type is not None and weight_type not in target.weights:
+        raise UserError(f"files for {target.title} hold weights as {target.weights[0]} alone; leave out --weight_type")
 
 
 def check_engine(name: str, engine: str) -> None:

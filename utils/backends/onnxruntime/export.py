@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from utils.backends.base import Kernels, is_own, load_engine, missing_package
 from utils.backends.onnx_writer import WITH_INT4, WITH_MIN, onnx_model
+from utils.backends.onnxruntime.session import PRECISE, sums_exactly
 from utils.backends.parity import Parity, compare, integers_of
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -22,7 +23,7 @@ from utils.core.predictions import Predictions, channel_predictions
 from utils.graph.nodes import first_line, module_of, outputs_of, weighted_nodes
 from utils.passes.result import Quantized
 from utils.quantization.quantizer import Quantizer
-from utils.quantization.target import DEFAULT, TARGETS, Target
+from utils.quantization.target import DEFAULT, TARGETS, Target, check_weight_type
 
 PROBES = 8  # images that engine and simulation are compared on
 
@@ -55,12 +56,15 @@ def build(
     metadata: Mapping[str, Any],
     opset: int | None = None,
     target: Target = TARGETS[DEFAULT],
+    weight_type: str | None = None,
 ) -> onnx.ModelProto:
     """The model, checked by ONNX's own checker, shapes included, and by the rules of its target.
 
-    opset: the lowest that will do, if None. target: the one that the network was quantized for.
+    opset: the lowest that will do, if None. target: the one that the network was quantized for. weight_type: of those that
+    the target's files may hold; None: the fastest that is exact here.
     """
-    model = onnx_model(quantized.simulated, spec, metadata, opset, target)
+    check_weight_type(target, weight_type)
+    model = onnx_model(quantized.simulated, spec, metadata, opset, target, weight_type or exact_weight_type(target))
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -69,6 +73,11 @@ def build(
         module, _, name = target.rules.partition(":")
         getattr(import_module(module), name)(model)
     return model
+
+
+def exact_weight_type(target: Target) -> str:
+    """How a file holds weights if nobody says: int8, or uint8 where ONNX Runtime's sums of products with int8 saturate here."""
+    return target.weights[0 if sums_exactly() else -1]
 
 
 def describe_kernels(model: onnx.ModelProto, quantized: Quantized, engine: str = DEFAULT) -> Kernels:
@@ -118,6 +127,21 @@ def checking_engine(target: Target) -> tuple[str, tuple[str, ...]]:
     return own, ()
 
 
+def _about_processors(target: Target, weight_type: str) -> list[str]:
+    """Where the file is exact, and where it is fast, in words."""
+    if len(target.weights) == 1:
+        return []
+    if weight_type == "uint8":
+        return [
+            "weights are uint8, exact on every processor; int8, by --weight_type int8, is up to twice as fast on those with "
+            "VNNI and saturates on other x86"
+        ]
+    return [
+        "weights are int8, exact and fast on processors with VNNI and on ARM; for x86 without VNNI, whose sums saturate, "
+        f"export with --weight_type uint8 or set {PRECISE} in the session"
+    ]
+
+
 def _about_caps(model: onnx.ModelProto) -> list[str]:
     """What a faster file would need, in words."""
     capped = sum(node.op_type == "QuantizeLinear" and "_uncapped" in node.output[0] for node in model.graph.node)
@@ -135,7 +159,7 @@ def about_widths(model: onnx.ModelProto, quantized: Quantized) -> list[str]:
     small = sum(grid is not None and grid.bits <= 4 for grid in grids)
     if not small:
         return []
-    if any(tensor.data_type == onnx.TensorProto.UINT4 for tensor in model.graph.initializer):
+    if any(tensor.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4) for tensor in model.graph.initializer):
         return [f"{small} layers' weights are stored in 4 bits, which ONNX Runtime 1.23 or newer reads"]
     return [
         f"{small} layers' weights of 4 bits or fewer are stored in 8, as any ONNX Runtime reads them; --opset "
@@ -152,19 +176,22 @@ def export(
     predictions: Predictions = channel_predictions,
     opset: int | None = None,
     target: Target = TARGETS[DEFAULT],
+    weight_type: str | None = None,
 ) -> Exported:
     """Write the file, read it back, check it and run it; a file of that name stays as it is until all is well.
 
     images: to compare engine and simulation on (default: random ones). predictions: of the network's outputs. opset: of
-    ONNX (default: the lowest that will do). target: the one that the network was quantized for. Too large a difference,
+    ONNX (default: the lowest that will do). target: the one that the network was quantized for. weight_type: as for
+    build(). Too large a difference,
     bits, operators or an opset that the file cannot have, and a file that cannot be written are UserErrors.
     """
     images = spec.probe(PROBES) if images is None else images
-    model = build(quantized, spec, metadata, opset, target)
+    weight_type = weight_type or exact_weight_type(target)
+    model = build(quantized, spec, metadata, opset, target, weight_type)
     engine, notes = checking_engine(target)
     parity = check_parity(model, quantized.simulated, images, predictions, engine, target)
     kernels = describe_kernels(model, quantized, engine) if is_own(engine, target) else None
-    notes = (*notes, *_about_caps(model), *about_widths(model, quantized))
+    notes = (*notes, *_about_processors(target, weight_type), *_about_caps(model), *about_widths(model, quantized))
     run = load_engine(engine).network  # both runs of one kind
     with atomic_write(file) as beside:
         onnx.save(model, beside)

@@ -1,11 +1,14 @@
 """An ONNX model in ONNX Runtime: as a network, and as the list of layers that it runs on integers."""
 
 import tempfile
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from utils.backends.base import INPUT, Kernels
@@ -13,6 +16,7 @@ from utils.core.errors import UserError
 from utils.graph.nodes import first_line, module_of, weighted_nodes
 
 _PROVIDERS = ["CPUExecutionProvider"]
+PRECISE = "session.x64quantprecision=1"  # makes int8 weights uint8 where their sums would saturate
 _REWRITES = ["WeightBiasQuantization"]  # rounds the weights of a float layer that reads a tensor of one scale
 
 
@@ -60,9 +64,27 @@ def network(model: Path | bytes, threads: int | None = None, foreign: bool = Fal
 def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: warnings are about files optimised for one machine, as below
-    # Without VNNI, x86 adds products of uint8 and int8 in 16 bits, which saturate; this makes int8 weights uint8 there.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry(*PRECISE.split("="))
     return options
+
+
+@cache
+def sums_exactly() -> bool:
+    """Whether a session with default options adds products of uint8 and int8 exactly here.
+
+    x86 processors without VNNI add two of them in 16 bits, which saturate. One sum of the largest products tells.
+    """
+    largest, count = 255 * 127, 64
+    terms = helper.make_tensor_value_info("a", TensorProto.UINT8, [1, count])
+    total = helper.make_tensor_value_info("sum", TensorProto.INT32, [1, 16])
+    weights = numpy_helper.from_array(np.full((count, 16), 127, np.int8), "weights")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "weights"], ["sum"])], "sums", [terms], [total], [weights]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=_PROVIDERS)
+    (found,) = session.run(None, {"a": np.full((1, count), 255, np.uint8)})
+    return bool((found == largest * count).all())
 
 
 def find_kernels(model: onnx.ModelProto, simulated: fx.GraphModule) -> Kernels:
