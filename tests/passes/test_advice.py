@@ -23,7 +23,8 @@ def test_a_noisy_output_says_what_to_try():
     assert "more bits" not in line  # engines have no more than 8
     (line,) = fidelity_warnings(near, Recipe(quantize=True, bits_weight=4), 16, real=False)
     assert "more bits (--bits_weight)," in line
-    given = Recipe(quantize=True, equalize=True, correction=True, per_channel=True)
+    assert line.index("--distill_range") < line.index("--per_channel")
+    given = Recipe(quantize=True, equalize=True, correction=True, per_channel=True, distill_range=True)
     (line,) = fidelity_warnings(near, given, 8, real=True)
     assert line.endswith("on 8 held-out images (yours); try --float_layers with the noisiest layers")
     assert len(fidelity_warnings(Fidelity(float("nan"), {}), PLAIN, 16, real=False)) == 1

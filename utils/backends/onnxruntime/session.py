@@ -64,7 +64,8 @@ def network(model: Path | bytes, threads: int | None = None, foreign: bool = Fal
 def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: warnings are about files optimised for one machine, as below
-    options.add_session_config_entry(*PRECISE.split("="))
+    if not sums_exactly():  # with VNNI it would cost half of the speed and change no number
+        options.add_session_config_entry(*PRECISE.split("="))
     return options
 
 
