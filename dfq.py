@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 
 import torch
@@ -57,7 +57,7 @@ from utils.passes.log import PassLog
 from utils.passes.noise_equalization import QuantScheme, choose_nearest, noise_optimal_scales, observe_on_images
 from utils.passes.quantize_bias import quantize_biases
 from utils.passes.quantize_weights import keep_in_float, quantizable_layers, quantize_weights, weight_ranges
-from utils.passes.relu6 import replace_relu6
+from utils.passes.relu6 import drop_idle_caps, replace_relu6
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe, Value
 from utils.quantization.target import DEFAULT
@@ -191,6 +191,9 @@ def quantize(
     simulated = copy.deepcopy(network)
     layers = quantizable_layers(simulated, range_of, log)
     bits_held, bits_read = bits_of_first_and_last(network, recipe.bits_first_last)
+    consulted = images is not None and (recipe.distill_range or images.real)
+    on_images = cache(partial(layer_extremes, network, images.calibration)) if consulted else None
+    drop_idle_caps(simulated, statistics, range_of, recipe.bits_activation, recipe.engine.signed, on_images, log)
     insert_quantizers(simulated, range_of, recipe.bits_activation, log, recipe.engine, bits_read)
 
     # Weights: clipped, section 5.1.2, and rounded to the nearest steps.

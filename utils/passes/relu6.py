@@ -1,14 +1,20 @@
 """ReLU6: replaced by ReLU as the published method does, or kept exact with bounds of its own for every channel."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
+from utils.calibration.moments import Gaussian, Statistics, Unknown
+from utils.calibration.ranges import ChannelRanges, RangeOf
 from utils.graph.layers import Clip
 from utils.graph.nodes import module_of
 from utils.graph.regions import ChannelSlice
 from utils.passes.log import PassLog
+from utils.quantization.qparams import activation_qparams
+
+NEGLIGIBLE = 0.01  # of a tensor's rounding noise
 
 
 def replace_relu6(model: fx.GraphModule, log: PassLog) -> None:
@@ -18,6 +24,45 @@ def replace_relu6(model: fx.GraphModule, log: PassLog) -> None:
         if isinstance(clip, Clip) and clip.rectifies and bool((clip.high == 6).all()):
             clip.high = torch.tensor(math.inf)
             log.applied("replaced ReLU6 by ReLU", node.target)
+
+
+def drop_idle_caps(
+    model: fx.GraphModule,
+    statistics: Statistics,
+    range_of: RangeOf,
+    bits: int,
+    signed: bool,
+    extremes_on_images: Callable[[], ChannelRanges] | None,
+    log: PassLog,
+) -> None:
+    """Drop the caps per channel of tensors that BatchNorm's Gaussians do not reach, nor any image. Ours.
+
+    An engine pays for every tensor that has one, and gets nothing for it where what the caps cut is under NEGLIGIBLE of the
+    tensor's rounding noise. model: that will be simulated; the float network keeps its caps. range_of, bits, signed: as
+    activations will be quantized. extremes_on_images: what layers give on the images of the run, if it has some.
+    """
+    for node in model.graph.nodes:
+        clip = module_of(model, node)
+        if not isinstance(clip, Clip) or not clip.rectifies or not clip.high.dim():
+            continue
+        layer, known = node.args[0].target, range_of(node)
+        if layer not in statistics or isinstance(known, Unknown) or bool((clip.high >= known[1]).all()):
+            continue
+        step = activation_qparams(torch.tensor(known[0]), torch.tensor(known[1]), bits, signed).scale
+        cut = _cut_above(statistics[layer], clip.high).mean()
+        if not bool(cut < NEGLIGIBLE * step**2 / 12):
+            continue
+        if extremes_on_images is None or bool((extremes_on_images()[layer][1] <= clip.high).all()):
+            clip.high = torch.tensor(math.inf)
+            log.applied("dropped caps that nothing reaches", node.target, "ReLU6 is a ReLU there")
+
+
+def _cut_above(known: Gaussian, caps: Tensor) -> Tensor:
+    """The mean square [C] of what lies above the caps, E[max(x - cap, 0)^2], of Gaussian channels."""
+    deviation = known.variance.double().sqrt().clamp_min(1e-30)
+    z = (caps.double() - known.mean.double()) / deviation
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    return (deviation**2 * ((1 + z**2) * torch.special.ndtr(-z) - z * density)).clamp_min(0)
 
 
 def channel_caps(model: fx.GraphModule, clip: ChannelSlice, channels: int) -> Tensor:
