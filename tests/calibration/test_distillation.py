@@ -132,6 +132,23 @@ def test_a_cache_that_cannot_be_written_is_one_line(settled, tmp_path):
         distilled(settled, SPEC, FEW, CPU, tmp_path / "file")
 
 
+def test_two_runs_may_distil_the_same_images_at_once(settled, tmp_path, monkeypatch):
+    """The second one starts and ends while the first is distilling; both have their images."""
+    alone, inside = distill.distill, []
+
+    def beside_another(*given):
+        if not inside:
+            inside.append(None)
+            monkeypatch.setattr("os.getpid", lambda: -1)
+            inside.append(distilled(settled, SPEC, FEW, CPU, tmp_path))
+            monkeypatch.undo()
+        return alone(*given)
+
+    monkeypatch.setattr(distill, "distill", beside_another)
+    assert torch.equal(distilled(settled, SPEC, FEW, CPU, tmp_path), inside[1])
+    assert [file.suffix for file in tmp_path.iterdir()] == [".pt"]
+
+
 def test_a_recipe_says_what_it_distills():
     recipe = Recipe(quantize=True, equalize=True, correction=True, distill_correction=True, distill_range=True)
     assert str(recipe) == "+LE+DBC +DR" and recipe.needs_images

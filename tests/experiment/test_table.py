@@ -176,3 +176,13 @@ def test_images_are_decoded_once_where_they_fit(room, read_again):
     first, again = ([batch.targets.tolist() for batch in loader] for _ in range(2))
     assert first == again == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(samples.read) == 10 + read_again
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+def test_rows_on_a_gpu_are_those_of_the_cpu(table, tmp_path):
+    main_cls.main([*table, "--rows", *ROWS])
+    main_cls.main([*table, "--rows", *ROWS, "--device", "cuda", "--results", str(tmp_path / "cuda.jsonl")])
+    on_cpu, on_gpu = (read_lines(tmp_path / name) for name in ("runs.jsonl", "cuda.jsonl"))
+    assert [line["recipe"] for line in on_gpu] == ROWS
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        assert other["quantized"] == pytest.approx(one["quantized"], abs=100 / 24)  # an image at a tie

@@ -9,6 +9,7 @@ as DeepInversion's do (Yin et al., CVPR 2020, arXiv 1912.08795), each more or le
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -409,7 +410,8 @@ def _kept(file: Path) -> Iterator[BinaryIO]:
     """A file to write to, which is there once the block is done, and refused before it starts."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with (fresh := file.with_suffix(".new")).open("wb") as handle:
+        fresh = file.with_suffix(f".{os.getpid()}")  # several runs may distil the same images at once
+        with fresh.open("wb") as handle:
             yield handle
         fresh.replace(file)
     except OSError as error:

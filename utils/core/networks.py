@@ -18,7 +18,7 @@ _NAMES = ("logits", "out", "output", "outputs", "pred", "preds", "prediction", "
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy of the network in float32 and evaluation mode, without what wraps it for training or speed.
+    """A copy of the network on the CPU, in float32 and evaluation mode, without what wraps it for training or speed.
 
     A scripted network, or one that cannot be copied, is a UserError.
     """
@@ -37,7 +37,7 @@ def plain(model: nn.Module) -> nn.Module:
         module.training = False
         for name, part in module.named_children():
             module._modules[name] = _unwrapped(part)
-    return copied.float().requires_grad_(False)
+    return copied.float().cpu().requires_grad_(False)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

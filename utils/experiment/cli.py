@@ -370,6 +370,7 @@ def prepare(args: Namespace) -> torch.device:
         check_target(getattr(args, flag), f"--{flag}")
     if args.report:
         make_folder(args.report)
+    torch.backends.cudnn.allow_tf32 = False  # what is called FP32 is
     torch.manual_seed(args.seed)
     tune_allocator()
     return device

@@ -41,7 +41,7 @@ def find(
         captured,
         images,
         judging,
-        partial(quantize, model, run.spec, captured=captured),
+        partial(quantize, model, run.spec, captured=captured, device=run.device),
         settings,
         run.task.predictions,
         args.max_noise,

@@ -14,7 +14,9 @@ from utils.graph.regions import ChannelSlice
 from utils.passes.log import PassLog
 from utils.quantization.qparams import activation_qparams
 
-NEGLIGIBLE = 0.01  # of a tensor's rounding noise
+# Of a tensor's rounding noise. Tails are heavier than a Gaussian's: on two MobileNetV2 a share of 4e-4 by the Gaussian cost
+# 0.45 dB of the output on photographs, one of 2e-8 nothing.
+NEGLIGIBLE = 1e-6
 
 
 def replace_relu6(model: fx.GraphModule, log: PassLog) -> None:
