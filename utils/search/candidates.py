@@ -37,19 +37,28 @@ def start(bits: dict[str, int]) -> Recipe:
 
 
 def stages(network: fx.GraphModule, per_channel: bool, real: bool, bits_weight: int = 8) -> Iterator[Stage]:
-    """The stages for a network. per_channel: whether they are a choice. real: whether images are photographs."""
-    gain = SAME if real else IMAGES_GAIN
+    """The stages for a network. per_channel: whether they are a choice. real: whether images are photographs.
+
+    With few bits the rounding of weights is most of the noise, on any images alike: it is compensated first, so that all
+    else is judged beside it, and learned last, once, since that takes minutes.
+    """
+    few = bits_weight < OUTER_BITS
+    gain = SAME if real or few else IMAGES_GAIN
+    compensated = Stage({"distill_rounding": "gptq"}, gain)
     if per_channel:
         yield Stage({"per_channel": True}, SAME)
     yield Stage({"equalize": False}, gain)  # equalized ranges hold better on what no image shows
+    if few:
+        yield compensated
     yield Stage({"distill_range": True}, gain)
     yield Stage({"distill_correction": True}, gain)
     yield Stage({"equalize": True, "distill_equalize": True}, gain)
-    yield Stage({"distill_rounding": "gptq"}, gain)
-    if bits_weight < 8:
-        yield Stage({"distill_rounding": "adaround"}, gain)  # minutes
+    if not few:
+        yield compensated
     if any(isinstance(module, Clip) and module.rectifies and module.capped for module in network.modules()):
         yield Stage({"relu": True}, -RELU_LOSS)
+    if few:
+        yield Stage({"distill_rounding": "adaround"}, 0.0)
 
 
 def changed(recipe: Recipe, change: dict[str, Any]) -> Recipe | None:
