@@ -31,6 +31,7 @@ from utils.calibration.images import Images, halves, whose
 from utils.calibration.moments import Statistics, propagate
 from utils.calibration.observers import layer_extremes
 from utils.calibration.ranges import batchnorm_ranges
+from utils.calibration.sums import measure_sums
 from utils.core.cache import cache_folder
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -123,6 +124,7 @@ def _exact_passes(
 
     # Fold BatchNorm, and keep what it knew of every layer's output.
     statistics = fold_batchnorm(network, log)
+    measure_sums(network, spec)
     keep_in_float(network, recipe.float_layers)
     for node in weighted_nodes(network):
         log.applied("found layers", node.target, str(module_of(network, node)))
@@ -176,11 +178,8 @@ def quantize(
 
     few: images for the ranges of tensors that no BatchNorm tells of, where there are no others.
     """
-    # High-bias absorption, section 4.1.3; not exact.
     if recipe.absorption:
-        expected = probed_outputs(network, spec.probe())
-        statistics = absorb_high_biases(network, statistics, log)
-        note_change("absorption", expected, network, spec.probe(), log)
+        statistics = _absorbed(network, spec, statistics, log)
     if not recipe.quantize:
         return Quantized(run_in_place(network), None, log)
 
@@ -191,8 +190,8 @@ def quantize(
     simulated = copy.deepcopy(network)
     layers = quantizable_layers(simulated, range_of, log)
     bits_held, bits_read = bits_of_first_and_last(network, recipe.bits_first_last)
-    consulted = images is not None and (recipe.distill_range or images.real)
-    on_images = cache(partial(layer_extremes, network, images.calibration)) if consulted else None
+    consulted = images if images is not None and (recipe.needs_images or images.real) else None
+    on_images = consulted and cache(partial(layer_extremes, network, consulted.calibration))
     drop_idle_caps(simulated, statistics, range_of, recipe.bits_activation, recipe.engine.signed, on_images, log)
     insert_quantizers(simulated, range_of, recipe.bits_activation, log, recipe.engine, bits_read)
 
@@ -211,6 +210,14 @@ def quantize(
     quantize_biases(simulated, recipe.steps_of_biases, log)
     near = None if images is None else fidelity(network, simulated, images.judging)
     return Quantized(run_in_place(network), run_in_place(simulated), log, near)
+
+
+def _absorbed(network: fx.GraphModule, spec: InputSpec, statistics: Statistics, log: PassLog) -> Statistics:
+    """High-bias absorption, section 4.1.3; not exact."""
+    expected = probed_outputs(network, spec.probe())
+    statistics = absorb_high_biases(network, statistics, log)
+    note_change("absorption", expected, network, spec.probe(), log)
+    return statistics
 
 
 # ----------------------------------------------------------------------------------- equalizations

@@ -127,6 +127,30 @@ def test_a_target_of_one_weight_type_refuses_another(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Tokens(nn.Module):
+    """Linear layers over tokens [N, T, C], beside a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.head = conv_bn(3, 12, 4, stride=4), nn.Linear(12, 5)
+        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 12)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.second(torch.relu(self.first(x)))).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "opset"),
+    [({"float_layers": ("first",)}, None), ({"float_layers": ("second",)}, None), ({"target": "tensorrt"}, 21)],
+)
+def test_layers_over_tokens_are_what_was_simulated(flags, opset, tmp_path):
+    result = quantized(Tokens, replace(FULL, **flags))
+    target = TARGETS[flags.get("target", "onnxruntime")]
+    told = export(result, SPEC, tmp_path / "net.onnx", {}, opset=opset, target=target)
+    assert told.parity.agreement == 1 and not any(layer.off or layer.far for layer in told.parity.layers)
+
+
 class Named(nn.Module):
     """Two outputs by name."""
 

@@ -109,15 +109,16 @@ def _pads_zeros(node: fx.Node) -> bool:
 
 def _linear(w: "_Writer", node: fx.Node, layer: nn.Linear) -> str:
     weight, bias = _parameters(w, node, layer)
+    source = w.layer_input(node.args[0], layer)
     if len(shape(node)) == 2:
-        return w.add("Gemm", [w.layer_input(node.args[0], layer), weight, bias], node.name, transB=1)
+        return w.add("Gemm", [source, weight, bias], node.name, transB=1)
     if (size := w.full_shape(node)) is not None:
         rows = w.sizes(f"{node.name}_rows_shape", [-1, layer.in_features])
-        x = w.add("Reshape", [w.name(node.args[0]), rows], f"{node.name}_rows")
+        x = w.add("Reshape", [source, rows], f"{node.name}_rows")
         product = w.add("Gemm", [x, weight, bias], node.name, [f"{node.name}_product"], transB=1)
         return w.add("Reshape", [product, w.sizes(f"{node.name}_shape", size)], f"{node.name}_reshape", [node.name])
     turned = w.add("Transpose", [weight], f"{weight}_turned", perm=[1, 0])
-    product = w.add("MatMul", [w.name(node.args[0]), turned], f"{node.name}_product")
+    product = w.add("MatMul", [source, turned], f"{node.name}_product")
     return w.add("Add", [product, bias], node.name)
 
 

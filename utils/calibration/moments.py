@@ -98,6 +98,19 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Together:
+    """A sum of two tensors against one of independent ones: ratios of its variance, and of how far it reaches below and
+    above its mean. A node of the graph has it where it was measured (utils.calibration.sums)."""
+
+    variance: float = 1.0
+    below: float = 1.0
+    above: float = 1.0
+
+
+TOGETHER = "together"  # in a node's meta
+
+
+@dataclass(frozen=True)
 class Unknown:
     """Stands for an activation of which nothing is known. reason: where that began."""
 
@@ -292,11 +305,24 @@ def _constant(value: Tensor) -> Moments:
 
 
 def _sum(node: fx.Node, x: Any, y: Any) -> Moments | None:
-    return _arithmetic(operator.sub if node.target is torch.ops.aten.sub.Tensor else operator.add, x, y)
+    minus = node.target is torch.ops.aten.sub.Tensor
+    if not (isinstance(x, Moments) and isinstance(y, Moments)):
+        return _with_constant(operator.sub if minus else operator.add, x, y)
+    if minus:
+        y = Moments(-y.mean, y.variance, -y.high, -y.low)
+    # As far from the mean as both reach together; what was rectified reaches further than its deviation says.
+    mean, known = x.mean + y.mean, node.meta.get(TOGETHER, Together())
+    below = known.below * torch.hypot(x.mean - x.low, y.mean - y.low)
+    above = known.above * torch.hypot(x.high - x.mean, y.high - y.mean)
+    return Moments(mean, known.variance * (x.variance + y.variance), mean - below, mean + above)
 
 
 def _product(node: fx.Node, x: Any, y: Any) -> Moments | None:
-    return _arithmetic(operator.mul, x, y)
+    if not (isinstance(x, Moments) and isinstance(y, Moments)):
+        return _with_constant(operator.mul, x, y)
+    corners = torch.stack(torch.broadcast_tensors(*(a * b for a in (x.low, x.high) for b in (y.low, y.high))))
+    variance = x.variance * y.variance + x.variance * y.mean**2 + y.variance * x.mean**2
+    return Moments(x.mean * y.mean, variance, corners.amin(0), corners.amax(0))
 
 
 def _extreme(node: fx.Node, x: Any, y: Any) -> Moments:
@@ -333,22 +359,6 @@ _RULES = {
     "normalised": _normalised,
     "share": _share,
 }
-
-
-def _arithmetic(operation: Callable, x: Any, y: Any) -> Moments | None:
-    """x (+, -, *) y, of which at least one has moments and the other is one too, or a constant."""
-    if not (isinstance(x, Moments) and isinstance(y, Moments)):
-        return _with_constant(operation, x, y)
-    if operation is operator.mul:
-        corners = torch.stack(torch.broadcast_tensors(*(a * b for a in (x.low, x.high) for b in (y.low, y.high))))
-        variance = x.variance * y.variance + x.variance * y.mean**2 + y.variance * x.mean**2
-        return Moments(x.mean * y.mean, variance, corners.amin(0), corners.amax(0))
-    if operation is operator.sub:
-        y = Moments(-y.mean, y.variance, -y.high, -y.low)
-    # As far from the mean as both reach, if they are independent; what was rectified reaches further than its deviation says.
-    mean = x.mean + y.mean
-    below, above = torch.hypot(x.mean - x.low, y.mean - y.low), torch.hypot(x.high - x.mean, y.high - y.mean)
-    return Moments(mean, x.variance + y.variance, mean - below, mean + above)
 
 
 def _with_constant(operation: Callable, x: Any, y: Any) -> Moments | None:

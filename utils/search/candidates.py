@@ -25,6 +25,9 @@ class Stage:
 
 IMAGES_GAIN = 1.0  # dB: what looks at distilled images does better on other distilled ones than on photographs
 SAME = 0.5  # dB that decide nothing
+LEARNED_GAIN = (
+    0.05  # dB by which learned rounding must be nearer than compensated, which it keeps where it comes no nearer
+)
 RELU_LOSS = 0.3  # dB that ReLU in the place of ReLU6 may cost, since engines run it faster
 
 
@@ -52,13 +55,15 @@ def stages(network: fx.GraphModule, per_channel: bool, real: bool, bits_weight: 
         yield compensated
     yield Stage({"distill_range": True}, gain)
     yield Stage({"distill_correction": True}, gain)
+    if few:
+        yield compensated  # again, where it was not nearer beside the other correction
     yield Stage({"equalize": True, "distill_equalize": True}, gain)
     if not few:
         yield compensated
     if any(isinstance(module, Clip) and module.rectifies and module.capped for module in network.modules()):
         yield Stage({"relu": True}, -RELU_LOSS)
     if few:
-        yield Stage({"distill_rounding": "adaround"}, 0.0)
+        yield Stage({"distill_rounding": "adaround"}, LEARNED_GAIN)
 
 
 def changed(recipe: Recipe, change: dict[str, Any]) -> Recipe | None:

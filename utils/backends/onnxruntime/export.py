@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def export(
     parity = check_parity(model, quantized.simulated, images, predictions, engine, target)
     kernels = describe_kernels(model, quantized, engine) if is_own(engine, target) else None
     notes = (*notes, *_about_processors(target, weight_type), *_about_caps(model), *about_widths(model, quantized))
-    run = load_engine(engine).network  # both runs of one kind
+    run = partial(load_engine(engine).network, foreign=not is_own(engine, target))  # both runs of one kind
     with atomic_write(file) as beside:
         onnx.save(model, beside)
         onnx.checker.check_model(str(beside), full_check=True)

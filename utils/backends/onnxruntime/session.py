@@ -14,10 +14,16 @@ from torch import Tensor, fx, nn
 from utils.backends.base import INPUT, Kernels
 from utils.core.errors import UserError
 from utils.graph.nodes import first_line, module_of, weighted_nodes
+from utils.quantization.quantizer import Quantizer
 
 _PROVIDERS = ["CPUExecutionProvider"]
 PRECISE = "session.x64quantprecision=1"  # makes int8 weights uint8 where their sums would saturate
-_REWRITES = ["WeightBiasQuantization"]  # rounds the weights of a float layer that reads a tensor of one scale
+# Of files for other engines. The first rounds the weights of a float layer that reads a tensor of one scale; the second moves
+# quantizers past reshapes, from opset 21 on with a zero point of the wrong type where they are int8.
+_REWRITES = ["WeightBiasQuantization", "QDQPropagationTransformer"]
+
+
+_FLOAT_CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
 
 
 class OnnxNetwork(nn.Module):
@@ -107,6 +113,11 @@ def find_kernels(model: onnx.ModelProto, simulated: fx.GraphModule) -> Kernels:
         elif layer.bias_qparams is None:
             floating[node.target] = "its bias is not quantized"
         else:
-            floating[node.target] = f"ONNX Runtime runs it as {kind}"
+            floating[node.target] = (
+                "what it gives is not quantized, and ONNX Runtime has no integer kernel for that"
+                if kind in _FLOAT_CONVOLUTIONS
+                and not any(isinstance(module_of(simulated, user), Quantizer) for user in node.users)
+                else f"ONNX Runtime runs it as {kind}"
+            )
     kinds = [node.op_type for node in nodes]
     return Kernels("ONNX Runtime", integer, floating, {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)})
