@@ -16,7 +16,7 @@ from utils.core.input_spec import InputSpec
 from utils.core.torchvision_compat import torchvision
 from utils.graph.capture import capture
 from utils.graph.regions import find_regions
-from utils.passes.exactness import deviation, probed_outputs
+from utils.passes.exactness import deviation, probed_outputs, rounding_noise
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.log import PassLog
 from utils.quantization.quantizer import Quantizer
@@ -58,7 +58,10 @@ def captured(model):
 def test_exact_passes_keep_every_output(quantized):
     model, result = quantized
     images = SPEC.probe(2, seed=9)
-    assert deviation(probed_outputs(model, images), result.float, images) < 1e-4
+    allowed = max(
+        1e-4, 10 * rounding_noise(model, images)
+    )  # float32's own, which these amplify; AVX-512 sums otherwise
+    assert deviation(probed_outputs(model, images), result.float, images) < allowed
     assert result.log.counts()["equalized"]["applied"] >= 15
     assert not [note for note in result.log.notes if "differ by more than 3 times" not in note]  # those are of images
 

@@ -17,6 +17,7 @@ from utils.core.input_spec import InputSpec
 from utils.graph.ops import operator_of
 
 IMAGES = 8
+APART = 1.1  # times independent terms' variance, up to which extremes of few images that coincide are chance
 
 
 def measure_sums(model: fx.GraphModule, spec: InputSpec) -> None:
@@ -38,7 +39,7 @@ def measure_sums(model: fx.GraphModule, spec: InputSpec) -> None:
             y = y[[0, 2, 1]]
         apart = torch.stack([x[0] + y[0], torch.hypot(x[1], y[1]), torch.hypot(x[2], y[2])])
         variance, below, above = (total / apart.clamp_min(1e-30)).nan_to_num(1.0).tolist()
-        reach = (min(max(ratio, 1.0), math.sqrt(2)) for ratio in (below, above))
+        reach = (min(max(ratio, 1.0), math.sqrt(2)) if variance > APART else 1.0 for ratio in (below, above))
         node.meta[TOGETHER] = Together(min(variance, 2.0), *reach)
 
 
