@@ -87,5 +87,19 @@ def test_the_sums_of_a_chain_grow_together():
     assert propagate(graph, SPEC, statistics)[last].range()[1] > 0.7 * sums[-1] > 1.5 * apart
 
 
+class OfOne(Residual):
+    """Fixes its batch at one image."""
+
+    def forward(self, x):
+        return super().forward(x.reshape(1, *x.shape[1:]))
+
+
+def test_a_network_that_fixes_its_batch_is_run_so():
+    graph = capture(settle(randomise(OfOne()), images=1), SPEC)
+    assert graph.meta["batch"] == 1
+    measure_sums(graph, SPEC)
+    assert any(TOGETHER in node.meta for node in graph.graph.nodes)
+
+
 def test_a_network_without_sums_is_not_run():
     assert noted(made(chain, settle)[0])[1] == []

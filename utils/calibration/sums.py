@@ -31,7 +31,8 @@ def measure_sums(model: fx.GraphModule, spec: InputSpec) -> None:
         if node in wanted:
             seen.setdefault(node, []).append(_spread(value))
 
-    noise = natural_noise(spec, IMAGES, torch.Generator().manual_seed(0))
+    batch = model.meta["batch"] or 1
+    noise = natural_noise(spec, math.ceil(IMAGES / batch) * batch, torch.Generator().manual_seed(0))
     observe(model, noise.clamp(*spec.range()), see)
     for node in sums:
         total, x, y = (torch.stack(seen[one]).mean(0) for one in (node, *node.args[:2]))
