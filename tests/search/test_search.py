@@ -82,6 +82,7 @@ def test_few_bits_are_compensated_first_and_learned_once_and_last():
     result = search(start({"bits_weight": 4}), stages(graph, True, False, 4), rule.quantize, rule.judge)
     learned = [recipe for recipe in rule.seen if recipe.distill_rounding == "adaround"]
     assert learned == rule.seen[-1:] == [result.chosen.recipe]  # as near will do: its time is spent already
+    assert not any(recipe.distill_correction for recipe in rule.seen)  # no photographs: see stages()
     first = next(i for i, recipe in enumerate(rule.seen) if recipe.distill_range)
     assert all(recipe.distill_rounding == "gptq" for recipe in rule.seen[first:-1])
 
@@ -89,7 +90,7 @@ def test_few_bits_are_compensated_first_and_learned_once_and_last():
 def test_learned_rounding_that_was_not_kept_is_not_what_was_taken():
     rule = Rule(lambda r: 8.0 + 3 * bool(r.distill_rounding) * r.distill_correction + r.distill_correction)
     graph = made(relu_chain, settle)[1]
-    result = search(start({"bits_weight": 4}), stages(graph, True, False, 4), rule.quantize, rule.judge)
+    result = search(start({"bits_weight": 4}), stages(graph, True, True, 4), rule.quantize, rule.judge)
     assert rule.seen[-1].distill_rounding == "adaround"  # as near as what it started from
     chosen = result.chosen.recipe
     assert chosen.distill_rounding == "gptq" and chosen.distill_correction  # tried again beside the other correction
