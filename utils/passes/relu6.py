@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from utils.calibration.moments import Gaussian, Statistics, Unknown
+from utils.calibration.moments import Gaussian, Statistics, Unknown, clipped_gaussian
 from utils.calibration.ranges import ChannelRanges, RangeOf
 from utils.graph.layers import Clip
 from utils.graph.nodes import module_of
@@ -63,10 +63,8 @@ def drop_idle_caps(
 
 def _cut_above(known: Gaussian, caps: Tensor) -> Tensor:
     """The mean square [C] of what lies above the caps, E[max(x - cap, 0)^2], of Gaussian channels."""
-    deviation = known.variance.double().sqrt().clamp_min(1e-30)
-    z = (caps.double() - known.mean.double()) / deviation
-    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    return (deviation**2 * ((1 + z**2) * torch.special.ndtr(-z) - z * density)).clamp_min(0)
+    mean, variance = clipped_gaussian(known.mean - caps, known.variance, torch.tensor(0.0), torch.tensor(math.inf))
+    return variance + mean**2
 
 
 def channel_caps(model: fx.GraphModule, clip: ChannelSlice, channels: int) -> Tensor:
