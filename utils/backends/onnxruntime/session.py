@@ -112,12 +112,11 @@ def find_kernels(model: onnx.ModelProto, simulated: fx.GraphModule) -> Kernels:
             floating[node.target] = "its weights are not quantized"
         elif layer.bias_qparams is None:
             floating[node.target] = "its bias is not quantized"
+        elif kind in _FLOAT_CONVOLUTIONS and not any(
+            isinstance(module_of(simulated, user), Quantizer) for user in node.users
+        ):
+            floating[node.target] = "what it gives is not quantized, and ONNX Runtime has no integer kernel for that"
         else:
-            floating[node.target] = (
-                "what it gives is not quantized, and ONNX Runtime has no integer kernel for that"
-                if kind in _FLOAT_CONVOLUTIONS
-                and not any(isinstance(module_of(simulated, user), Quantizer) for user in node.users)
-                else f"ONNX Runtime runs it as {kind}"
-            )
+            floating[node.target] = f"ONNX Runtime runs it as {kind}"
     kinds = [node.op_type for node in nodes]
     return Kernels("ONNX Runtime", integer, floating, {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)})
