@@ -42,10 +42,50 @@ def test_weights_lie_on_their_steps(kind, symmetric, channelwise, bits):
     elif not channelwise:
         torch.testing.assert_close(layer.weight, fake_quantize(before, qparams), rtol=0, atol=0)
         assert len(layer.weight.unique()) <= 2**bits
-    assert (layer.weight - before).abs().max() <= qparams.scale.max() / 2 + 1e-7
+    if bits >= 8:
+        assert (layer.weight - before).abs().max() <= qparams.scale.max() / 2 + 1e-7
     assert (qparams.zero_point >= qparams.quant_min).all() and (qparams.zero_point <= qparams.quant_max).all()
     if symmetric:
         assert (qparams.zero_point == 0).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("channelwise", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_few_bits_round_no_worse_than_a_grid_that_spans_all(kind, symmetric, channelwise, bits):
+    layer = LAYERS[kind]().requires_grad_(False)
+    layer.weight.copy_(torch.distributions.Laplace(0.0, 1.0).sample(layer.weight.shape))
+    exact = layer.weight.clone()
+    qparams = choose_weight_qparams(layer, bits, channelwise, symmetric)
+    round_weight(layer, qparams)
+    error = (layer.weight - exact).square()
+    parts = exact if qparams.per_channel else [exact]
+    for weights, mine in zip(parts, error if qparams.per_channel else [error], strict=True):
+        spanning = (
+            symmetric_qparams(weights.abs().max(), bits) if symmetric else affine_qparams(*weights.aminmax(), bits)
+        )
+        assert mine.sum() <= (fake_quantize(weights, spanning) - weights).square().sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_few_bits_cut_what_is_rare(symmetric):
+    layer = nn.Linear(4096, 1).requires_grad_(False)
+    layer.weight.copy_(torch.distributions.Laplace(0.0, 1.0).sample(layer.weight.shape))
+    exact = layer.weight.clone()
+    qparams = choose_weight_qparams(layer, 4, per_channel=False, symmetric=symmetric)
+    round_weight(layer, qparams)
+    kept = exact.abs() < 0.9 * layer.weight.abs().max()
+    assert 0.95 < kept.float().mean() < 1 and layer.weight.abs().max() < 0.8 * exact.abs().max()
+    assert (layer.weight - exact)[kept].abs().max() <= qparams.scale / 2 + 1e-6
+    assert len(layer.weight.unique()) == 16
+
+
+def test_with_8_bits_a_grid_spans_all_weights():
+    layer = nn.Linear(400, 1).requires_grad_(False)
+    layer.weight[0, 0] = 50.0
+    scale = choose_weight_qparams(layer, 8, per_channel=False, symmetric=True).scale
+    assert torch.equal(scale * 127, torch.tensor(50.0))
 
 
 def test_per_channel_scales_of_a_transposed_convolution_run_along_its_output():

@@ -8,6 +8,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from utils.graph.layers import grouped_weight
 
+SPANNED = 8  # bits from which a weight grid spans all of a layer's weights
+SHARES = [1 - 0.02 * i for i in range(36)]  # of the largest weight that a grid of fewer bits may reach
 METHODS = ("minmax", "percentile", "mse")  # of choosing a range from a histogram
 
 
@@ -81,14 +83,30 @@ def has_one_scale(layer: nn.Module) -> bool:
 
 
 def choose_weight_qparams(layer: nn.Module, bits: int, per_channel: bool, symmetric: bool) -> QParams:
-    """The parameters that span a layer's weights, per tensor or, where it can have more scales than one, per output channel."""
-    view = grouped_weight(layer)  # [groups, out, in, positions]
-    low, high = view.amin((2, 3)).reshape(-1), view.amax((2, 3)).reshape(-1)
-    if not per_channel or has_one_scale(layer):
-        low, high = low.min(), high.max()
-    if symmetric:
-        return symmetric_qparams(torch.maximum(-low, high), bits)
-    return affine_qparams(low, high, bits)
+    """The parameters of a layer's weights, per tensor or, where it can have more scales than one, per output channel.
+
+    With 8 bits and more they span the weights. With fewer they cut the largest, where that rounds all others so much
+    finer that the squared error falls.
+    """
+    weights, one = grouped_weight(layer), not per_channel or has_one_scale(layer)
+    rows = weights.reshape(1 if one else weights.shape[0] * weights.shape[1], -1)
+    low, high = rows.amin(1), rows.amax(1)
+    shares = SHARES if bits < SPANNED else SHARES[:1]
+    grids = [_weight_grid(low * share, high * share, bits, symmetric) for share in shares]
+    errors = torch.stack([(fake_quantize(rows, grid) - rows).square().sum(1) for grid in grids])
+    best = errors.argmin(0, keepdim=True)
+    scale, zero_point = (
+        torch.stack([getattr(grid, name) for grid in grids]).gather(0, best)[0] for name in ("scale", "zero_point")
+    )
+    return replace(grids[0], scale=scale[0] if one else scale, zero_point=zero_point[0] if one else zero_point)
+
+
+def _weight_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> QParams:
+    """[C]. With fewer bits than 8 a symmetric grid has one more step below than above, since each of them counts."""
+    if not symmetric:
+        return affine_qparams(low, high, bits)
+    grid = symmetric_qparams(torch.maximum(-low, high), bits)
+    return replace(grid, quant_min=grid.quant_min - (bits < SPANNED))
 
 
 def fit_bias_to_int32(qparams: QParams, bias: Tensor, input_scale: float) -> QParams:
