@@ -8,13 +8,16 @@ photographs (Baradad et al., NeurIPS 2021, "Learning to see by looking at noise"
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from utils.core.input_spec import InputSpec
 
 LEAVES = 150  # on an image; they hide nearly all of its ground
-SMALLEST, LARGEST = 0.03, 0.5  # radius of a leaf, as a share of the image's side
+SMALLEST, LARGEST = 0.1, 0.5  # radius of a leaf, as a share of the image's side
 TEXTURES = 4
+BLURRED = 0.6  # the share of images that are not sharp, as lenses, motion and compression leave photographs
+EXPOSURE = 0.4  # deviation of the logarithm of an image's contrast, and of its brightness in the prior's deviations
 
 
 def natural_noise(spec: InputSpec, count: int, generator: torch.Generator) -> Tensor:
@@ -40,8 +43,31 @@ def dead_leaves(spec: InputSpec, count: int, generator: torch.Generator) -> Tens
     for i in range(LEAVES):
         across, inside = _leaf(spec, count, generator)
         images = torch.where(inside, _filling(across, textures[i % TEXTURES], generator), images)
+    images = _exposed(_blurred(_standard(images), generator), generator)
+    return mean + variance.sqrt() * _standard(images)
+
+
+def _standard(images: Tensor) -> Tensor:
+    """Every channel of mean 0 and deviation 1 over all images."""
     images = images - images.mean((0, 2, 3), keepdim=True)
-    return mean + variance.sqrt() * images / images.std((0, 2, 3), keepdim=True)
+    return images / images.std((0, 2, 3), keepdim=True)
+
+
+def _blurred(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A part of the images, by one to four passes of a binomial filter."""
+    share = torch.rand(len(images), 1, 1, 1, generator=generator) / BLURRED
+    binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
+    kernel = torch.outer(binomial, binomial).expand(images.shape[1], 1, 3, 3)
+    for already in (0.0, 0.25, 0.5, 0.75):
+        softer = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), kernel, groups=images.shape[1])
+        images = torch.where(share < 1 - already, softer, images)
+    return images
+
+
+def _exposed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image with a contrast and a brightness of its own."""
+    contrast, brightness = (EXPOSURE * torch.randn(len(images), 1, 1, 1, generator=generator) for _ in range(2))
+    return images * contrast.exp() + brightness
 
 
 def _leaf(spec: InputSpec, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -69,4 +95,4 @@ def _filling(across: Tensor, texture: Tensor, generator: torch.Generator) -> Ten
     down, right = (int(torch.randint(side, (), generator=generator)) for side in (height, width))
     strength = 0.5 * torch.rand(count, 1, 1, 1, generator=generator)
     shades = 0.4 * shade * across.clamp(-2, 2)
-    return 0.85 * grey + 0.4 * colour + shades + strength * texture.roll((down, right), (2, 3))
+    return 0.85 * grey + 0.3 * colour + shades + strength * texture.roll((down, right), (2, 3))
