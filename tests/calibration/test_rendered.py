@@ -37,3 +37,14 @@ def test_leaves_have_edges_that_noise_has_not():
         steps = (images[..., 1:] - images[..., :-1]).flatten()
         kurtosis[render] = float((steps - steps.mean()).pow(4).mean() / steps.var().square())
     assert kurtosis[natural_noise] < 4 and kurtosis[dead_leaves] > 6
+
+
+def test_leaves_are_of_many_exposures_and_sharp_or_soft():
+    images = dead_leaves(InputSpec(size=(96, 96), resize=96), 64, torch.Generator().manual_seed(0))
+    deviations, means = images.std((1, 2, 3)), images.mean((1, 2, 3))
+    assert deviations.max() > 2.5 * deviations.min() and means.std() > 0.3
+    # Differences of diagonal neighbours beside those of far ones: what a blur takes away.
+    fine = (images[..., 1:, 1:] - images[..., :-1, :-1]).square().mean((1, 2, 3))
+    coarse = (images[..., 8:, 8:] - images[..., :-8, :-8]).square().mean((1, 2, 3))
+    sharp = (fine / coarse).sort().values
+    assert sharp[:8].mean() < 0.5 * sharp[-8:].mean()

@@ -82,6 +82,27 @@ def test_for_few_bits_a_search_looks_at_dead_leaves_where_they_fit(fits, images,
     assert ("dead leaves, which meet" in printed) == fits == (line["flags"]["distill_start"] == "leaves")
 
 
+@pytest.mark.parametrize("more", [(), ("--distill_steps", "3"), ("--bits_weight", "8")])
+def test_rounding_by_images_looks_at_dead_leaves_too(more, images, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(distillation, "LEAVES_FIT", 9)
+    passes = (
+        "--quantize",
+        "--correction",
+        "--distill_rounding",
+        "--distill_cache",
+        str(tmp_path / "cache"),
+        "--distill_images",
+        "8",
+    )
+    argv = flags(images, tmp_path, *passes, "--bits_weight", "6", *more, model="test_recipe_search:uneven")
+    main_cls.main(argv)
+    printed = capsys.readouterr().out
+    line = json.loads((tmp_path / "runs.jsonl").read_text())
+    leaves = not more
+    assert ("--distill_start leaves --distill_steps 0" in line["command"]) == leaves
+    assert ("dead leaves, which meet" in printed) == leaves == (line["flags"]["distill_start"] == "leaves")
+
+
 def test_a_network_far_from_float_writes_nothing_unless_forced(images, tmp_path, capsys):  # noqa: F811
     bits = ("--bits_weight", "2", "--bits_activation", "2", "--distill_cache", str(tmp_path / "cache"), *FEW)
     argv = flags(

@@ -170,7 +170,7 @@ def test_every_layer_ends_on_its_steps_in_any_graph(network):
             else grouped_weight(layer) / layer.weight_qparams.scale
         )
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
-        assert -4.5 < steps.min() and steps.max() < 3.5
+        assert steps.min() > -4.5 and steps.max() < 3.5
 
 
 def test_every_variable_is_decided_at_the_end(monkeypatch):

@@ -53,7 +53,7 @@ def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
         "--distill_start",
         choices=("natural", "leaves"),
         default=Distillation.start,
-        help="what distilled images start as: noise with the spectrum of photographs, or dead leaves, rendered shapes that hide one another (default: %(default)s)",
+        help="what distilled images start as: noise with the spectrum of photographs, or dead leaves, rendered shapes that hide one another (default: %(default)s; with fewer than 8 bits of weights leaves without a step, where the network's statistics know them)",
     )
     group.add_argument(
         "--distill_cache",

@@ -130,24 +130,40 @@ def _run_auto(run: Run, evaluator: Evaluator | None, quantize: Quantize) -> None
 
 def _for_few_bits(run: Run, captured: fx.GraphModule) -> Run:
     """For weights of few bits the run as if its command line asked for what serves them, unless that says otherwise."""
-    args, words = run.args, words_of(run.argv)
+    args, chosen = run.args, {}
     if args.bits_weight >= OUTER_BITS:
         return run
-    chosen: dict[str, Any] = {}
-    say = print if distributed.is_main_process() else lambda line: None
-    if not says(words, ("bits_first_last",)):
+    if not says(words_of(run.argv), ("bits_first_last",)):
         chosen["bits_first_last"] = OUTER_BITS
-        say(f"bits: {args.bits_weight} of weights, {OUTER_BITS} of the first and the last layer's")
-    if not args.images and not says(words, ("distill_start", "distill_steps")):
-        settings = for_few_bits(captured, run.spec, settings_of(args))
-        if settings.start != args.distill_start:
-            chosen |= {"distill_start": settings.start, "distill_steps": settings.steps}
-            say("images: dead leaves, which meet the network's statistics as they are")
-    words += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
-    return replace(run, argv=words, args=Namespace(**vars(args) | chosen))
+        if distributed.is_main_process():
+            print(f"bits: {args.bits_weight} of weights, {OUTER_BITS} of the first and the last layer's")
+    return _with_leaves(_typed(run, chosen), captured)
+
+
+def _with_leaves(run: Run, captured: fx.GraphModule) -> Run:
+    """The run as if its command line asked for dead leaves, where these serve weights of few bits and it does not say."""
+    args = run.args
+    if args.bits_weight >= OUTER_BITS or args.images or says(words_of(run.argv), ("distill_start", "distill_steps")):
+        return run
+    settings = for_few_bits(captured, run.spec, settings_of(args))
+    if settings.start == args.distill_start:
+        return run
+    if distributed.is_main_process():
+        print("images: dead leaves, which meet the network's statistics as they are")
+    return _typed(run, {"distill_start": settings.start, "distill_steps": settings.steps})
+
+
+def _typed(run: Run, flags: Mapping[str, Any]) -> Run:
+    """The run as if its command line had these flags too."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return replace(run, argv=words_of(run.argv) + words, args=Namespace(**vars(run.args) | flags))
 
 
 def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe], quantize: Quantize) -> None:
+    captured = None
+    if run.args.bits_weight < OUTER_BITS and any(recipe.needs_images for recipe in recipes):
+        captured = _captured(run, evaluator)
+        run = _with_leaves(run, captured)
     args, defaults = run.args, cli.defaults(run.task)
     lines = [run.line(recipe) for recipe in recipes]
     done = _recorded(run, defaults)
@@ -156,7 +172,7 @@ def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe
         print(f"{len(recipes)} rows, {len(recipes) - len(missing)} of them in {args.results} already")
     needed = any(recipes[i].needs_images for i in missing)
     model, spec = run.network.model, run.spec
-    captured = _captured(run, evaluator) if missing else None
+    captured = captured or (_captured(run, evaluator) if missing else None)
     images = images_of(args, run.task, model, spec, run.device, needed, captured) if missing else None
     sources = (images.calibration, images.judging, images.real) if images else (None, None, False)
     sources = dict(zip(("images", "judging", "real"), sources, strict=True))
