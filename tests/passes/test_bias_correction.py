@@ -23,7 +23,8 @@ def test_correction_takes_the_mean_shift_out(name, clip):
     expected = model(images).mean(0)
     errors = []
     for correction in (False, True):
-        recipe = Recipe(quantize=True, bits_weight=4, bits_activation=16, correction=correction, clip_weight=clip)
+        flags = {"quantize": True, "bits_weight": 4, "bits_activation": 16, "per_channel": True}
+        recipe = Recipe(**flags, correction=correction, clip_weight=clip)
         errors.append(
             (quantize_data_free(model, SPEC, recipe, captured=graph).simulated(images).mean(0) - expected).abs().mean()
         )

@@ -134,11 +134,11 @@ def test_the_step_of_asymmetric_weights_is_that_of_their_range():
     model, statistics = unlike(one_sided)
     regions, _ = find_regions(model)
     scales = {
-        symmetric: noise_optimal(model, statistics, QuantScheme(4, 16, symmetric=symmetric))(model, regions, PassLog())
+        symmetric: noise_optimal(model, statistics, QuantScheme(8, 16, symmetric=symmetric))(model, regions, PassLog())
         for symmetric in (True, False)
     }
     assert any(not torch.allclose(a, b, rtol=0.01) for a, b in zip(scales[True], scales[False], strict=True))
-    recipe = Recipe(**FLAGS, asymmetric=True, bits_weight=4, bits_activation=16)
+    recipe = Recipe(**FLAGS, asymmetric=True, bits_weight=8, bits_activation=16)
     symmetric, asymmetric = (
         fidelity_after(model, statistics, lambda *_, found=found: found, recipe) for found in scales.values()
     )
