@@ -39,6 +39,12 @@ def test_leaves_have_edges_that_noise_has_not():
     assert kurtosis[natural_noise] < 4 and kurtosis[dead_leaves] > 6
 
 
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (2, 3)])
+def test_lines_of_pixels_are_images_too(size):
+    images = dead_leaves(InputSpec(size=size, resize=1), 4, torch.Generator().manual_seed(0))
+    assert images.shape == (4, 3, *size) and images.isfinite().all()
+
+
 def test_leaves_are_of_many_exposures_and_sharp_or_soft():
     images = dead_leaves(InputSpec(size=(96, 96), resize=96), 64, torch.Generator().manual_seed(0))
     deviations, means = images.std((1, 2, 3)), images.mean((1, 2, 3))

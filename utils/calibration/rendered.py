@@ -58,8 +58,9 @@ def _blurred(images: Tensor, generator: torch.Generator) -> Tensor:
     share = torch.rand(len(images), 1, 1, 1, generator=generator) / BLURRED
     binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = torch.outer(binomial, binomial).expand(images.shape[1], 1, 3, 3)
+    border = "reflect" if min(images.shape[2:]) > 1 else "replicate"  # of a line of pixels there is nothing to reflect
     for already in (0.0, 0.25, 0.5, 0.75):
-        softer = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), kernel, groups=images.shape[1])
+        softer = F.conv2d(F.pad(images, (1, 1, 1, 1), mode=border), kernel, groups=images.shape[1])
         images = torch.where(share < 1 - already, softer, images)
     return images
 
