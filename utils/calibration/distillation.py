@@ -80,9 +80,7 @@ def distill_few(network: fx.GraphModule, spec: InputSpec) -> Tensor:
 
 
 EDITION = 2  # of how images are made: those that another made are not read from a folder
-LEAVES_FIT = (
-    1 / 3
-)  # of the loss; 0.10 to 0.18 on nine networks, 1.6 on two whose statistics are contradicted (results/rounding.txt)
+LEAVES_FIT = 1 / 3  # of the loss; 0.10 to 0.18 on nine sound networks, 1.6 where statistics are contradicted
 
 
 @torch.no_grad()
