@@ -91,14 +91,20 @@ def choose_weight_qparams(layer: nn.Module, bits: int, per_channel: bool, symmet
     weights, one = grouped_weight(layer), not per_channel or has_one_scale(layer)
     rows = weights.reshape(1 if one else weights.shape[0] * weights.shape[1], -1)
     low, high = rows.amin(1), rows.amax(1)
-    shares = SHARES if bits < SPANNED else SHARES[:1]
-    grids = [_weight_grid(low * share, high * share, bits, symmetric) for share in shares]
+    spanning = bits >= SPANNED
+    grid = _weight_grid(low, high, bits, symmetric) if spanning else _nearest_grid(rows, low, high, bits, symmetric)
+    return replace(grid, scale=grid.scale[0], zero_point=grid.zero_point[0]) if one else grid
+
+
+def _nearest_grid(rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> QParams:
+    """[C]. The grid of the least squared error for each row [C, N], of those that span shares of its range."""
+    grids = [_weight_grid(low * share, high * share, bits, symmetric) for share in SHARES]
     errors = torch.stack([(fake_quantize(rows, grid) - rows).square().sum(1) for grid in grids])
     best = errors.argmin(0, keepdim=True)
     scale, zero_point = (
         torch.stack([getattr(grid, name) for grid in grids]).gather(0, best)[0] for name in ("scale", "zero_point")
     )
-    return replace(grids[0], scale=scale[0] if one else scale, zero_point=zero_point[0] if one else zero_point)
+    return replace(grids[0], scale=scale, zero_point=zero_point)
 
 
 def _weight_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> QParams:
