@@ -46,12 +46,12 @@ from utils.passes.adaround import learn_rounding
 from utils.passes.advice import check_statistics, fidelity_warnings
 from utils.passes.bias_absorption import absorb_high_biases
 from utils.passes.bias_correction import correct_biases
+from utils.passes.bit_widths import bits_of_activations, bits_of_weights
 from utils.passes.block_learning import Reconstruction
 from utils.passes.clip_weights import clip_weights
 from utils.passes.dead_channels import clear_dead_channels
 from utils.passes.equalization import ScalesOf, cle_scales, equalize
 from utils.passes.exactness import Reference, check_capture, check_unchanged, note_change, probed_outputs
-from utils.passes.first_last import bits_of_first_and_last
 from utils.passes.fold_batchnorm import fold_batchnorm
 from utils.passes.insert_quantizers import insert_quantizers
 from utils.passes.log import PassLog
@@ -120,7 +120,7 @@ def _exact_passes(
     probe = spec.probe(network.meta["batch"] or 2)
     reference = check_capture(model, network, spec, probe, log)
     if images and len(fit := statistics_fit(network, spec, images.calibration)) > 1:
-        log.note(describe_fit(fit, len(images.calibration), f"{'of ' if images.real else ''}{whose(images.real)}"))
+        log.note(describe_fit(fit, len(images.calibration), f"of {whose(True)}" if images.real else "images"))
 
     # Fold BatchNorm, and keep what it knew of every layer's output.
     statistics = fold_batchnorm(network, log)
@@ -189,17 +189,17 @@ def quantize(
     range_of = activation_ranges(network, spec, statistics, moments, recipe, at_hand, log)
     simulated = copy.deepcopy(network)
     layers = quantizable_layers(simulated, range_of, log)
-    bits_held, bits_read = bits_of_first_and_last(network, recipe.bits_first_last)
+    other_bits = bits_of_activations(network, recipe)
     consulted = images if images is not None and (recipe.needs_images or images.real) else None
     on_images = consulted and cache(partial(layer_extremes, network, consulted.calibration))
     drop_idle_caps(simulated, statistics, range_of, recipe.bits_activation, recipe.engine.signed, on_images, log)
-    insert_quantizers(simulated, range_of, recipe.bits_activation, log, recipe.engine, bits_read)
+    insert_quantizers(simulated, range_of, recipe.bits_activation, log, recipe.engine, other_bits)
 
     # Weights: clipped, section 5.1.2, and rounded to the nearest steps.
     if recipe.clip_weight:
         clip_weights(simulated, recipe.clip_weight, log)
     grid = recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric, recipe.steps_of_biases
-    quantize_weights(simulated, layers, *grid, log, recipe.engine.bits_first, bits_held)
+    quantize_weights(simulated, layers, *grid, log, recipe.engine.bits_first, bits_of_weights(network, recipe))
     log.weights["quantized"] = weight_ranges(simulated)
 
     # Bias correction, section 4.2.
@@ -269,6 +269,8 @@ def _quantize_nearest(start: _Start) -> Quantized:
             recipe.channel_scales,
             not recipe.asymmetric,
             recipe.engine.signed,
+            bits_of_weights(network, recipe),
+            bits_of_activations(network, recipe),
         ),
     )
     ways = {

@@ -39,10 +39,14 @@ def test_leaves_have_edges_that_noise_has_not():
     assert kurtosis[natural_noise] < 4 and kurtosis[dead_leaves] > 6
 
 
-@pytest.mark.parametrize("size", [(1, 40), (40, 1), (2, 3)])
-def test_lines_of_pixels_are_images_too(size):
-    images = dead_leaves(InputSpec(size=size, resize=1), 4, torch.Generator().manual_seed(0))
-    assert images.shape == (4, 3, *size) and images.isfinite().all()
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (2, 3), (2, 2), (1, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_few_pixels_are_images_too(size, channels):
+    spec = InputSpec(size=size, resize=1, mean=(0.5,) * channels, std=(0.25,) * channels)
+    for seed in range(12):
+        for count in (1, 4):
+            images = dead_leaves(spec, count, torch.Generator().manual_seed(seed))
+            assert images.shape == (count, channels, *size) and images.isfinite().all()
 
 
 def test_leaves_are_of_many_exposures_and_sharp_or_soft():

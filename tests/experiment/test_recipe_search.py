@@ -2,9 +2,12 @@
 
 import json
 import shlex
+from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from networks import SPEC, chain, conv_bn, folded, randomise, settle, spread_gains
 from test_cli import failure, flags, images  # noqa: F401
 from torch import nn
@@ -12,8 +15,10 @@ from torch.nn.functional import avg_pool2d
 
 import dfq
 import main_cls
+import main_seg
 from utils.calibration import distillation
 from utils.calibration.moments import Gaussian
+from utils.experiment import cli, runner
 from utils.experiment.doctor import FAR, coarse_share, contradictions
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes import noise_equalization
@@ -85,15 +90,8 @@ def test_for_few_bits_a_search_looks_at_dead_leaves_where_they_fit(fits, images,
 @pytest.mark.parametrize("more", [(), ("--distill_steps", "3"), ("--bits_weight", "8")])
 def test_rounding_by_images_looks_at_dead_leaves_too(more, images, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(distillation, "LEAVES_FIT", 9)
-    passes = (
-        "--quantize",
-        "--correction",
-        "--distill_rounding",
-        "--distill_cache",
-        str(tmp_path / "cache"),
-        "--distill_images",
-        "8",
-    )
+    passes = ("--quantize", "--correction", "--distill_rounding", "--distill_cache", str(tmp_path / "cache"))
+    passes += ("--distill_images", "8")
     argv = flags(images, tmp_path, *passes, "--bits_weight", "6", *more, model="test_recipe_search:uneven")
     main_cls.main(argv)
     printed = capsys.readouterr().out
@@ -101,6 +99,19 @@ def test_rounding_by_images_looks_at_dead_leaves_too(more, images, tmp_path, cap
     leaves = not more
     assert ("--distill_start leaves --distill_steps 0" in line["command"]) == leaves
     assert ("dead leaves, which meet" in printed) == leaves == (line["flags"]["distill_start"] == "leaves")
+
+
+@pytest.mark.parametrize("typed", [None, 3])
+def test_a_task_that_distils_few_images_takes_more_leaves_unless_told_how_many(typed, monkeypatch):
+    monkeypatch.setattr(distillation, "LEAVES_FIT", 9)
+    words = ["--quantize", "--correction", "--distill_rounding", "--bits_weight", "4"]
+    words += ["--distill_images", str(typed)] if typed else []
+    args = cli.parse(main_seg.TASK, words)
+    run = runner.Run(main_seg.TASK, words, args, Namespace(model=None), None, torch.device("cpu"))
+    monkeypatch.setattr(runner, "for_few_bits", lambda captured, spec, own: replace(own, start="leaves", steps=0))
+    found = runner._with_leaves(run, None)
+    assert (args.distill_images, found.args.distill_images) == ((3, 3) if typed else (8, 32))
+    assert ("--distill_images 32" in " ".join(found.argv)) == (typed is None)
 
 
 def test_a_network_far_from_float_writes_nothing_unless_forced(images, tmp_path, capsys):  # noqa: F811

@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 import torch
 from networks import SPEC, Branches, chain, made, randomise, settle
+from test_bit_widths import Heads
 from test_blocks import Batchwise, Unet
-from test_first_last import Heads
 from torch import nn
 
 import dfq

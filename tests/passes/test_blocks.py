@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from networks import SPEC, Branches, Residual, chain, conv_bn, made, settle
-from test_first_last import Heads
+from test_bit_widths import Heads
 from torch import nn
 
 from dfq import Recipe, quantize_data_free

@@ -33,6 +33,7 @@ from utils.graph.layers import grouped_weight
 from utils.graph.nodes import module_of
 from utils.graph.regions import find_regions, stored_nodes
 from utils.passes import noise_equalization
+from utils.passes.bit_widths import bits_of_activations, bits_of_weights
 from utils.passes.equalization import ScalesOf, activation_reach, cle_scales, equalize
 from utils.passes.exactness import probed_outputs
 from utils.passes.log import PassLog
@@ -115,6 +116,21 @@ def test_they_leave_less_noise_than_cle_scales(per_channel):
         ours = noise_optimal(model, statistics, QuantScheme(8, 8, per_channel))
         cle = partial(cle_scales, ranges=batchnorm_ranges(statistics))
         gains.append(fidelity_after(model, statistics, ours, recipe) - fidelity_after(model, statistics, cle, recipe))
+    assert sum(gains) / 3 > 0.5
+
+
+def test_they_leave_less_noise_where_they_know_which_layers_have_more_bits():
+    """Of weights of 4 bits those of the first and the last layer have 8."""
+    gains = []
+    for seed in range(3):
+        model, statistics = unlike(wide, seed)
+        bits = {"bits_weight": 4, "bits_first_last": 8}
+        recipe = Recipe(**FLAGS, per_channel=True, **bits)
+        others = bits_of_weights(model, recipe), bits_of_activations(model, recipe)
+        alike = noise_optimal(model, statistics, QuantScheme(4, 8, True))
+        known = noise_optimal(model, statistics, QuantScheme(4, 8, True, weights=others[0], activations=others[1]))
+        near = [fidelity_after(model, statistics, scales, recipe) for scales in (alike, known)]
+        gains.append(near[1] - near[0])
     assert sum(gains) / 3 > 0.5
 
 

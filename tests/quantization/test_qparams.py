@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from utils.quantization import qparams
 from utils.quantization.qparams import (
     affine_qparams,
     choose_bias_qparams,
@@ -79,6 +80,33 @@ def test_few_bits_cut_what_is_rare(symmetric):
     assert 0.95 < kept.float().mean() < 1 and layer.weight.abs().max() < 0.8 * exact.abs().max()
     assert (layer.weight - exact)[kept].abs().max() <= qparams.scale / 2 + 1e-6
     assert len(layer.weight.unique()) == 16
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-25, 1e25, 1e37])
+@pytest.mark.parametrize("channelwise", [False, True])
+def test_the_grid_does_not_depend_on_the_size_of_weights(channelwise, size):
+    layer = nn.Linear(256, 4).requires_grad_(False)
+    layer.weight.copy_(torch.distributions.Laplace(0.0, 1.0).sample(layer.weight.shape))
+    wanted = choose_weight_qparams(layer, 4, channelwise, True).scale
+    assert wanted.max() < layer.weight.abs().max() / 8
+    layer.weight.mul_(size)
+    torch.testing.assert_close(choose_weight_qparams(layer, 4, channelwise, True).scale / size, wanted)
+
+
+@pytest.mark.parametrize("channelwise", [False, True])
+def test_a_sample_of_a_large_layer_chooses_nearly_the_grid_of_all(channelwise, monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.Linear(8192, 16).requires_grad_(False)
+    layer.weight.copy_(torch.distributions.Laplace(0.0, 1.0).sample(layer.weight.shape))
+
+    def error() -> Tensor:
+        rounded = fake_quantize(layer.weight, choose_weight_qparams(layer, 4, channelwise, True))
+        return (rounded - layer.weight).square().sum()
+
+    least = error()
+    monkeypatch.setattr(qparams, "SAMPLED", 2**13)
+    assert qparams._sample(layer.weight).shape == (16, 2048)
+    assert least <= error() < 1.05 * least
 
 
 def test_with_8_bits_a_grid_spans_all_weights():

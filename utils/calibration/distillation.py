@@ -80,6 +80,7 @@ def distill_few(network: fx.GraphModule, spec: InputSpec) -> Tensor:
 
 
 EDITION = 2  # of how images are made: those that another made are not read from a folder
+LEAVES = 32  # dead leaves at least, where a run would distil fewer: they take no steps
 LEAVES_FIT = 1 / 3  # of the loss; 0.10 to 0.18 on nine sound networks, 1.6 where statistics are contradicted
 
 
@@ -306,7 +307,7 @@ def statistics_fit(model: nn.Module, spec: InputSpec, images: Tensor) -> dict[st
     return {name: Fit(*(float(error.mean().sqrt()) for error in pair)) for name, pair in errors.items()}
 
 
-def describe_fit(fit: dict[str, Fit], images: int, kind: str = "distilled images") -> str:
+def describe_fit(fit: dict[str, Fit], images: int, kind: str = "images") -> str:
     """The fit in a line: over all layers, and where it is worst."""
     worst = max(fit, key=lambda name: fit[name].total)
     overall = math.sqrt(sum(one.total**2 for one in fit.values()) / len(fit))

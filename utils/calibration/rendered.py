@@ -29,7 +29,7 @@ def natural_noise(spec: InputSpec, count: int, generator: torch.Generator) -> Te
     def noise(channels: int) -> Tensor:
         white = torch.randn(count, channels, height, width, generator=generator)
         shaped = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=spec.size)
-        return shaped / shaped.std((1, 2, 3), keepdim=True)
+        return shaped / _deviation(shaped, (1, 2, 3))
 
     mean, variance = (moment[:, None, None] for moment in spec.prior())
     return mean + variance.sqrt() * (0.9 * noise(1) + math.sqrt(1 - 0.9**2) * noise(len(spec.mean)))
@@ -50,7 +50,14 @@ def dead_leaves(spec: InputSpec, count: int, generator: torch.Generator) -> Tens
 def _standard(images: Tensor) -> Tensor:
     """Every channel of mean 0 and deviation 1 over all images."""
     images = images - images.mean((0, 2, 3), keepdim=True)
-    return images / images.std((0, 2, 3), keepdim=True)
+    return images / _deviation(images, (0, 2, 3))
+
+
+def _deviation(images: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The deviation along axes, which are kept; 1 where all values are the same, as on images of very few pixels."""
+    several = math.prod(images.shape[axis] for axis in axes) > 1
+    deviation = images.std(axes, keepdim=True, correction=int(several))
+    return torch.where(deviation > 0, deviation, 1.0)
 
 
 def _blurred(images: Tensor, generator: torch.Generator) -> Tensor:

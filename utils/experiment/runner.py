@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from utils.backends.base import ENGINES
-from utils.calibration.distillation import for_few_bits
+from utils.calibration.distillation import LEAVES, for_few_bits
 from utils.calibration.fidelity import held_out
 from utils.calibration.images import Images
 from utils.core import distributed
@@ -150,7 +150,10 @@ def _with_leaves(run: Run, captured: fx.GraphModule) -> Run:
         return run
     if distributed.is_main_process():
         print("images: dead leaves, which meet the network's statistics as they are")
-    return _typed(run, {"distill_start": settings.start, "distill_steps": settings.steps})
+    chosen = {"distill_start": settings.start, "distill_steps": settings.steps}
+    if args.distill_images < LEAVES and not says(words_of(run.argv), ("distill_images",)):
+        chosen["distill_images"] = LEAVES
+    return _typed(run, chosen)
 
 
 def _typed(run: Run, flags: Mapping[str, Any]) -> Run:

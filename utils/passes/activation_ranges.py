@@ -25,7 +25,7 @@ from utils.calibration.ranges import RangeOf, analytic_ranges, describe_contradi
 from utils.core.hashing import content_hash
 from utils.core.input_spec import InputSpec
 from utils.passes.advice import other_ranges
-from utils.passes.first_last import bits_of_first_and_last
+from utils.passes.bit_widths import bits_of_activations
 from utils.passes.insert_quantizers import averaged_into_output, quantized_tensors
 from utils.passes.log import PassLog
 from utils.quantization.recipe import Recipe
@@ -91,14 +91,14 @@ def _fitted(
     log: PassLog,
 ) -> RangeOf:
     """Of every tensor the noise-optimal range. some: images [N, C, H, W] on which that is measured."""
-    bits_read = bits_of_first_and_last(network, recipe.bits_first_last)[1]
+    other_bits = bits_of_activations(network, recipe)
     weights = recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric
     bits, signed = recipe.bits_activation, recipe.engine.signed
-    key = content_hash((network.state_dict(), f"{network}", ranges, some, weights, bits, signed, bits_read))
+    key = content_hash((network.state_dict(), f"{network}", ranges, some, weights, bits, signed, other_bits))
     if key not in _FITTED:
         last = {node.name for node in written if averaged_into_output(network, node)}
         allowed = weight_noise(network, some, *weights)
-        _FITTED[key] = fit_ranges(network, ranges, some, bits, allowed, last, signed, bits_read)
+        _FITTED[key] = fit_ranges(network, ranges, some, bits, allowed, last, signed, other_bits)
     log.note(describe_fitted(_FITTED[key]))
     return fitted_ranges(_FITTED[key], observed)
 

@@ -7,8 +7,8 @@ the scales that sum is convex (maxima and sums of exponentials), so gradient des
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -34,7 +34,8 @@ ITERATIONS, LEARNING_RATE = 300, 0.03  # of Adam over the logarithms of the scal
 class QuantScheme:
     """How weights and activations are to be quantized, as far as their noise depends on it.
 
-    per_channel, symmetric: of weights. signed: activations are symmetric around 0.
+    per_channel, symmetric: of weights. signed: activations are symmetric around 0. weights, activations: by layer and by
+    node, where the bits are others.
     """
 
     bits_weight: int
@@ -42,11 +43,16 @@ class QuantScheme:
     per_channel: bool = False
     symmetric: bool = True
     signed: bool = False
+    weights: Mapping[str, int] = field(default_factory=dict)
+    activations: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def weight_steps(self) -> int:
-        """Steps from the smallest to the largest weight; of a symmetric range, from 0 to the largest."""
-        return 2 ** (self.bits_weight - 1) - 1 if self.symmetric else 2**self.bits_weight - 1
+    def weight_steps(self, layer: str) -> int:
+        """Steps from the smallest to the largest weight of a layer; of a symmetric range, from 0 to the largest."""
+        return 2 ** (self.weights.get(layer, self.bits_weight) - self.symmetric) - 1
+
+    def activation_steps(self, node: str) -> int:
+        """Steps from the lowest to the highest value of a node; of a signed range, from 0 to the furthest end."""
+        return 2 ** (self.activations.get(node, self.bits_activation) - self.signed) - 1
 
 
 @dataclass(frozen=True)
@@ -142,12 +148,15 @@ class _Noise:
         self.reads, self.makes = [len(place) for place in read], [len(place) for place in made]
         self.read, self.made = torch.cat(read), torch.cat(made)
         self.layer_of = torch.arange(len(names)).repeat_interleave(torch.tensor(self.makes))
-        stored = [
-            (place, observed.sensitivity.activations[name], *reaches[name])
-            for region, place in zip(regions, places, strict=True)
+        self.weight_steps = torch.tensor([math.log(scheme.weight_steps(name)) for name in names])[self.layer_of]
+        stored = {
+            (name, i): (place, observed.sensitivity.activations[name], *reaches[name])
+            for i, (region, place) in enumerate(zip(regions, places, strict=True))
             for name in stored_nodes(model, region)
             if name in observed.sensitivity.activations
-        ]
+        }
+        self.steps = torch.tensor([float(scheme.activation_steps(name)) for name, _ in stored])
+        stored = list(stored.values())
         empty = (torch.zeros(0, dtype=torch.long), *[torch.zeros(0)] * 3)
         self.stored, *self.activations = (torch.cat(parts) for parts in zip(empty, *stored, strict=True))
         self.tensor_of = torch.arange(len(stored)).repeat_interleave(
@@ -168,7 +177,7 @@ class _Noise:
             for one, power in zip((-2 * read).exp().split(self.reads), self.power, strict=True)
         ]
         heard = torch.cat([(power @ one).flatten() for power, one in zip(self.power, inputs, strict=True)])
-        return ((2 * (step - math.log(self.scheme.weight_steps) + made)).exp() * heard).sum()
+        return ((2 * (step - self.weight_steps + made)).exp() * heard).sum()
 
     def _largest(self, reach: Sequence[Tensor], read: Tensor, made: Tensor) -> Tensor:
         """Logarithm of the largest scaled weight of every layer, or of every channel that is made.
@@ -196,7 +205,7 @@ class _Noise:
         tensors = log.new_zeros(int(self.tensor_of[-1]) + 1 if len(log) else 0)
         ends = [tensors.scatter_reduce(0, self.tensor_of, reach * (-log).exp(), "amax") for reach in reaches]
         reach = torch.maximum(*ends) if self.scheme.signed else sum(ends)
-        step = reach / (2 ** (self.scheme.bits_activation - self.scheme.signed) - 1)
+        step = reach / self.steps
         return (step.square() * tensors.index_add(0, self.tensor_of, heard * (2 * log).exp())).sum()
 
 

@@ -10,6 +10,7 @@ from utils.graph.layers import grouped_weight
 
 SPANNED = 8  # bits from which a weight grid spans all of a layer's weights
 SHARES = [1 - 0.02 * i for i in range(36)]  # of the largest weight that a grid of fewer bits may reach
+SAMPLED, SAMPLED_OF_ROW = 2**23, 2048  # weights of a layer, and of one row, by which such a grid is chosen
 METHODS = ("minmax", "percentile", "mse")  # of choosing a range from a histogram
 
 
@@ -98,13 +99,24 @@ def choose_weight_qparams(layer: nn.Module, bits: int, per_channel: bool, symmet
 
 def _nearest_grid(rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> QParams:
     """[C]. The grid of the least squared error for each row [C, N], of those that span shares of its range."""
-    grids = [_weight_grid(low * share, high * share, bits, symmetric) for share in SHARES]
-    errors = torch.stack([(fake_quantize(rows, grid) - rows).square().sum(1) for grid in grids])
-    best = errors.argmin(0, keepdim=True)
-    scale, zero_point = (
-        torch.stack([getattr(grid, name) for grid in grids]).gather(0, best)[0] for name in ("scale", "zero_point")
-    )
-    return replace(grids[0], scale=scale, zero_point=zero_point)
+    unit = torch.maximum(-low, high).clamp_min(torch.finfo(low.dtype).tiny)  # squares of weights may be 0 or infinite
+    some = _sample(rows) / unit[:, None]
+
+    def error(share: float) -> Tensor:
+        grid = _weight_grid(low / unit * share, high / unit * share, bits, symmetric)
+        return (fake_quantize(some, grid) - some).square().sum(1)
+
+    best = torch.stack([error(share) for share in SHARES]).argmin(0)
+    share = low.new_tensor(SHARES)[best]
+    return _weight_grid(low * share, high * share, bits, symmetric)
+
+
+def _sample(rows: Tensor) -> Tensor:
+    """[C, n] of rows [C, N], evenly spread: all of them, but for layers of more than SAMPLED weights."""
+    count = max(SAMPLED // len(rows), SAMPLED_OF_ROW)
+    if rows.shape[1] <= count:
+        return rows
+    return rows[:, torch.linspace(0, rows.shape[1] - 1, count, device=rows.device).long()]
 
 
 def _weight_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> QParams:

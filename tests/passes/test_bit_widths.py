@@ -7,8 +7,9 @@ from torch import nn
 
 from dfq import Recipe, quantize_data_free
 from utils.graph.nodes import module_of, weighted_nodes
-from utils.passes.first_last import bits_of_first_and_last, first_and_last_layers
+from utils.passes.bit_widths import bits_of_activations, bits_of_weights, first_and_last_layers
 from utils.quantization.placement import quantizer_before
+from utils.quantization.quantizer import Quantizer
 
 
 class Heads(nn.Module):
@@ -53,5 +54,36 @@ def test_their_weights_and_what_they_read_have_those_bits_and_no_other_layers_ha
             assert source.qparams.bits == (8 if ends or node.target in shared else 4)
 
 
+class Reread(nn.Module):
+    """Sums of two layers' outputs, of which one layer reads the first as it is; an average reads the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = conv_bn(3, 8), conv_bn(8, 8, 1), conv_bn(8, 8, 1)
+        self.middle, self.head = conv_bn(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        left = self.left(x)
+        total = left + self.right(x)
+        total = total + self.middle(left)
+        return self.head(total.mean((2, 3)))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 12])
+def test_few_bits_are_for_what_layers_read(bits):
+    model, graph = made(Reread, settle)
+    simulated = quantize_data_free(model, SPEC, Recipe(quantize=True, bits_activation=bits), captured=graph).simulated
+    found = {
+        node.name: module_of(simulated, node).qparams.bits
+        for node in simulated.graph.nodes
+        if isinstance(module_of(simulated, node), Quantizer)
+    }
+    read = ("images_quantizer", "stem_2", "left_2", "mean_dim_quantizer")
+    others = ("right_2", "middle_2", "add_tensor_quantizer", "add_tensor_1_quantizer")
+    assert found == dict.fromkeys(read, bits) | dict.fromkeys(others, max(bits, 8))
+
+
 def test_without_the_setting_there_are_none():
-    assert bits_of_first_and_last(made(chain, settle)[1], None) == ({}, {})
+    graph = made(chain, settle)[1]
+    assert bits_of_weights(graph, Recipe()) == bits_of_activations(graph, Recipe()) == {}

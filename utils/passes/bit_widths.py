@@ -1,4 +1,4 @@
-"""The first and the last layers, which many keep at more bits than the rest: what they read, and what they weigh."""
+"""Where a network has other bits than most of its weights and activations have."""
 
 from torch import fx
 
@@ -6,15 +6,35 @@ from utils.graph.layers import WEIGHTED
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.ops import keeps_grid
 from utils.quantization.placement import is_concat
+from utils.quantization.recipe import Recipe
+
+FULL = 8  # bits of activations that no layer reads, where layers read fewer
 
 
-def bits_of_first_and_last(model: fx.GraphModule, bits: int | None) -> tuple[dict[str, int], dict[str, int]]:
-    """The bits of these layers' weights, by layer, and of what they read, by node; empty if bits is None.
+def bits_of_weights(model: fx.GraphModule, recipe: Recipe) -> dict[str, int]:
+    """By layer the bits of its weights, where they are not those of all; model: before quantizers are inserted."""
+    return {node.target: recipe.bits_first_last for node in _apart(model, recipe)}
 
-    model: before quantizers are inserted.
+
+def bits_of_activations(model: fx.GraphModule, recipe: Recipe) -> dict[str, int]:
+    """By node the bits of what it writes, where they are not those of all activations; model: before quantizers.
+
+    Few bits are for the products of layers, and for what these read. A sum, an average or a resize computes with more in
+    any engine; published tables of 4 bits do not round what they read at all.
     """
-    layers = first_and_last_layers(model) if bits else []
-    return {node.target: bits for node in layers}, dict.fromkeys(tensors_read(model, layers), bits)
+    full = dict.fromkeys(_read_by_no_layer(model), FULL) if recipe.bits_activation < FULL else {}
+    return full | dict.fromkeys(tensors_read(model, _apart(model, recipe)), recipe.bits_first_last)
+
+
+def _apart(model: fx.GraphModule, recipe: Recipe) -> list[fx.Node]:
+    """The layers that have bits of their own."""
+    return first_and_last_layers(model) if recipe.bits_first_last else []
+
+
+def _read_by_no_layer(model: fx.GraphModule) -> set[str]:
+    """The nodes that no layer reads, past whatever only moves values."""
+    read = tensors_read(model, weighted_nodes(model))
+    return {node.name for node in model.graph.nodes if node.op != "output"} - read
 
 
 def first_and_last_layers(model: fx.GraphModule) -> list[fx.Node]:
