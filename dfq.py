@@ -99,7 +99,8 @@ def quantize_data_free(
     # Rounding learned block by block, from what GPTQ gives. Not in the paper.
     if recipe.distill_rounding == "adaround":
         folder = cache_folder() / "rounding"
-        result = learn_rounding(result, own, recipe.steps_of_biases, Reconstruction(), device, folder)
+        settings = Reconstruction().with_activations_of(recipe.bits_activation)
+        result = learn_rounding(result, own, recipe.steps_of_biases, settings, device, folder)
     for warning in fidelity_warnings(result.fidelity, recipe, len(own.judging), own.real) if result.fidelity else ():
         result.log.warn(warning)
     return result

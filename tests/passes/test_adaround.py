@@ -279,3 +279,15 @@ def test_the_recipe_learns_behind_the_choice_of_scales_and_says_so(tmp_path, mon
     assert len(list((tmp_path / "rounding").iterdir())) == 1
     assert result.fidelity.output == pytest.approx(fidelity(result.float, result.simulated, IMAGES.judging).output)
     assert result.fidelity.output >= start(chain, per_channel=False).fidelity.output
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_bits_of_activations_are_learned_longer_and_their_scales_further(bits, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        dfq, "learn_rounding", lambda result, images, steps, settings, *_: told.append(settings) or result
+    )
+    recipe = Recipe(**FLAGS | {"distill_rounding": "adaround"}, bits_weight=4, bits_activation=bits)
+    quantize_data_free(*made(chain, settle)[:1], SPEC, recipe, IMAGES.calibration)
+    longer = told[0].iterations > Reconstruction.iterations and told[0].scale_reach > Reconstruction.scale_reach
+    assert longer == (bits < 8)

@@ -50,6 +50,10 @@ class Reconstruction:
     sensitivity: bool = True
     seed: int = 0
 
+    def with_activations_of(self, bits: int) -> "Reconstruction":
+        """With fewer than 8 bits of activations the scales of these are most of what is to be learned, and take longer."""
+        return self if bits >= 8 else replace(self, iterations=self.iterations * 5 // 2, scale_reach=1.0)
+
 
 @dataclass(frozen=True)
 class Handed:
