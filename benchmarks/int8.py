@@ -13,7 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ FILES = {
     "ONNX Runtime FP32": ("onnxruntime", "original"),
     "ONNX Runtime FP32 with caps": ("onnxruntime", "capped"),
     "ONNX Runtime INT8, ours": ("onnxruntime", "ours"),
+    "ONNX Runtime INT8, layers in float": ("onnxruntime", "mixed"),
     "ONNX Runtime INT8, uint8 weights": ("onnxruntime", "uint8"),
     f"ONNX Runtime INT8, --opset {WITH_MIN}": ("onnxruntime", "newest"),
     "ONNX Runtime INT8, quantize_static": ("onnxruntime", "static"),
@@ -72,8 +73,13 @@ def original(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
     return network
 
 
-def files(model: nn.Module, spec: InputSpec, recipe: Recipe, images: Tensor, folder: Path) -> dict[str, Path]:
-    """The network in float as loaded and with caps, as our INT8 files, and as quantize_static makes it."""
+def files(
+    model: nn.Module, spec: InputSpec, recipe: Recipe, images: Tensor, folder: Path, float_layers: Sequence[str]
+) -> dict[str, Path]:
+    """The network in float as loaded and with caps, as our INT8 files, and as quantize_static makes it.
+
+    float_layers: those of "mixed", which is left out where there are none.
+    """
     ours = quantize_data_free(model, spec, recipe)
     theirs = quantize_data_free(model, spec, replace(recipe, target="openvino"))
     models = {
@@ -84,6 +90,9 @@ def files(model: nn.Module, spec: InputSpec, recipe: Recipe, images: Tensor, fol
         "newest": build(ours, spec, {}, WITH_MIN, weight_type="int8"),
         "openvino": build(theirs, spec, {}, target=TARGETS["openvino"]),
     }
+    if float_layers:
+        mixed = quantize_data_free(model, spec, replace(recipe, float_layers=tuple(float_layers)))
+        models["mixed"] = build(mixed, spec, {}, weight_type="int8")
     made = {name: folder / f"{name}.onnx" for name in (*models, "static")}
     for name, one in models.items():
         onnx.save(one, made[name])
@@ -104,7 +113,7 @@ def variants(made: dict[str, Path], eager: nn.Module, threads: int, images: Tens
     fast = images.contiguous(memory_format=torch.channels_last)
     runs = {"torch eager FP32": partial(eager, fast), "torch compile FP32": partial(torch.compile(eager), fast)}
     working = {}
-    for name in (*runs, *FILES):
+    for name in (*runs, *(name for name, (_, file) in FILES.items() if file in made)):
         try:
             if name in FILES:
                 engine, file = FILES[name]
@@ -160,6 +169,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image_size", type=int, nargs="+", help="side, or height and width")
     parser.add_argument("--calibrate", metavar="DIR", help="folder of images for quantize_static (default: the demo's)")
     parser.add_argument("--relu", action="store_true", help="replace ReLU6 by ReLU: no caps per channel to keep")
+    parser.add_argument(
+        "--float_layers", nargs="+", default=[], metavar="NAME", help="time a file with these in float too"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args(arguments)
@@ -171,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     eager = deploy(network.model, CPU)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         images = calibration(args.calibrate, spec, 32)
-        made = files(network.model, spec, recipe, images, Path(folder))
+        made = files(network.model, spec, recipe, images, Path(folder), args.float_layers)
         for threads in args.threads:
             for batch in (1, 32):
                 runs = variants(made, eager, threads, images[:batch])

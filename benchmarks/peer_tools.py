@@ -293,7 +293,7 @@ def _aimet(per_channel: bool, equalize: bool) -> Peer:
 
 
 _LE_BC = Recipe(quantize=True, equalize=True, correction=True)
-_LE_DBC_DR = Recipe(quantize=True, equalize=True, correction=True, distill_correction=True, distill_range=True)
+_LE_BC_DR = Recipe(quantize=True, equalize=True, correction=True, distill_range=True)
 
 
 def _per_channel(recipe: Recipe) -> Recipe:
@@ -305,10 +305,10 @@ PEERS = {
     FLOAT: Peer("", "FP32", False, False, "PyTorch", lambda job: copy.deepcopy(job.model)),
     "ours": _ours(_LE_BC),
     "ours-engine": _ours(_LE_BC, engine=True),
-    "ours-distilled": _ours(_LE_DBC_DR),
-    "ours-pictures": _ours(_LE_DBC_DR, pictures=True),
+    "ours-distilled": _ours(_LE_BC_DR),
+    "ours-pictures": _ours(_LE_BC_DR, pictures=True),
     "ours-channel": _ours(_per_channel(_LE_BC)),
-    "ours-pictures-channel": _ours(_per_channel(_LE_DBC_DR), pictures=True),
+    "ours-pictures-channel": _ours(_per_channel(_LE_BC_DR), pictures=True),
     "ort-minmax": _static("MinMax", False),
     "ort-minmax-channel": _static("MinMax", True),
     "ort-percentile": _static("Percentile", False),
