@@ -78,7 +78,7 @@ def files(
 ) -> dict[str, Path]:
     """The network in float as loaded and with caps, as our INT8 files, and as quantize_static makes it.
 
-    float_layers: those of "mixed", which is left out where there are none.
+    float_layers: those of "mixed", which is made where there are any.
     """
     ours = quantize_data_free(model, spec, recipe)
     theirs = quantize_data_free(model, spec, replace(recipe, target="openvino"))

@@ -79,6 +79,15 @@ def test_a_row_is_what_its_own_command_gives(table, tmp_path, capsys):
         assert identity(alone, DEFAULTS) == identity(row, DEFAULTS)
 
 
+def test_a_row_that_looks_at_no_images_is_found_whatever_stands_beside_it(table, tmp_path, capsys):
+    few = [*table, "--bits_weight", "4", "--distill_images", "8", "--distill_cache", str(tmp_path / "cache")]
+    main_cls.main([*few, "--rows", "Original"])
+    main_cls.main([*few, "--rows", "Original", "+LE+DBC"])
+    assert "2 rows, 1 of them in" in capsys.readouterr().out
+    first, second = read_lines(tmp_path / "runs.jsonl")
+    assert [line["flags"]["distill_start"] for line in (first, second)] == ["natural", "leaves"]
+
+
 def test_detection_compares_with_the_float_network_that_ran_once(table, tmp_path):
     main_det.main([*table, "--rows", "Original", "+LE+BC"])
     (second,) = [row for row in read_lines(tmp_path / "runs.jsonl") if row["recipe"] == "+LE+BC"]

@@ -84,6 +84,42 @@ def test_few_bits_are_for_what_layers_read(bits):
     assert found == dict.fromkeys(read, bits) | dict.fromkeys(others, max(bits, 8))
 
 
+class Joined(nn.Module):
+    """A layer reads a concat, one of whose parts a sum reads too; a second concat's parts are read by nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = conv_bn(3, 8), conv_bn(8, 8, 1), conv_bn(8, 8, 1)
+        self.middle, self.near, self.far = conv_bn(16, 8, 1), conv_bn(8, 8, 1), conv_bn(8, 8, 1)
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        left, right = self.left(x), self.right(x)
+        x = self.middle(torch.cat([left, right], 1)) + left
+        return self.head(torch.cat([self.near(x), self.far(x)], 1))
+
+
+def bits_of(network, **settings):
+    """By name the bits of all quantizers."""
+    model, graph = made(network, settle)
+    recipe = Recipe(quantize=True, bits_activation=4, **settings)
+    simulated = quantize_data_free(model, SPEC, recipe, captured=graph).simulated
+    modules = {node.name: module_of(simulated, node) for node in simulated.graph.nodes}
+    return {name: module.qparams.bits for name, module in modules.items() if isinstance(module, Quantizer)}
+
+
+def test_of_a_concat_either_its_parts_have_few_bits_or_it_alone():
+    found = bits_of(Joined)
+    assert found["cat_default_quantizer"] == 4 and found["left_2"] == found["right_2"] == found["middle_2"] == 8
+    assert found["near_2"] == found["far_2"] == 4 and "cat_default_1_quantizer" not in found
+
+
+def test_what_a_layer_in_float_reads_has_no_few_bits():
+    assert bits_of(Reread)["mean_dim_quantizer"] == 4
+    assert bits_of(Reread, float_layers=("head",)).get("mean_dim_quantizer", 8) == 8
+
+
 def test_without_the_setting_there_are_none():
     graph = made(chain, settle)[1]
     assert bits_of_weights(graph, Recipe()) == bits_of_activations(graph, Recipe()) == {}

@@ -1,12 +1,14 @@
 """The self-check of exact passes."""
 
 import math
+import re
 
 import pytest
 import torch
 from networks import SPEC, chain, randomise, settle
 from torch import nn
 
+from dfq import Recipe, quantize_data_free
 from utils.core.errors import UserError
 from utils.graph.capture import capture
 from utils.passes.exactness import Reference, check_capture, check_unchanged, probed_outputs, rounding_noise
@@ -23,6 +25,15 @@ def test_a_pass_that_breaks_the_network_is_named():
     model[2][0].weight.fill_(math.nan)
     with pytest.raises(UserError, match="equalization"):
         check_unchanged("equalization", model, reference, PassLog())
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("key", ["0.0.weight", "0.1.running_var"])
+def test_weights_and_statistics_that_are_no_numbers_are_refused_by_name(key, value):
+    model = settle(chain())
+    model.state_dict()[key].flatten()[0] = value
+    with pytest.raises(UserError, match=f"{re.escape(key)} holds values that are no finite numbers"):
+        quantize_data_free(model, SPEC, Recipe(quantize=True))
 
 
 def test_a_network_that_amplifies_rounding_is_checked_against_that():

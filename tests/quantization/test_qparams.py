@@ -93,20 +93,41 @@ def test_the_grid_does_not_depend_on_the_size_of_weights(channelwise, size):
     torch.testing.assert_close(choose_weight_qparams(layer, 4, channelwise, True).scale / size, wanted)
 
 
+def normal(shape):
+    return torch.randn(shape)
+
+
+def heavy_tails(shape):
+    return torch.distributions.StudentT(3.0).sample(shape)
+
+
+def one_outlier(shape):
+    return torch.cat([torch.randn(*shape[:-1], shape[-1] - 1), 10 * torch.ones(*shape[:-1], 1)], -1)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 7])
 @pytest.mark.parametrize("channelwise", [False, True])
-def test_a_sample_of_a_large_layer_chooses_nearly_the_grid_of_all(channelwise, monkeypatch):
+@pytest.mark.parametrize("weights", [normal, heavy_tails, one_outlier])
+def test_a_sample_of_a_large_layer_chooses_nearly_the_grid_of_all(weights, channelwise, bits, monkeypatch):
     torch.manual_seed(0)
     layer = nn.Linear(8192, 16).requires_grad_(False)
-    layer.weight.copy_(torch.distributions.Laplace(0.0, 1.0).sample(layer.weight.shape))
+    layer.weight.copy_(weights(layer.weight.shape))
 
     def error() -> Tensor:
-        rounded = fake_quantize(layer.weight, choose_weight_qparams(layer, 4, channelwise, True))
+        rounded = fake_quantize(layer.weight, choose_weight_qparams(layer, bits, channelwise, True))
         return (rounded - layer.weight).square().sum()
 
     least = error()
     monkeypatch.setattr(qparams, "SAMPLED", 2**13)
-    assert qparams._sample(layer.weight).shape == (16, 2048)
-    assert least <= error() < 1.05 * least
+    assert qparams._sample(layer.weight)[0].shape == (16, qparams.SAMPLED_OF_ROW + qparams.LARGEST)
+    assert least <= error() < 1.1 * least
+
+
+def test_a_sample_reaches_from_the_first_to_the_last_weight():
+    rows = torch.arange(2**25 + 100, dtype=torch.float32).flip(0)[None].contiguous()
+    values, counts = qparams._sample(rows)
+    assert values[0, 0] == rows[0, 0] and values[0, qparams.SAMPLED - 1] == rows[0, -1]
+    assert float(counts.double().sum()) == pytest.approx(rows.shape[1], rel=1e-5)
 
 
 def test_with_8_bits_a_grid_spans_all_weights():

@@ -163,12 +163,13 @@ def _typed(run: Run, flags: Mapping[str, Any]) -> Run:
 
 
 def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe], quantize: Quantize) -> None:
-    captured = None
+    captured, typed = None, run
     if run.args.bits_weight < OUTER_BITS and any(recipe.needs_images for recipe in recipes):
         captured = _captured(run, evaluator)
         run = _with_leaves(run, captured)
     args, defaults = run.args, cli.defaults(run.task)
-    lines = [run.line(recipe) for recipe in recipes]
+    runs = [run if recipe.needs_images or args.fidelity else typed for recipe in recipes]
+    lines = [own.line(recipe) for own, recipe in zip(runs, recipes, strict=True)]
     done = _recorded(run, defaults)
     missing = [i for i, line in enumerate(lines) if records.identity(line, defaults) not in done]
     if args.table:
@@ -183,13 +184,13 @@ def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
         quantized = quantize(run.network.model, run.spec, recipes[i], captured=captured, **sources)
-        _write_files(run, recipes[i], quantized, evaluator)
+        _write_files(runs[i], recipes[i], quantized, evaluator)
         if evaluator is None:
-            _say(run, quantized, images)
+            _say(runs[i], quantized, images)
             return
-        row = evaluate_row(run, evaluator, recipes[i], quantized, images)
+        row = evaluate_row(runs[i], evaluator, recipes[i], quantized, images)
         lines[i] = row.line
-        _keep(run, evaluator, row)
+        _keep(runs[i], evaluator, row)
         if args.table and count < len(missing):
             seconds = time.monotonic() - start
             left = seconds / count * (len(missing) - count)

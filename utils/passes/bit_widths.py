@@ -2,10 +2,11 @@
 
 from torch import fx
 
-from utils.graph.layers import WEIGHTED
+from utils.graph.layers import WEIGHTED, on_integers
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.ops import keeps_grid
-from utils.quantization.placement import is_concat
+from utils.passes.insert_quantizers import feeds_only
+from utils.quantization.placement import is_concat, value_sources
 from utils.quantization.recipe import Recipe
 
 FULL = 8  # bits of activations that no layer reads, where layers read fewer
@@ -32,8 +33,8 @@ def _apart(model: fx.GraphModule, recipe: Recipe) -> list[fx.Node]:
 
 
 def _read_by_no_layer(model: fx.GraphModule) -> set[str]:
-    """The nodes that no layer reads, past whatever only moves values."""
-    read = tensors_read(model, weighted_nodes(model))
+    """The nodes that no layer on integers reads, past whatever only moves values."""
+    read = tensors_read(model, [node for node in weighted_nodes(model) if on_integers(module_of(model, node))])
     return {node.name for node in model.graph.nodes if node.op != "output"} - read
 
 
@@ -67,17 +68,17 @@ def tensors_read(model: fx.GraphModule, layers: list[fx.Node]) -> set[str]:
     """The names of the nodes whose quantizers these layers read, before quantizers are inserted."""
     names: set[str] = set()
     for layer in layers:
-        _note_sources(layer.args[0], layer, names)
+        _note_sources(layer.args[0], names)
     return names
 
 
-def _note_sources(node: fx.Node, reader: fx.Node, names: set[str]) -> None:
-    """Past whatever only moves values; of a concat also its parts, where nothing else reads them."""
+def _note_sources(node: fx.Node, names: set[str]) -> None:
+    """Past whatever only moves values; of a concat also what it joins, where that shares its quantizer's parameters."""
     if keeps_grid(node):
-        _note_sources(node.args[0], node, names)
+        _note_sources(node.args[0], names)
         return
     if is_concat(node):
-        for part in node.args[0]:
-            if set(part.users) == {node}:
-                _note_sources(part, node, names)
+        sources = {source for part in node.args[0] for source in value_sources(part)}
+        if all(feeds_only(source, node) for source in sources):
+            names.update(source.name for source in sources)
     names.add(node.name)

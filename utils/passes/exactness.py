@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,6 +58,7 @@ def note_change(name: str, expected: list[Tensor], model: nn.Module, probe: Tens
 
 def check_capture(model: nn.Module, network: fx.GraphModule, spec: InputSpec, probe: Tensor, log: PassLog) -> Reference:
     """Hold a captured network to the one as loaded, on the probe and on a batch of another size."""
+    _check_finite(network)
     reference = Reference(probe, probed_outputs(model, probe), model)
     check_unchanged("capture", network, reference, log)
     if network.meta["batch"] is None:
@@ -68,6 +70,19 @@ def check_capture(model: nn.Module, network: fx.GraphModule, spec: InputSpec, pr
             f"the network fixes its batch: it is captured, and runs, with {network.meta['batch']} image(s) at a time"
         )
     return reference
+
+
+def _check_finite(network: fx.GraphModule) -> None:
+    """Refuse weights and statistics that are no numbers: nothing of their layer could be quantized."""
+    for name, module in network.named_modules():
+        held = dict(module.named_parameters(recurse=False))
+        if isinstance(module, _BatchNorm):
+            held |= {key: value for key, value in module.named_buffers(recurse=False) if value.is_floating_point()}
+        for key, value in held.items():
+            if not value.isfinite().all():
+                raise UserError(
+                    f"{name}.{key} holds values that are no finite numbers; train or load the network anew, quantization cannot mend it"
+                )
 
 
 def _warn_of_neighbours(reference: Reference, log: PassLog) -> None:

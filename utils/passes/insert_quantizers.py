@@ -73,7 +73,7 @@ def _tensor_ranges(
             if isinstance(together, Unknown):
                 continue
             sources = {source for part in node.args[0] for source in value_sources(part)}
-            if all(source in ranges and _feeds_only(source, node) for source in sources):
+            if all(source in ranges and feeds_only(source, node) for source in sources):
                 ranges.update(dict.fromkeys(sources, together))
             else:
                 ranges[node] = together
@@ -213,6 +213,6 @@ def handed_out(node: fx.Node) -> bool:
     )
 
 
-def _feeds_only(node: fx.Node, concat: fx.Node) -> bool:
+def feeds_only(node: fx.Node, concat: fx.Node) -> bool:
     """Whether every sink of a value, past whatever only moves it, is this concat."""
-    return all(user is concat or (keeps_grid(user) and _feeds_only(user, concat)) for user in node.users)
+    return all(user is concat or (keeps_grid(user) and feeds_only(user, concat)) for user in node.users)

@@ -10,7 +10,8 @@ from utils.graph.layers import grouped_weight
 
 SPANNED = 8  # bits from which a weight grid spans all of a layer's weights
 SHARES = [1 - 0.02 * i for i in range(36)]  # of the largest weight that a grid of fewer bits may reach
-SAMPLED, SAMPLED_OF_ROW = 2**23, 2048  # weights of a layer, and of one row, by which such a grid is chosen
+SAMPLED, SAMPLED_OF_ROW = 2**23, 1024  # weights of a layer, and of one row, by which such a grid is chosen
+LARGEST = 64  # of a row, all of which have a part in that
 METHODS = ("minmax", "percentile", "mse")  # of choosing a range from a histogram
 
 
@@ -100,23 +101,31 @@ def choose_weight_qparams(layer: nn.Module, bits: int, per_channel: bool, symmet
 def _nearest_grid(rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> QParams:
     """[C]. The grid of the least squared error for each row [C, N], of those that span shares of its range."""
     unit = torch.maximum(-low, high).clamp_min(torch.finfo(low.dtype).tiny)  # squares of weights may be 0 or infinite
-    some = _sample(rows) / unit[:, None]
+    some, counts = _sample(rows / unit[:, None])
 
     def error(share: float) -> Tensor:
         grid = _weight_grid(low / unit * share, high / unit * share, bits, symmetric)
-        return (fake_quantize(some, grid) - some).square().sum(1)
+        return ((fake_quantize(some, grid) - some).square() * counts).sum(1)
 
     best = torch.stack([error(share) for share in SHARES]).argmin(0)
     share = low.new_tensor(SHARES)[best]
     return _weight_grid(low * share, high * share, bits, symmetric)
 
 
-def _sample(rows: Tensor) -> Tensor:
-    """[C, n] of rows [C, N], evenly spread: all of them, but for layers of more than SAMPLED weights."""
-    count = max(SAMPLED // len(rows), SAMPLED_OF_ROW)
-    if rows.shape[1] <= count:
-        return rows
-    return rows[:, torch.linspace(0, rows.shape[1] - 1, count, device=rows.device).long()]
+def _sample(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [C, n] of rows [C, N], and by how much each counts: all alike, but for layers of more than SAMPLED weights.
+
+    There the largest of a row, which a grid may cut, count once, and evenly spread ones for all others.
+    """
+    length, count = rows.shape[1], max(SAMPLED // len(rows), SAMPLED_OF_ROW)
+    if length <= count + LARGEST:
+        return rows, rows.new_ones(())
+    index = torch.arange(count, device=rows.device) * (length - 1) // (count - 1)
+    largest = rows.gather(1, rows.abs().topk(LARGEST, 1).indices)
+    spread = rows[:, index]
+    other = (spread.abs() < largest.abs().amin(1, keepdim=True)).to(rows.dtype)
+    share = (length - LARGEST) / other.sum(1, keepdim=True).clamp_min(1)
+    return torch.cat([spread, largest], 1), torch.cat([other * share, torch.ones_like(largest)], 1)
 
 
 def _weight_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> QParams:
