@@ -27,7 +27,7 @@ from utils.calibration.distillation import (
     statistics_fit,
 )
 from utils.calibration.fidelity import fidelity
-from utils.calibration.images import Images, halves, whose
+from utils.calibration.images import Images, halves, held_out, whose
 from utils.calibration.moments import Statistics, propagate
 from utils.calibration.observers import layer_extremes
 from utils.calibration.ranges import batchnorm_ranges
@@ -46,7 +46,7 @@ from utils.passes.adaround import learn_rounding
 from utils.passes.advice import check_statistics, fidelity_warnings
 from utils.passes.bias_absorption import absorb_high_biases
 from utils.passes.bias_correction import correct_biases
-from utils.passes.bit_widths import bits_of_activations, bits_of_weights
+from utils.passes.bit_widths import FULL, bits_of_activations, bits_of_weights
 from utils.passes.block_learning import Reconstruction
 from utils.passes.clip_weights import clip_weights
 from utils.passes.dead_channels import clear_dead_channels
@@ -98,12 +98,22 @@ def quantize_data_free(
 
     # Rounding learned block by block, from what GPTQ gives. Not in the paper.
     if recipe.distill_rounding == "adaround":
-        folder = cache_folder() / "rounding"
-        settings = Reconstruction().with_activations_of(recipe.bits_activation)
-        result = learn_rounding(result, own, recipe.steps_of_biases, settings, device, folder)
+        result = _learned(result, recipe, own, device)
     for warning in fidelity_warnings(result.fidelity, recipe, len(own.judging), own.real) if result.fidelity else ():
         result.log.warn(warning)
     return result
+
+
+def _learned(result: Quantized, recipe: Recipe, images: Images, device: torch.device | None) -> Quantized:
+    """With rounding learned. With few bits of activations images of another kind than those learned from say nothing of
+    it: their outputs are noise before and after."""
+    learning = held_out(images) if recipe.bits_activation < FULL and not images.real else images
+    settings = Reconstruction().with_activations_of(recipe.bits_activation)
+    folder = cache_folder() / "rounding"
+    result = learn_rounding(result, learning, recipe.steps_of_biases, settings, device, folder)
+    if learning is images:
+        return result
+    return replace(result, fidelity=fidelity(result.float, result.simulated, images.judging))
 
 
 def _exact_passes(

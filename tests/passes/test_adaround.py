@@ -282,12 +282,16 @@ def test_the_recipe_learns_behind_the_choice_of_scales_and_says_so(tmp_path, mon
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_few_bits_of_activations_are_learned_longer_and_their_scales_further(bits, monkeypatch):
+def test_few_bits_of_activations_are_learned_longer_and_judged_by_images_like_those_learned_from(bits, monkeypatch):
     told = []
-    monkeypatch.setattr(
-        dfq, "learn_rounding", lambda result, images, steps, settings, *_: told.append(settings) or result
-    )
+    monkeypatch.setattr(dfq, "learn_rounding", lambda result, *told_: told.append(told_) or result)
     recipe = Recipe(**FLAGS | {"distill_rounding": "adaround"}, bits_weight=4, bits_activation=bits)
-    quantize_data_free(*made(chain, settle)[:1], SPEC, recipe, IMAGES.calibration)
-    longer = told[0].iterations > Reconstruction.iterations and told[0].scale_reach > Reconstruction.scale_reach
-    assert longer == (bits < 8)
+    model = made(chain, settle)[0]
+    for real in (False, True):
+        found = quantize_data_free(model, SPEC, recipe, IMAGES.calibration, judging=IMAGES.judging, real=real)
+        images, _, settings, *_ = told[-1]
+        alike = bits < 8 and not real
+        assert (len(images.calibration), len(images.judging)) == ((56, 8) if alike else (64, 32))
+        assert found.fidelity.output == fidelity(found.float, found.simulated, IMAGES.judging).output
+        assert (settings.iterations > Reconstruction.iterations) == (bits < 8)
+        assert (settings.scale_reach > Reconstruction.scale_reach) == (bits < 8)

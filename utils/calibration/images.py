@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -94,3 +94,9 @@ def load_images(
 def halves(images: Tensor) -> tuple[Tensor, Tensor]:
     """Every other image, for calibration and for judging: folders are sorted, so that both halves are of all kinds."""
     return images[::2], images[1::2]
+
+
+def held_out(images: Images) -> Images:
+    """With an eighth of the images to calibrate on to judge by, in the place of those that may be of another kind."""
+    count = max(1, len(images.calibration) // 8)
+    return replace(images, calibration=images.calibration[:-count], judging=images.calibration[-count:])
