@@ -107,13 +107,19 @@ def quantize_data_free(
 def _learned(result: Quantized, recipe: Recipe, images: Images, device: torch.device | None) -> Quantized:
     """With rounding learned. With few bits of activations images of another kind than those learned from say nothing of
     it: their outputs are noise before and after."""
-    learning = held_out(images) if recipe.bits_activation < FULL and not images.real else images
     settings = Reconstruction().with_activations_of(recipe.bits_activation)
-    folder = cache_folder() / "rounding"
-    result = learn_rounding(result, learning, recipe.steps_of_biases, settings, device, folder)
-    if learning is images:
-        return result
-    return replace(result, fidelity=fidelity(result.float, result.simulated, images.judging))
+    learn = partial(
+        learn_rounding,
+        bits_bias=recipe.steps_of_biases,
+        settings=settings,
+        device=device,
+        folder=cache_folder() / "rounding",
+    )
+    if recipe.bits_activation >= FULL or images.real:
+        return learn(result, images)
+    own = held_out(images)
+    learned = learn(replace(result, fidelity=fidelity(result.float, result.simulated, own.judging)), own)
+    return replace(learned, fidelity=fidelity(learned.float, learned.simulated, images.judging))
 
 
 def _exact_passes(

@@ -284,12 +284,12 @@ def test_the_recipe_learns_behind_the_choice_of_scales_and_says_so(tmp_path, mon
 @pytest.mark.parametrize("bits", [4, 8])
 def test_few_bits_of_activations_are_learned_longer_and_judged_by_images_like_those_learned_from(bits, monkeypatch):
     told = []
-    monkeypatch.setattr(dfq, "learn_rounding", lambda result, *told_: told.append(told_) or result)
+    monkeypatch.setattr(dfq, "learn_rounding", lambda result, images, **rest: told.append((images, rest)) or result)
     recipe = Recipe(**FLAGS | {"distill_rounding": "adaround"}, bits_weight=4, bits_activation=bits)
     model = made(chain, settle)[0]
     for real in (False, True):
         found = quantize_data_free(model, SPEC, recipe, IMAGES.calibration, judging=IMAGES.judging, real=real)
-        images, _, settings, *_ = told[-1]
+        images, settings = told[-1][0], told[-1][1]["settings"]
         alike = bits < 8 and not real
         assert (len(images.calibration), len(images.judging)) == ((56, 8) if alike else (64, 32))
         assert found.fidelity.output == fidelity(found.float, found.simulated, IMAGES.judging).output

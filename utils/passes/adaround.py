@@ -50,7 +50,7 @@ def learn_rounding(
 ) -> Quantized:
     """The network with learned rounding; or as it was, where that is nearer to float on the judging images.
 
-    result: a network that is quantized. images: calibration to learn from, judging to judge by. device: to learn on; None: the CPU. folder: where blocks that are done are
+    result: a network that is quantized, with its fidelity on the judging images. images: calibration to learn from. device: to learn on; None: the CPU. folder: where blocks that are done are
     kept, so that a run that was stopped goes on behind them; None: nowhere.
     """
     network, simulated = (without_overwriting(one) for one in (result.float, result.simulated))
@@ -59,9 +59,9 @@ def learn_rounding(
     log = copy.deepcopy(result.log)
     reconstruct(network, simulated, images, known, settings, log, device, folder)
     _round_biases_again(simulated, bits_bias, log)
-    near, before = (fidelity(network, one, images.judging) for one in (simulated, result.simulated))
-    text = f"learned rounding: {near.output:.2f} dB on held-out images, {before.output:.2f} dB with GPTQ alone"
-    if near.output <= before.output:
+    near = fidelity(network, simulated, images.judging)
+    text = f"learned rounding: {near.output:.2f} dB on held-out images, {result.fidelity.output:.2f} dB with GPTQ alone"
+    if near.output <= result.fidelity.output:
         result.log.note(f"{text}, which is kept")
         return result
     log.note(text)

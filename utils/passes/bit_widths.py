@@ -78,7 +78,7 @@ def _note_sources(node: fx.Node, names: set[str]) -> None:
         _note_sources(node.args[0], names)
         return
     if is_concat(node):
-        sources = {source for part in node.args[0] for source in value_sources(part)}
+        sources = value_sources(node)
         if all(feeds_only(source, node) for source in sources):
             names.update(source.name for source in sources)
     names.add(node.name)

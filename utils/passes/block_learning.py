@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from utils.graph.layers import WEIGHTED, per_channel
+from utils.passes.bit_widths import FULL
 from utils.passes.blocks import Part
 from utils.passes.soft_rounding import SoftLayer, SoftQuantizer, rounding_penalty, scaled_quantizer
 from utils.quantization.quantizer import Quantizer
@@ -52,7 +53,7 @@ class Reconstruction:
 
     def with_activations_of(self, bits: int) -> "Reconstruction":
         """With fewer than 8 bits of activations the scales of these are most of what is to be learned, and take longer."""
-        return self if bits >= 8 else replace(self, iterations=self.iterations * 5 // 2, scale_reach=1.0)
+        return self if bits >= FULL else replace(self, iterations=self.iterations * 5 // 2, scale_reach=1.0)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _tensor_ranges(
             together = range_of(node)
             if isinstance(together, Unknown):
                 continue
-            sources = {source for part in node.args[0] for source in value_sources(part)}
+            sources = value_sources(node)
             if all(source in ranges and feeds_only(source, node) for source in sources):
                 ranges.update(dict.fromkeys(sources, together))
             else:

@@ -149,14 +149,14 @@ class _Noise:
         self.read, self.made = torch.cat(read), torch.cat(made)
         self.layer_of = torch.arange(len(names)).repeat_interleave(torch.tensor(self.makes))
         self.weight_steps = torch.tensor([math.log(scheme.weight_steps(name)) for name in names])[self.layer_of]
-        stored = {
-            (name, i): (place, observed.sensitivity.activations[name], *reaches[name])
-            for i, (region, place) in enumerate(zip(regions, places, strict=True))
+        stored = [
+            (name, place)
+            for region, place in zip(regions, places, strict=True)
             for name in stored_nodes(model, region)
             if name in observed.sensitivity.activations
-        }
+        ]
         self.steps = torch.tensor([float(scheme.activation_steps(name)) for name, _ in stored])
-        stored = list(stored.values())
+        stored = [(place, observed.sensitivity.activations[name], *reaches[name]) for name, place in stored]
         empty = (torch.zeros(0, dtype=torch.long), *[torch.zeros(0)] * 3)
         self.stored, *self.activations = (torch.cat(parts) for parts in zip(empty, *stored, strict=True))
         self.tensor_of = torch.arange(len(stored)).repeat_interleave(
