@@ -97,7 +97,7 @@ def quantize_data_free(
         result = _quantize_equalized(start, _cle(start) if recipe.equalize else None)
 
     # Rounding learned block by block, from what GPTQ gives. Not in the paper.
-    if recipe.distill_rounding == "adaround":
+    if recipe.learns_rounding:
         result = _learned(result, recipe, own, device)
     for warning in fidelity_warnings(result.fidelity, recipe, len(own.judging), own.real) if result.fidelity else ():
         result.log.warn(warning)
@@ -324,7 +324,7 @@ def quantize_auto(
     if few_bits := settings.get("bits_weight", OUTER_BITS) < OUTER_BITS:
         settings = {"bits_first_last": OUTER_BITS} | settings
     if images is None:
-        kind = for_few_bits(captured, spec, Distillation()) if few_bits else Distillation()
+        kind = for_few_bits(captured, spec, Distillation(), True) if few_bits else Distillation()
         made = (distill(captured, spec, one, torch.device("cpu")) for one in for_search(kind))
         shown = search_images(*made)
     else:

@@ -72,6 +72,34 @@ def test_without_steps_images_stay_as_they_start(settled):
     assert not torch.equal(images, distill.distill(settled, SPEC, replace(settings, seed=1), CPU))
 
 
+def test_strided_convolutions_read_shifted_maps_while_distilling():
+    seen, strided = [], nn.Conv2d(3, 3, 3, stride=2, padding=1, bias=False)
+    network = nn.Sequential(strided, nn.Conv2d(3, 3, 1), nn.ConvTranspose2d(3, 3, 2, stride=2)).eval()
+    for i, module in enumerate(network):
+        module.register_forward_pre_hook(lambda module, inputs, i=i: seen.append((i, inputs[0].clone())))
+    x = torch.arange(192.0).view(1, 3, 8, 8)
+    with distill._shifting(network, 1, torch.Generator().manual_seed(1)):
+        for _ in range(40):
+            network(x)
+    wide = nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
+    shifts = [wide[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    maps = [[value for i, value in seen if i == k] for k in range(3)]
+    # Hooks run in the order in which they came: what the others read tells of the shift before them.
+    outputs = [strided.forward(shifted) for shifted in shifts]
+    which = [next(k for k, one in enumerate(outputs) if torch.equal(one, value)) for value in maps[1]]
+    assert len(set(which)) == 9 and all(value.shape == (1, 3, 4, 4) for value in maps[2])
+    assert torch.equal(network(x), network(x)) and torch.equal(seen[-2][1], strided.forward(x))
+
+
+def test_maps_too_small_to_shift_stay(settled):
+    small = nn.Conv2d(3, 3, 1, stride=2, bias=False)
+    x = torch.randn(1, 3, 1, 1)
+    with distill._shifting(small, 1, torch.Generator()):
+        assert torch.equal(small(x), small.forward(x))
+    images = [distill.distill(settled, SPEC, replace(FEW, shift=shift), CPU) for shift in (0, 1)]
+    assert not torch.equal(*images)
+
+
 def test_the_seed_decides(settled):
     again, other = (distill.distill(settled, SPEC, Distillation(2, 2, 2, seed=seed), CPU) for seed in (0, 1))
     torch.testing.assert_close(again, distill.distill(settled, SPEC, Distillation(2, 2, 2), CPU), rtol=0, atol=0)
@@ -220,5 +248,27 @@ def test_leaves_serve_for_few_bits_where_a_network_knows_them(contrast):
         norm.reset_running_stats()
     model(contrast * dead_leaves(SPEC, 64, torch.Generator().manual_seed(5)))
     settings = replace(FEW, seed=3)
-    leaves = replace(settings, start="leaves", steps=0)
-    assert distill.for_few_bits(capture(model.eval(), SPEC), SPEC, settings) == (leaves if contrast == 1 else settings)
+    for learned in (False, True):
+        leaves = distill.from_leaves(settings, distill.LEAVES_STEPS if learned else 0)
+        found = distill.for_few_bits(capture(model.eval(), SPEC), SPEC, settings, learned)
+        assert found == (leaves if contrast == 1 else settings)
+
+
+def test_of_leaves_half_are_distilled_and_each_follows_on_itself(settled):
+    both = distill.distill(settled, SPEC, distill.from_leaves(FEW, 15), CPU)
+    plain = distill.distill(settled, SPEC, distill.from_leaves(replace(FEW, images=3), 0), CPU)
+    assert both.shape == SPEC.shape(6) and torch.equal(both[1::2], plain)
+    assert ((both[::2] - plain).abs().mean((1, 2, 3)) < (both[::2] - plain.roll(1, 0)).abs().mean((1, 2, 3))).all()
+    fits = [
+        sum(fit.total**2 for fit in statistics_fit(settled, SPEC, images).values())
+        for images in (both[::2], both[1::2])
+    ]
+    assert fits[0] < 0.5 * fits[1]
+    odd = distill.distill(settled, SPEC, distill.from_leaves(replace(FEW, images=1), 2), CPU)
+    assert odd.shape == SPEC.shape(1)
+
+
+def test_images_to_judge_by_are_distilled_from_noise():
+    of_leaves, of_noise = distill.for_judging(distill.from_leaves(FEW, 150)), distill.for_judging(FEW)
+    assert of_leaves == replace(of_noise, steps=Distillation.steps)
+    assert (of_noise.start, of_noise.images, of_noise.seed, of_noise.steps) == ("natural", 2, 1, 15)

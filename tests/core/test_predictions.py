@@ -6,7 +6,7 @@ from networks import SPEC, chain
 from torch import nn
 
 from utils.core.errors import UserError
-from utils.core.predictions import Agreement, channel_predictions, count_classes, prior_predictions
+from utils.core.predictions import Agreement, channel_predictions, count_classes, prior_predictions, told
 
 
 def test_predictions_of_images_pixels_and_priors():
@@ -26,6 +26,12 @@ def test_agreement_counts_equal_predictions():
     counted.update(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor([[1.0, 2.0], [1.0, 2.0]]))
     counted.update(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 2.0]]))
     assert (counted.same, counted.count, counted.share) == (2, 3, 2 / 3)
+
+
+def test_what_neither_network_finds_does_not_count():
+    first, second = torch.tensor([[-1, -1, 2, 0]]), torch.tensor([[-1, 1, 2, -1]])
+    assert told(first, second).tolist() == [[False, True, True, True]]
+    assert told(first[:, :1], second[:, :1]).all()  # where neither finds anything they agree
 
 
 def test_classes_are_counted_along_the_tasks_axis():

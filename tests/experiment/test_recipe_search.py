@@ -3,7 +3,6 @@
 import json
 import shlex
 from argparse import Namespace
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -76,28 +75,35 @@ def test_a_search_is_recorded_with_its_ranking_and_repeated_by_its_flags(images,
 @pytest.mark.parametrize("fits", [True, False])
 def test_for_few_bits_a_search_looks_at_dead_leaves_where_they_fit(fits, images, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(distillation, "LEAVES_FIT", 9 if fits else 0)
+    monkeypatch.setattr(distillation, "LEAVES_STEPS", 2)
     own = ("--distill_cache", str(tmp_path / "cache"), "--distill_images", "8", "--bits_weight", "6")
     main_cls.main(flags(images, tmp_path, "--auto", *own, model="test_recipe_search:uneven"))
     printed = capsys.readouterr().out
     line = json.loads((tmp_path / "runs.jsonl").read_text())
-    chosen = "--distill_start leaves --distill_steps 0"
+    chosen = "--distill_start leaves --distill_steps 2"
     again = next(text for text in printed.splitlines() if "the same by: " in text)
     assert all((chosen in text) == fits for text in (again, line["command"]))
     assert all("--bits_first_last 8" in text for text in (again, line["command"])) and line["bits"]["first_last"] == 8
     assert ("dead leaves, which meet" in printed) == fits == (line["flags"]["distill_start"] == "leaves")
 
 
-@pytest.mark.parametrize("more", [(), ("--distill_steps", "3"), ("--bits_weight", "8")])
-def test_rounding_by_images_looks_at_dead_leaves_too(more, images, tmp_path, capsys, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("gptq", ()), ("adaround", ()), ("gptq", ("--distill_steps", "3")), ("gptq", ("--bits_weight", "8"))],
+)
+def test_rounding_by_images_looks_at_dead_leaves_too(method, more, images, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(distillation, "LEAVES_FIT", 9)
-    passes = ("--quantize", "--correction", "--distill_rounding", "--distill_cache", str(tmp_path / "cache"))
+    monkeypatch.setattr(distillation, "LEAVES_STEPS", 2)
+    passes = ("--quantize", "--correction", "--distill_rounding", method, "--distill_cache", str(tmp_path / "cache"))
     passes += ("--distill_images", "8")
     argv = flags(images, tmp_path, *passes, "--bits_weight", "6", *more, model="test_recipe_search:uneven")
     main_cls.main(argv)
     printed = capsys.readouterr().out
     line = json.loads((tmp_path / "runs.jsonl").read_text())
     leaves = not more
-    assert ("--distill_start leaves --distill_steps 0" in line["command"]) == leaves
+    steps = 2 if method == "adaround" else 0
+    assert (f"--distill_start leaves --distill_steps {steps}" in line["command"]) == leaves
+    assert ("half of them meet them better by 2 steps" in printed) == (method == "adaround")
     assert ("dead leaves, which meet" in printed) == leaves == (line["flags"]["distill_start"] == "leaves")
 
 
@@ -108,8 +114,8 @@ def test_a_task_that_distils_few_images_takes_more_leaves_unless_told_how_many(t
     words += ["--distill_images", str(typed)] if typed else []
     args = cli.parse(main_seg.TASK, words)
     run = runner.Run(main_seg.TASK, words, args, Namespace(model=None), None, torch.device("cpu"))
-    monkeypatch.setattr(runner, "for_few_bits", lambda captured, spec, own: replace(own, start="leaves", steps=0))
-    found = runner._with_leaves(run, None)
+    monkeypatch.setattr(runner, "for_few_bits", lambda captured, spec, own, learned: distillation.from_leaves(own, 0))
+    found = runner._with_leaves(run, None, False)
     assert (args.distill_images, found.args.distill_images) == ((3, 3) if typed else (8, 32))
     assert ("--distill_images 32" in " ".join(found.argv)) == (typed is None)
 

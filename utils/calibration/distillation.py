@@ -19,8 +19,10 @@ from typing import BinaryIO
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from utils.calibration.images import Images
@@ -43,7 +45,8 @@ class Distillation:
 
     rate: Adam's first step in normalised pixels, which falls to zero along a cosine.
     start: what is rendered first, "natural" noise, "leaves" (see utils.calibration.rendered) or "white" noise; with no
-    steps that is all. The others are what benchmarks/distillation.py compares.
+    steps that is all. shift: by how many places strided convolutions read their maps shifted, at random at every step.
+    The others are what benchmarks/distillation.py compares.
     robust: count a layer's error by its logarithm. jitter: shift and mirror the images anew at every step.
     evidence: weight of the classes that images are to show, beside the statistics. margin: how sure of its class the
     network should be of the image that shows it most clearly, in nats; of the others evenly less.
@@ -55,6 +58,7 @@ class Distillation:
     seed: int = 0
     rate: float = 0.1
     start: str = "natural"
+    shift: int = 0
     robust: bool = True
     jitter: bool = False
     evidence: float = 0.05
@@ -80,27 +84,35 @@ def distill_few(network: fx.GraphModule, spec: InputSpec) -> Tensor:
 
 
 EDITION = 2  # of how images are made: those that another made are not read from a folder
-LEAVES = 32  # dead leaves at least, where a run would distil fewer: they take no steps
+LEAVES = 32  # dead leaves at least, where a run would distil fewer
+LEAVES_STEPS = 150  # that half of them take, for rounding to be learned from
 LEAVES_FIT = 1 / 3  # of the loss; 0.10 to 0.18 on nine sound networks, 1.6 where statistics are contradicted
 
 
-@torch.no_grad()
-def for_few_bits(network: fx.GraphModule, spec: InputSpec, settings: Distillation) -> Distillation:
-    """Dead leaves as they are, if the network's statistics take them for photographs; else the settings as they were.
+def from_leaves(settings: Distillation, steps: int) -> Distillation:
+    """The same with dead leaves, and how half of them are distilled: by the statistics alone, as they show shapes already."""
+    return replace(settings, start="leaves", steps=steps, shift=1, evidence=0.0)
 
-    On what such a network knows, weights of few bits are rounded better than on distilled images (results/rounding.txt).
+
+@torch.no_grad()
+def for_few_bits(network: fx.GraphModule, spec: InputSpec, settings: Distillation, learned: bool) -> Distillation:
+    """Dead leaves, if the network's statistics take them for photographs; else the settings as they were.
+
+    On what such a network knows, weights of few bits are rounded better than on images distilled from noise. learned:
+    rounding is learned from them, for which half of them are distilled (results/rounding.txt).
     """
-    leaves = replace(settings, start="leaves", steps=0)
-    few = replace(leaves, images=min(settings.images, settings.batch))
+    few = from_leaves(replace(settings, images=min(settings.images, settings.batch)), 0)
     errors, _ = _run(network, spec, distill(network, spec, few, torch.device("cpu")))
     errors.pop("input")
-    return leaves if float(statistics_loss(errors)) < LEAVES_FIT else settings
+    known = float(statistics_loss(errors)) < LEAVES_FIT
+    return from_leaves(settings, LEAVES_STEPS if learned else 0) if known else settings
 
 
 def for_judging(settings: Distillation) -> Distillation:
-    """Images to judge results by: of another seed, a quarter as many, and distilled even where others are not."""
-    made = replace(settings, start=Distillation.start, steps=settings.steps or Distillation.steps)
-    return replace(made, images=max(2, settings.images // 4), seed=settings.seed + 1)
+    """Images to judge results by: of another seed, a quarter as many, and distilled from noise even where others are not."""
+    noise = settings if settings.start == Distillation.start else Distillation(batch=settings.batch)
+    steps = noise.steps or Distillation.steps
+    return replace(noise, images=max(2, settings.images // 4), seed=settings.seed + 1, steps=steps)
 
 
 def for_search(settings: Distillation) -> tuple[Distillation, Distillation, Distillation]:
@@ -175,6 +187,7 @@ STARTS = {"natural": natural_noise, "leaves": dead_leaves, "white": white_noise}
 def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: torch.device) -> Tensor:
     """Images [images, 3, H, W] on the CPU on which the network's BatchNorms see what they remember.
 
+    Of leaves half are distilled, and each follows on itself as it was rendered: together they teach more than either.
     Several processes share the batches; each batch has a seed of its own, so that the images are the same.
     A network without BatchNorm, or not enough memory, is a UserError. A loss that is no number ends a
     batch with the best images so far, and says so.
@@ -185,6 +198,15 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
             "the network has no BatchNorm with running statistics, from which --distill_* would make images; pass --images DIR with pictures, or use a network trained with BatchNorm"
         )
     network = to_fast_format(network, device)
+    if settings.start == "leaves" and settings.steps:
+        half = replace(settings, images=(settings.images + 1) // 2)
+        pairs = [_made(network, spec, one, device) for one in (half, replace(half, steps=0))]
+        return torch.stack(pairs, 1).flatten(0, 1)[: settings.images]
+    return _made(network, spec, settings, device)
+
+
+def _made(network: fx.GraphModule, spec: InputSpec, settings: Distillation, device: torch.device) -> Tensor:
+    """All images as they start, after all steps of the optimizer; batches shared by the processes."""
     firsts = distributed.shard(range(0, settings.images, settings.batch))
     made = []
     with tqdm(
@@ -227,7 +249,8 @@ def _batch(
     target = None
     for _ in range(settings.steps):
         seen = _jittered(images, generator) if settings.jitter else images
-        errors, logits = _run(network, spec, seen)
+        with _shifting(network, settings.shift, generator):
+            errors, logits = _run(network, spec, seen)
         loss = statistics_loss(errors, settings.robust)
         if settings.evidence and _tells_classes(logits):
             target = target or class_targets(logits, settings.margin, generator)
@@ -346,6 +369,32 @@ def _listening(network: fx.GraphModule, errors: dict[str, tuple[Tensor, Tensor]]
     for name, module in network.named_modules():
         if _remembers(module):
             listen(name, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _shifting(network: fx.GraphModule, reach: int, generator: torch.Generator) -> Iterator[None]:
+    """While open, every strided convolution reads its map shifted by up to reach places, the edge reflected.
+
+    A strided convolution passes little or nothing back to some places of its map, so that images get a grid; shifted
+    at random, all places have their share: the swing convolution of GENIE (Jeon et al., CVPR 2023, arXiv 2212.04780).
+    """
+
+    def shifted(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        sides = inputs[0].shape[2:]
+        if min(sides) <= reach:
+            return inputs
+        start = torch.randint(2 * reach + 1, (len(sides),), generator=generator).tolist()
+        wide = F.pad(inputs[0], (reach, reach) * len(sides), mode="reflect")
+        return (wide[:, :, *(slice(a, a + side) for a, side in zip(start, sides, strict=True))],)
+
+    convolutions = (one for one in network.modules() if isinstance(one, _ConvNd) and not one.transposed)
+    strided = [one for one in convolutions if max(one.stride) > 1]
+    handles = [one.register_forward_pre_hook(shifted) for one in strided if reach]
     try:
         yield
     finally:

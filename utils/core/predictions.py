@@ -10,7 +10,8 @@ from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
 
 Outputs = Tensor | Sequence[Tensor]
-Predictions = Callable[[Outputs], Tensor]  # a network's outputs on N images -> class indices, of any shape
+# A network's outputs on N images -> class indices, of any shape; below 0 where nothing is found.
+Predictions = Callable[[Outputs], Tensor]
 
 
 def first_output(outputs: Outputs) -> Tensor:
@@ -65,6 +66,13 @@ def count_classes(model: nn.Module, spec: InputSpec, axis: int) -> int:
             f"the network gives no logits with classes along axis {axis} for images of {tuple(images.shape)} "
             f"({type(error).__name__}: {reason}); check --model and --image_size"
         ) from error
+
+
+def told(first: Tensor, second: Tensor) -> Tensor:
+    """Where either of two networks' predictions finds something: most of a detector's places are background to both,
+    and would hide how it fares where there are objects. Everywhere, if neither finds any."""
+    found = (first >= 0) | (second >= 0)
+    return found if found.any() else torch.ones_like(found)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from utils.backends.lowering import lower_to_integers
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.networks import to_fast_format
-from utils.core.predictions import Agreement, Predictions
+from utils.core.predictions import Predictions, told
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
 from utils.tasks.base import Data
@@ -178,9 +178,8 @@ class Evaluator:
 
 
 def agreement(first: nn.Module, second: nn.Module, images: Tensor, predictions: Predictions, batch: int = 16) -> float:
-    """Percent of predictions on the images [N, C, H, W] that are the same for two networks."""
-    counted = Agreement(predictions)
+    """Percent of predictions on the images [N, C, H, W] that are the same for two networks, where either finds something."""
     with torch.inference_mode():
-        for some in images.split(batch):
-            counted.update(first(some), second(some))
-    return 100 * counted.share
+        pairs = [(predictions(first(some)), predictions(second(some))) for some in images.split(batch)]
+    before, after = (torch.cat(some) for some in zip(*pairs, strict=True))
+    return 100 * float((before == after)[told(before, after)].double().mean())

@@ -137,19 +137,22 @@ def _for_few_bits(run: Run, captured: fx.GraphModule) -> Run:
         chosen["bits_first_last"] = OUTER_BITS
         if distributed.is_main_process():
             print(f"bits: {args.bits_weight} of weights, {OUTER_BITS} of the first and the last layer's")
-    return _with_leaves(_typed(run, chosen), captured)
+    return _with_leaves(_typed(run, chosen), captured, True)
 
 
-def _with_leaves(run: Run, captured: fx.GraphModule) -> Run:
-    """The run as if its command line asked for dead leaves, where these serve weights of few bits and it does not say."""
+def _with_leaves(run: Run, captured: fx.GraphModule, learned: bool) -> Run:
+    """The run as if its command line asked for dead leaves, where these serve weights of few bits and it does not say.
+
+    learned: rounding may be learned from them."""
     args = run.args
     if args.bits_weight >= OUTER_BITS or args.images or says(words_of(run.argv), ("distill_start", "distill_steps")):
         return run
-    settings = for_few_bits(captured, run.spec, settings_of(args))
+    settings = for_few_bits(captured, run.spec, settings_of(args), learned)
     if settings.start == args.distill_start:
         return run
     if distributed.is_main_process():
-        print("images: dead leaves, which meet the network's statistics as they are")
+        more = f"; half of them meet them better by {settings.steps} steps" if settings.steps else ""
+        print(f"images: dead leaves, which meet the network's statistics as they are{more}")
     chosen = {"distill_start": settings.start, "distill_steps": settings.steps}
     if args.distill_images < LEAVES and not says(words_of(run.argv), ("distill_images",)):
         chosen["distill_images"] = LEAVES
@@ -166,7 +169,7 @@ def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe
     captured, typed = None, run
     if run.args.bits_weight < OUTER_BITS and any(recipe.needs_images for recipe in recipes):
         captured = _captured(run, evaluator)
-        run = _with_leaves(run, captured)
+        run = _with_leaves(run, captured, any(recipe.learns_rounding for recipe in recipes))
     args, defaults = run.args, cli.defaults(run.task)
     runs = [run if recipe.needs_images or args.fidelity else typed for recipe in recipes]
     lines = [own.line(recipe) for own, recipe in zip(runs, recipes, strict=True)]

@@ -278,6 +278,10 @@ class Recipe:
         return bool(self._needing_images())
 
     @property
+    def learns_rounding(self) -> bool:
+        return self.distill_rounding == "adaround"
+
+    @property
     def changes_float(self) -> bool:
         """Whether the row's float network computes another function than the one that was loaded."""
         return self.relu or self.absorption

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.calibration.observers import BATCH
-from utils.core.predictions import Predictions, class_axis, margins
+from utils.core.predictions import Predictions, class_axis, margins, told
 from utils.graph.nodes import as_returned, outputs_of
 from utils.passes.result import Quantized
 
@@ -63,7 +63,11 @@ class Judge:
         if self.predictions is None:
             return 100.0
         before, after = (self.predictions(as_returned(outputs)) for outputs in (expected, found))
-        return 100 * weighted_agreement(before == after, margins(expected[0]))
+        margin = margins(expected[0])
+        counted = told(before, after)
+        if margin.shape == counted.shape:
+            margin = margin[counted]
+        return 100 * weighted_agreement((before == after)[counted], margin)
 
     def _outputs(self, network: nn.Module, images: Tensor) -> list[Tensor]:
         """The network's outputs on all images."""

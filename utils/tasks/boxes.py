@@ -276,5 +276,7 @@ class BoxCoder(Coder):
         return logits.softmax(-1) if self.background else logits.sigmoid(), self.boxes(offsets)
 
     def predictions(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Class indices [N, P] of the class logits, the background among them where there is one."""
-        return prior_predictions(outputs) if self.background else super().predictions(outputs)
+        if not self.background:
+            return super().predictions(outputs)
+        found = prior_predictions(outputs)
+        return torch.where(found > 0, found, -1)
