@@ -6,7 +6,7 @@ from networks import SPEC, chain
 from torch import nn
 
 from utils.core.errors import UserError
-from utils.core.predictions import Agreement, channel_predictions, count_classes, prior_predictions, told
+from utils.core.predictions import Agreement, channel_predictions, count_classes, either_finds, prior_predictions
 
 
 def test_predictions_of_images_pixels_and_priors():
@@ -30,8 +30,8 @@ def test_agreement_counts_equal_predictions():
 
 def test_what_neither_network_finds_does_not_count():
     first, second = torch.tensor([[-1, -1, 2, 0]]), torch.tensor([[-1, 1, 2, -1]])
-    assert told(first, second).tolist() == [[False, True, True, True]]
-    assert told(first[:, :1], second[:, :1]).all()  # where neither finds anything they agree
+    assert either_finds(first, second).tolist() == [[False, True, True, True]]
+    assert either_finds(first[:, :1], second[:, :1]).all()  # where neither finds anything they agree
 
 
 def test_classes_are_counted_along_the_tasks_axis():

@@ -68,7 +68,7 @@ def count_classes(model: nn.Module, spec: InputSpec, axis: int) -> int:
         ) from error
 
 
-def told(first: Tensor, second: Tensor) -> Tensor:
+def either_finds(first: Tensor, second: Tensor) -> Tensor:
     """Where either of two networks' predictions finds something: most of a detector's places are background to both,
     and would hide how it fares where there are objects. Everywhere, if neither finds any."""
     found = (first >= 0) | (second >= 0)

@@ -16,7 +16,7 @@ from utils.backends.lowering import lower_to_integers
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.networks import to_fast_format
-from utils.core.predictions import Predictions, told
+from utils.core.predictions import Predictions, either_finds
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
 from utils.tasks.base import Data
@@ -182,4 +182,4 @@ def agreement(first: nn.Module, second: nn.Module, images: Tensor, predictions: 
     with torch.inference_mode():
         pairs = [(predictions(first(some)), predictions(second(some))) for some in images.split(batch)]
     before, after = (torch.cat(some) for some in zip(*pairs, strict=True))
-    return 100 * float((before == after)[told(before, after)].double().mean())
+    return 100 * float((before == after)[either_finds(before, after)].double().mean())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.calibration.observers import BATCH
-from utils.core.predictions import Predictions, class_axis, margins, told
+from utils.core.predictions import Predictions, class_axis, either_finds, margins
 from utils.graph.nodes import as_returned, outputs_of
 from utils.passes.result import Quantized
 
@@ -64,7 +64,7 @@ class Judge:
             return 100.0
         before, after = (self.predictions(as_returned(outputs)) for outputs in (expected, found))
         margin = margins(expected[0])
-        counted = told(before, after)
+        counted = either_finds(before, after)
         if margin.shape == counted.shape:
             margin = margin[counted]
         return 100 * weighted_agreement((before == after)[counted], margin)
