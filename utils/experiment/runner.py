@@ -151,7 +151,7 @@ def _with_leaves(run: Run, captured: fx.GraphModule, learned: bool) -> Run:
     if settings.start == args.distill_start:
         return run
     if distributed.is_main_process():
-        more = f"; half of them meet them better by {settings.steps} steps" if settings.steps else ""
+        more = f", half of them distilled for {settings.steps} steps" if settings.steps else ""
         print(f"images: dead leaves, which meet the network's statistics as they are{more}")
     chosen = {"distill_start": settings.start, "distill_steps": settings.steps}
     if args.distill_images < LEAVES and not says(words_of(run.argv), ("distill_images",)):
