@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from utils.core.hashing import measured_once
 from utils.graph.layers import WEIGHTED
 from utils.graph.nodes import module_of
 
@@ -157,6 +158,7 @@ def channel_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[T
     return {name: (low.clone(), high.clone()) for name, (low, high) in extremes.items()}
 
 
+@measured_once
 def layer_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Smallest and largest value [C] of every layer's output channels on the images, by the layer's name."""
     extremes: dict[str, tuple[Tensor, Tensor]] = {}

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from utils.calibration.moments import Unknown
 from utils.calibration.observers import channel_mean, joined, layer_means, observe, run_layers
 from utils.calibration.ranges import RangeOf
+from utils.core.hashing import measured_once
 from utils.core.input_spec import InputSpec
 from utils.graph.in_place import without_overwriting
 from utils.graph.layers import WEIGHTED, Clip, along_outputs
@@ -194,6 +195,7 @@ def fitted_ranges(fitted: Mapping[str, "Fitted"], observed: RangeOf) -> RangeOf:
     return range_of
 
 
+@measured_once
 def image_extremes(model: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Smallest and largest value [N] that every node's output has on each of the images, by the node's name.
 

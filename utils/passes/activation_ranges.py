@@ -94,7 +94,7 @@ def _fitted(
     other_bits = bits_of_activations(network, recipe)
     weights = recipe.bits_weight, recipe.channel_scales, not recipe.asymmetric
     bits, signed = recipe.bits_activation, recipe.engine.signed
-    key = content_hash((network.state_dict(), f"{network}", ranges, some, weights, bits, signed, other_bits))
+    key = content_hash((network, ranges, some, weights, bits, signed, other_bits))
     if key not in _FITTED:
         last = {node.name for node in written if averaged_into_output(network, node)}
         allowed = weight_noise(network, some, *weights)

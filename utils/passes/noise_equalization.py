@@ -19,7 +19,7 @@ from utils.calibration.moments import Statistics
 from utils.calibration.observers import channel_extremes, input_means
 from utils.calibration.ranges import CONTRADICTED, ChannelRanges, batchnorm_ranges
 from utils.calibration.sensitivity import Sensitivity, output_sensitivity
-from utils.core.hashing import content_hash
+from utils.core.hashing import content_hash, measured_once
 from utils.graph.layers import grouped_weight
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.regions import Region, stored_nodes
@@ -63,6 +63,7 @@ class Observed:
     ranges: ChannelRanges
 
 
+@measured_once
 def observe_on_images(model: fx.GraphModule, images: Tensor) -> Observed:
     """images: [N, C, H, W]; the first few of them for the sensitivity."""
     sensitivity = output_sensitivity(model, images[:IMAGES], input_means(model, images))
