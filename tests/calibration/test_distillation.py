@@ -73,22 +73,17 @@ def test_without_steps_images_stay_as_they_start(settled):
 
 
 def test_strided_convolutions_read_shifted_maps_while_distilling():
-    seen, strided = [], nn.Conv2d(3, 3, 3, stride=2, padding=1, bias=False)
-    network = nn.Sequential(strided, nn.Conv2d(3, 3, 1), nn.ConvTranspose2d(3, 3, 2, stride=2)).eval()
-    for i, module in enumerate(network):
-        module.register_forward_pre_hook(lambda module, inputs, i=i: seen.append((i, inputs[0].clone())))
+    strided, plain = nn.Conv2d(3, 3, 3, stride=2, padding=1, bias=False), nn.Conv2d(3, 3, 3, padding=1)
+    network = nn.ModuleList([strided, plain, nn.ConvTranspose2d(3, 3, 2, stride=2)])
     x = torch.arange(192.0).view(1, 3, 8, 8)
-    with distill._shifting(network, 1, torch.Generator().manual_seed(1)):
-        for _ in range(40):
-            network(x)
     wide = nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
-    shifts = [wide[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
-    maps = [[value for i, value in seen if i == k] for k in range(3)]
-    # Hooks run in the order in which they came: what the others read tells of the shift before them.
-    outputs = [strided.forward(shifted) for shifted in shifts]
-    which = [next(k for k, one in enumerate(outputs) if torch.equal(one, value)) for value in maps[1]]
-    assert len(set(which)) == 9 and all(value.shape == (1, 3, 4, 4) for value in maps[2])
-    assert torch.equal(network(x), network(x)) and torch.equal(seen[-2][1], strided.forward(x))
+    outputs = [strided.forward(wide[:, :, i : i + 8, j : j + 8]) for i in range(3) for j in range(3)]
+    with distill._shifting(network, 1, torch.Generator().manual_seed(1)):
+        drawn = [strided(x) for _ in range(60)]
+        assert all(torch.equal(module(x), module.forward(x)) for module in network[1:] for _ in range(20))
+    which = [next(k for k, one in enumerate(outputs) if torch.equal(one, value)) for value in drawn]
+    assert set(which) == set(range(9))
+    assert torch.equal(strided(x), outputs[4])  # as it was
 
 
 def test_maps_too_small_to_shift_stay(settled):
@@ -248,6 +243,7 @@ def test_leaves_serve_for_few_bits_where_a_network_knows_them(contrast):
         norm.reset_running_stats()
     model(contrast * dead_leaves(SPEC, 64, torch.Generator().manual_seed(5)))
     settings = replace(FEW, seed=3)
+    assert distill.from_leaves(settings, 7) == replace(settings, start="leaves", steps=7, shift=1, evidence=0.0)
     for learned in (False, True):
         leaves = distill.from_leaves(settings, distill.LEAVES_STEPS if learned else 0)
         found = distill.for_few_bits(capture(model.eval(), SPEC), SPEC, settings, learned)
@@ -272,3 +268,4 @@ def test_images_to_judge_by_are_distilled_from_noise():
     of_leaves, of_noise = distill.for_judging(distill.from_leaves(FEW, 150)), distill.for_judging(FEW)
     assert of_leaves == replace(of_noise, steps=Distillation.steps)
     assert (of_noise.start, of_noise.images, of_noise.seed, of_noise.steps) == ("natural", 2, 1, 15)
+    assert distill.for_judging(replace(FEW, steps=0)).steps == Distillation.steps

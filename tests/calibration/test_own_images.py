@@ -6,6 +6,7 @@ from networks import SPEC
 from torch import Tensor, nn
 
 from dfq import Recipe, quantize_data_free
+from utils.calibration.images import Images, held_out
 from utils.core.predictions import channel_predictions
 from utils.experiment.evaluation import agreement
 
@@ -106,3 +107,12 @@ def test_unequal_channels_need_equalization_and_get_it():
         quantize_data_free(model, SPEC, recipe, **halves(32)) for recipe in (Recipe(quantize=True), WHOLE)
     )
     assert equalized.fidelity.output > max(25, plain.fidelity.output + 8)
+
+
+@pytest.mark.parametrize(("count", "judges"), [(64, 8), (32, 4), (24, 2), (12, 2), (8, 2), (3, 1), (2, 1)])
+def test_held_out_images_are_no_twins_of_those_learned_from(count, judges):
+    """Pairs follow on each other: a distilled leaf and the same as it was rendered."""
+    images = torch.arange(count).view(count, 1, 1, 1)
+    own = held_out(Images(images, images[:1]))
+    assert torch.equal(torch.cat([own.calibration, own.judging]), images) and len(own.judging) == judges
+    assert count < 4 or not set((own.calibration // 2).flatten().tolist()) & set((own.judging // 2).flatten().tolist())

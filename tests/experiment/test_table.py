@@ -3,16 +3,20 @@
 import multiprocessing
 import re
 import time
+from functools import partial
 
 import pytest
 import torch
 
+import dfq
 import main_cls
 import main_det
+from utils.calibration import distillation
 from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment.command_line import command
 from utils.experiment.records import identity, read_lines
+from utils.passes.block_learning import Reconstruction
 from utils.quantization.recipe import TABLE
 from utils.tasks.data import Batches
 
@@ -86,6 +90,21 @@ def test_a_row_that_looks_at_no_images_is_found_whatever_stands_beside_it(table,
     assert "2 rows, 1 of them in" in capsys.readouterr().out
     first, second = read_lines(tmp_path / "runs.jsonl")
     assert [line["flags"]["distill_start"] for line in (first, second)] == ["natural", "leaves"]
+
+
+def test_a_row_has_the_images_of_its_own_kind_whatever_stands_beside_it(table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(distillation, "LEAVES_STEPS", 1)
+    monkeypatch.setattr(dfq, "Reconstruction", partial(Reconstruction, iterations=2))
+    few = [*table, "--bits_weight", "4", "--distill_images", "4", "--distill_cache", str(tmp_path / "cache")]
+    compensated, learned = "+LE+GPTQ+BC +DR", "+DLE+AR+BC +DR"
+    main_cls.main([*few, "--rows", compensated])
+    main_cls.main([*few, "--rows", learned, compensated, "Original"])
+    assert "3 rows, 1 of them in" in capsys.readouterr().out
+    lines = list(read_lines(tmp_path / "runs.jsonl"))
+    steps = {line["recipe"]: line["flags"]["distill_steps"] for line in lines}
+    assert steps == {compensated: 0, learned: 1, "Original": 40}
+    start = {line["recipe"]: line["flags"]["distill_start"] for line in lines}
+    assert start == {compensated: "leaves", learned: "leaves", "Original": "natural"}
 
 
 def test_detection_compares_with_the_float_network_that_ran_once(table, tmp_path):

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from networks import SPEC, chain, made, settle
+from torch import Tensor, nn
 
 from dfq import Recipe, quantize_data_free
-from utils.core.predictions import channel_predictions, margins
+from utils.core.predictions import channel_predictions, first_output, margins
+from utils.experiment.evaluation import agreement
 from utils.graph.capture import capture
+from utils.passes.log import PassLog
+from utils.passes.result import Quantized
 from utils.search.judge import Judge, decibels, noise_share, views, weighted_agreement
 
 
@@ -32,6 +36,36 @@ def test_a_prediction_counts_by_its_margin():
     same = torch.tensor([True, False])
     assert weighted_agreement(same, margins(logits)) == pytest.approx(2 / 2.1)
     assert weighted_agreement(same, torch.ones(5)) == 0.5  # of another shape: each counts the same
+
+
+def test_where_a_detector_finds_nothing_does_not_count():
+    """Ten places of background that agree, and two of objects of which one is lost."""
+
+    class Detector(nn.Module):
+        def __init__(self, found: int):
+            super().__init__()
+            self.logits = nn.Parameter(torch.zeros(1, 12, 3), requires_grad=False)
+            self.logits[..., 0] = 5.0
+            self.logits[0, :found, 1] = 9.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.logits + 0 * x.mean()
+
+    def predictions(outputs: Tensor) -> Tensor:
+        found = first_output(outputs).argmax(2)
+        return torch.where(found > 0, found, -1)
+
+    networks, images = [Detector(found) for found in (2, 1)], SPEC.probe(1)
+    captured = [capture(one, SPEC) for one in networks]
+    assert agreement(*networks, images, predictions) == pytest.approx(50)
+    judge = Judge(captured[0], [images], predictions)
+    assert judge(Quantized(captured[0], captured[1], PassLog())).agreement == pytest.approx(50)
+    assert agreement(networks[0], networks[0], images, predictions) == 100
+
+
+def test_of_ties_alone_each_counts_the_same():
+    assert weighted_agreement(torch.tensor([True, False]), torch.zeros(2)) == 0.5
+    assert weighted_agreement(torch.tensor([True, True]), torch.full((2,), torch.nan)) == 1.0
 
 
 def test_priors_have_their_classes_last():

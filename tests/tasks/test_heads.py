@@ -130,6 +130,7 @@ def test_without_a_background_each_class_has_a_sigmoid():
     logits[0, 2, 0] = 1.0
     assert coder.predictions((logits, outputs[1][:1])).tolist() == [[-1, -1, 0, -1]]
     assert coder_from(coder_as_data(coder)).background is False
+    assert BOXES.predictions((logits.roll(1, 2), outputs[1][:1])).tolist() == [[-1, -1, 1, -1]]
 
 
 def test_a_detector_without_a_coder_is_told_whose_priors_it_gets(capsys):

@@ -45,7 +45,8 @@ class Distillation:
 
     rate: Adam's first step in normalised pixels, which falls to zero along a cosine.
     start: what is rendered first, "natural" noise, "leaves" (see utils.calibration.rendered) or "white" noise; with no
-    steps that is all. shift: by how many places strided convolutions read their maps shifted, at random at every step.
+    steps that is all, with steps they stay every second image; from_leaves() has the other settings that serve them.
+    shift: by how many places strided convolutions read their maps shifted, at random at every step.
     The others are what benchmarks/distillation.py compares.
     robust: count a layer's error by its logarithm. jitter: shift and mirror the images anew at every step.
     evidence: weight of the classes that images are to show, beside the statistics. margin: how sure of its class the
@@ -206,7 +207,7 @@ def distill(model: nn.Module, spec: InputSpec, settings: Distillation, device: t
 
 
 def _made(network: fx.GraphModule, spec: InputSpec, settings: Distillation, device: torch.device) -> Tensor:
-    """All images as they start, after all steps of the optimizer; batches shared by the processes."""
+    """The images [images, 3, H, W] of all batches, which the processes share, after all steps."""
     firsts = distributed.shard(range(0, settings.images, settings.batch))
     made = []
     with tqdm(

@@ -97,6 +97,9 @@ def halves(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def held_out(images: Images) -> Images:
-    """With an eighth of the images to calibrate on to judge by, in the place of those that may be of another kind."""
-    count = max(1, len(images.calibration) // 8)
+    """With an eighth of the images to calibrate on to judge by, in the place of those that may be of another kind.
+
+    An even number where there are as many, as a distilled leaf and the same as it was rendered follow on each other.
+    """
+    count = max(1, min(2 * max(1, len(images.calibration) // 16), len(images.calibration) // 2))
     return replace(images, calibration=images.calibration[:-count], judging=images.calibration[-count:])

@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from utils.calibration.distillation import Distillation, distilled, for_judging, for_search, from_leaves, search_images
+from utils.calibration.distillation import (
+    LEAVES_STEPS,
+    Distillation,
+    distilled,
+    for_judging,
+    for_search,
+    from_leaves,
+    search_images,
+)
 from utils.calibration.images import Images, load_images
 from utils.core import distributed
 from utils.core.arguments import at_least
@@ -53,7 +61,7 @@ def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
         "--distill_start",
         choices=("natural", "leaves"),
         default=Distillation.start,
-        help="what distilled images start as: noise with the spectrum of photographs, or dead leaves, rendered shapes that hide one another, of which steps change one half (default: %(default)s; with fewer than 8 bits of weights leaves, where the network's statistics know them: without a step, or with 150 where rounding is learned)",
+        help=f"what distilled images start as: noise with the spectrum of photographs, or dead leaves, rendered shapes that hide one another, of which steps change one half (default: %(default)s; with fewer than 8 bits of weights leaves, where the network's statistics know them: without a step, or with {LEAVES_STEPS} where rounding is learned)",
     )
     group.add_argument(
         "--distill_cache",

@@ -59,7 +59,11 @@ def images_section(folder: Path, images: Images, model: nn.Module, spec: InputSp
         pictures.append(Picture(plot, "How close each layer's statistics on them are."))
     if images.real:
         return Section("Your images", f"{images.description}.", pictures)
-    return Section("Distilled images", f"{images.description}. Made from BatchNorm statistics alone.", pictures)
+    return Section(
+        "Distilled images",
+        f"{images.description}. Rendered without data, and made from BatchNorm statistics.",
+        pictures,
+    )
 
 
 def network_sections(

@@ -166,12 +166,13 @@ def _typed(run: Run, flags: Mapping[str, Any]) -> Run:
 
 
 def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe], quantize: Quantize) -> None:
-    captured, typed = None, run
-    if run.args.bits_weight < OUTER_BITS and any(recipe.needs_images for recipe in recipes):
+    captured, kinds = None, {False: run, True: run}  # by whether rounding is learned
+    looking = sorted({recipe.learns_rounding for recipe in recipes if recipe.needs_images})
+    if run.args.bits_weight < OUTER_BITS and looking:
         captured = _captured(run, evaluator)
-        run = _with_leaves(run, captured, any(recipe.learns_rounding for recipe in recipes))
+        kinds |= {learned: _with_leaves(run, captured, learned) for learned in looking}
     args, defaults = run.args, cli.defaults(run.task)
-    runs = [run if recipe.needs_images or args.fidelity else typed for recipe in recipes]
+    runs = [kinds[one.learns_rounding] if one.needs_images or args.fidelity else run for one in recipes]
     lines = [own.line(recipe) for own, recipe in zip(runs, recipes, strict=True)]
     done = _recorded(run, defaults)
     missing = [i for i, line in enumerate(lines) if records.identity(line, defaults) not in done]

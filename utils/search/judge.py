@@ -91,7 +91,9 @@ def weighted_agreement(same: Tensor, margin: Tensor) -> float:
     """
     weight = margin.double() if margin.shape == same.shape else torch.ones(same.shape, dtype=torch.double)
     weight = weight.clamp(max=1e6)
-    return float((weight * same).sum() / weight.sum().clamp_min(1e-30))
+    if not weight.sum() > 0:  # ties alone
+        weight = torch.ones_like(weight)
+    return float((weight * same).sum() / weight.sum())
 
 
 def noise_share(expected: Tensor, found: Tensor) -> float:
