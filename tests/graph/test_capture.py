@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from networks import NETWORKS, SMALL, SPEC, Twice, chain, conv_bn, made, modules_in, randomise
 from torch import nn
 
+from dfq import Recipe, quantize_data_free
 from utils.core import torchvision_compat  # noqa: F401, before timm imports torchvision
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -222,6 +223,24 @@ def test_a_network_of_one_image_says_so():
     graph = capture(model, SMALL)
     torch.testing.assert_close(graph(SMALL.probe(1)), model(SMALL.probe(1)))
     assert graph.meta["batch"] == 1
+
+
+class OfOneImage(nn.Module):
+    """Takes its input for one image: more of them are mixed up, and no error says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.head = conv_bn(3, 6, padding=1), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.convolution(x).reshape(1, 6, -1).mean(2))
+
+
+def test_what_gives_one_answer_to_any_number_of_images_takes_one():
+    model = randomise(OfOneImage())
+    assert capture(model, SPEC).meta["batch"] == 1
+    result = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True, correction=True))
+    assert result.simulated(SPEC.probe(1)).shape == (1, 5) and result.log.counts()["equalized"]["applied"] == 1
 
 
 def test_control_flow_that_depends_on_values_is_refused_with_its_place():

@@ -60,6 +60,8 @@ def _captured(model: _OfImages, spec: InputSpec) -> fx.GraphModule:
         images = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
         batch = images.meta["val"].shape[0]
         if isinstance(batch, torch.SymInt) and batch.node.maybe_as_int() is None:
+            if _answers_all_at_once(program):
+                return _as_graph(model, _export(model, spec.probe(1), None), spec, 1)
             return _as_graph(model, program, spec, None)
         free = None
     except Exception as error:
@@ -75,6 +77,13 @@ def _captured(model: _OfImages, spec: InputSpec) -> fx.GraphModule:
         raise
     except Exception as error:
         raise _refused(free or error) from None
+
+
+def _answers_all_at_once(program: ExportedProgram) -> bool:
+    """Whether outputs are as large for any number of images, which x.reshape(1, C, -1) takes for one."""
+    values = [node.meta.get("val") for node in program.graph.output_node().args[0] if isinstance(node, fx.Node)]
+    shapes = [value.shape for value in values if isinstance(value, Tensor)]
+    return bool(shapes) and not any(isinstance(size, torch.SymInt) for shape in shapes for size in shape)
 
 
 def _equal(model: nn.Module, captured: fx.GraphModule, images: Tensor) -> bool:
