@@ -15,8 +15,9 @@ import torch
 
 from dfq import Recipe, quantize_data_free
 from modeling import build_model
-from utils.calibration.distillation import Distillation, distilled
+from utils.calibration.distillation import Distillation
 from utils.calibration.fidelity import fidelity
+from utils.calibration.image_cache import distilled
 from utils.calibration.images import Images
 from utils.core.cache import cache_folder
 from utils.core.predictions import count_classes

@@ -10,15 +10,16 @@ from torch import nn
 
 from dfq import Recipe
 from utils.calibration import distillation as distill
+from utils.calibration import image_cache
 from utils.calibration.distillation import (
     ChannelMoments,
     Distillation,
     class_targets,
-    distilled,
     evidence_loss,
     squared_errors,
     statistics_fit,
 )
+from utils.calibration.image_cache import distilled
 from utils.calibration.rendered import dead_leaves, natural_noise
 from utils.core.errors import UserError
 from utils.core.input_spec import InputSpec
@@ -167,7 +168,7 @@ def test_two_runs_may_distil_the_same_images_at_once(settled, tmp_path, monkeypa
             monkeypatch.undo()
         return alone(*given)
 
-    monkeypatch.setattr(distill, "distill", beside_another)
+    monkeypatch.setattr(image_cache, "distill", beside_another)
     assert torch.equal(distilled(settled, SPEC, FEW, CPU, tmp_path), inside[1])
     assert [file.suffix for file in tmp_path.iterdir()] == [".pt"]
 

@@ -7,15 +7,11 @@ no object, and leave late layers far from what they reach on photographs: so eve
 as DeepInversion's do (Yin et al., CVPR 2020, arXiv 1912.08795), each more or less clearly.
 """
 
-import hashlib
 import math
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import BinaryIO
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,7 +26,6 @@ from utils.calibration.observers import joined
 from utils.calibration.rendered import dead_leaves, natural_noise
 from utils.core import distributed
 from utils.core.errors import UserError
-from utils.core.hashing import weights_hash
 from utils.core.input_spec import InputSpec
 from utils.core.networks import to_fast_format
 from utils.core.predictions import class_axis, first_output
@@ -84,7 +79,6 @@ def distill_few(network: fx.GraphModule, spec: InputSpec) -> Tensor:
     return known[spec]
 
 
-EDITION = 2  # of how images are made: those that another made are not read from a folder
 LEAVES = 32  # dead leaves at least, where a run would distil fewer
 LEAVES_STEPS = 150  # that half of them take, for rounding to be learned from
 LEAVES_FIT = 1 / 3  # of the loss; 0.10 to 0.18 on nine sound networks, 1.6 where statistics are contradicted
@@ -417,69 +411,14 @@ def _jittered(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def as_pixels(images: Tensor, spec: InputSpec) -> Tensor:
     """The nearest images whose pixels are whole steps of 1/255."""
-    return _from_bytes(_to_bytes(images, spec), spec)
+    return from_bytes(to_bytes(images, spec), spec)
 
 
-def _to_bytes(images: Tensor, spec: InputSpec) -> Tensor:
+def to_bytes(images: Tensor, spec: InputSpec) -> Tensor:
     mean, std = (torch.tensor(t)[:, None, None] for t in (spec.mean, spec.std))
     return ((images * std + mean) * 255).round().clamp(0, 255).byte()
 
 
-def _from_bytes(pixels: Tensor, spec: InputSpec) -> Tensor:
+def from_bytes(pixels: Tensor, spec: InputSpec) -> Tensor:
     mean, std = (torch.tensor(t)[:, None, None] for t in (spec.mean, spec.std))
     return (pixels.float() / 255 - mean) / std
-
-
-# ------------------------------------------------------------------------------------- the cache
-
-
-def distilled(
-    model: nn.Module,
-    spec: InputSpec,
-    settings: Distillation,
-    device: torch.device,
-    folder: Path,
-    captured: fx.GraphModule | None = None,
-) -> Tensor:
-    """distill(), kept in a folder by the network's weights, its input and the settings.
-
-    captured: capture(model, spec), where it is at hand. A damaged file is made anew, and that is said; a folder that
-    cannot be written to is a UserError.
-    """
-    key = hashlib.sha256(f"{weights_hash(model)} {spec} {settings} {EDITION}".encode()).hexdigest()[:16]
-    file = folder / f"{key}.pt"
-    network = model if captured is None else captured
-    images = distributed.all_gather(_read(file, spec, settings.images) if distributed.is_main_process() else None)[0]
-    if images is None and distributed.is_main_process():
-        with _kept(file) as handle:
-            images = distill(network, spec, settings, device)
-            torch.save(_to_bytes(images, spec), handle)
-    return distill(network, spec, settings, device) if images is None else images
-
-
-@contextmanager
-def _kept(file: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which is there once the block is done, and refused before it starts."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")  # several runs may distil the same images at once
-        with fresh.open("wb") as handle:
-            yield handle
-        fresh.replace(file)
-    except OSError as error:
-        raise UserError(
-            f"cannot keep distilled images in {str(file.parent)!r} ({error.strerror}); pass --distill_cache with another folder"
-        ) from None
-
-
-def _read(file: Path, spec: InputSpec, count: int) -> Tensor | None:
-    if not file.exists():
-        return None
-    try:
-        pixels = torch.load(file, weights_only=True)
-        if pixels.dtype == torch.uint8 and pixels.shape == spec.shape(count):
-            return _from_bytes(pixels, spec)
-    except Exception:  # whatever unpickling raises on damaged bytes
-        pass
-    print(f"{str(file)!r} is damaged; distilling anew", file=sys.stderr)
-    return None

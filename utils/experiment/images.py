@@ -12,12 +12,12 @@ from torch import fx, nn
 from utils.calibration.distillation import (
     LEAVES_STEPS,
     Distillation,
-    distilled,
     for_judging,
     for_search,
     from_leaves,
     search_images,
 )
+from utils.calibration.image_cache import distilled
 from utils.calibration.images import Images, load_images
 from utils.core import distributed
 from utils.core.arguments import at_least

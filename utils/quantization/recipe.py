@@ -406,8 +406,6 @@ def _row(*names: str, **values: Value) -> Recipe:
 
 
 _ON_IMAGES = ("equalize", "correction", "distill_equalize", "distill_range")
-_LEARNED = {"distill_rounding": "adaround"}
-
 
 TABLE = {
     recipe.row_name: recipe
@@ -431,24 +429,21 @@ TABLE = {
         _row(*_ON_IMAGES, "distill_correction"),
         _row("equalize", "correction", "distill_rounding", "distill_range"),
         _row(*_ON_IMAGES, "distill_rounding"),
-        _row(*_ON_IMAGES, **_LEARNED),
+        _row(*_ON_IMAGES, distill_rounding="adaround"),
         _row("equalize", "absorption", "correction"),
         _row("per_channel"),
         _row("per_channel", "equalize", "correction"),
         _row(*_ON_IMAGES, "distill_rounding", "per_channel"),
-        _row(*_ON_IMAGES, "per_channel", **_LEARNED),
+        _row(*_ON_IMAGES, "per_channel", distill_rounding="adaround"),
     )
 }
 
 
 def recipes_of(args: Namespace) -> list[Recipe]:
     """The recipe that the flags ask for, none with --auto and --doctor; with --table those of its rows, or of --rows, at the bits that the flags say."""
-    if args.auto or args.doctor:
-        return []
     if not args.table:
-        return [Recipe.from_args(args)]
-    unknown = [name for name in args.rows or () if name not in TABLE]
-    if unknown:
+        return [] if args.auto or args.doctor else [Recipe.from_args(args)]
+    if unknown := [name for name in args.rows or () if name not in TABLE]:
         raise UserError(f"--rows: there is no row {unknown[0]!r}; choose from {', '.join(map(repr, TABLE))}")
     shared = {name: getattr(args, name) for name in SETTINGS if name not in OF_A_ROW}
     return [replace(TABLE[name], **shared) for name in args.rows or TABLE]
