@@ -97,6 +97,13 @@ def test_a_row_has_the_images_of_its_own_kind_whatever_stands_beside_it(table, t
     monkeypatch.setattr(dfq, "Reconstruction", partial(Reconstruction, iterations=2))
     few = [*table, "--bits_weight", "4", "--distill_images", "4", "--distill_cache", str(tmp_path / "cache")]
     compensated, learned = "+LE+GPTQ+BC +DR", "+DLE+AR+BC +DR"
+    looked, quantize = {}, dfq.quantize_data_free
+
+    def looking(model, spec, recipe, **sources):
+        looked[str(recipe)] = model, spec, sources["images"]
+        return quantize(model, spec, recipe, **sources)
+
+    monkeypatch.setattr(dfq, "quantize_data_free", looking)
     main_cls.main([*few, "--rows", compensated])
     main_cls.main([*few, "--rows", learned, compensated, "Original"])
     assert "3 rows, 1 of them in" in capsys.readouterr().out
@@ -105,6 +112,11 @@ def test_a_row_has_the_images_of_its_own_kind_whatever_stands_beside_it(table, t
     assert steps == {compensated: 0, learned: 1, "Original": 40}
     start = {line["recipe"]: line["flags"]["distill_start"] for line in lines}
     assert start == {compensated: "leaves", learned: "leaves", "Original": "natural"}
+    model, spec, _ = looked[learned]
+    kinds = {compensated: 0, learned: 1, "Original": 0}
+    for name, taken in kinds.items():
+        settings = distillation.from_leaves(distillation.Distillation(images=4), taken)
+        assert torch.equal(looked[name][2], distillation.distill(model, spec, settings, torch.device("cpu")))
 
 
 def test_detection_compares_with_the_float_network_that_ran_once(table, tmp_path):

@@ -5,7 +5,7 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -181,13 +181,17 @@ def _run_recipes(run: Run, evaluator: Evaluator | None, recipes: Sequence[Recipe
     needed = any(recipes[i].needs_images for i in missing)
     model, spec = run.network.model, run.spec
     captured = captured or (_captured(run, evaluator) if missing else None)
-    images = images_of(args, run.task, model, spec, run.device, needed, captured) if missing else None
-    sources = (images.calibration, images.judging, images.real) if images else (None, None, False)
-    sources = dict(zip(("images", "judging", "real"), sources, strict=True))
-    sources["device"] = run.device
+
+    @cache
+    def images_for(learned: bool) -> Images | None:
+        return images_of(kinds[learned].args, run.task, model, spec, run.device, needed, captured)
+
     start = time.monotonic()
     for count, i in enumerate(missing, start=1):
-        quantized = quantize(run.network.model, run.spec, recipes[i], captured=captured, **sources)
+        learned = recipes[i].learns_rounding
+        images = images_for(learned if learned in looking or not looking else looking[0])
+        sources = {"images": images.calibration, "judging": images.judging, "real": images.real} if images else {}
+        quantized = quantize(model, spec, recipes[i], captured=captured, device=run.device, **sources)
         _write_files(runs[i], recipes[i], quantized, evaluator)
         if evaluator is None:
             _say(runs[i], quantized, images)
