@@ -143,7 +143,8 @@ def _for_few_bits(run: Run, captured: fx.GraphModule) -> Run:
 def _with_leaves(run: Run, captured: fx.GraphModule, learned: bool) -> Run:
     """The run as if its command line asked for dead leaves, where these serve weights of few bits and it does not say.
 
-    learned: rounding may be learned from them."""
+    learned: rounding may be learned from them.
+    """
     args = run.args
     if args.bits_weight >= OUTER_BITS or args.images or says(words_of(run.argv), ("distill_start", "distill_steps")):
         return run
