@@ -89,6 +89,18 @@ def test_a_file_holds_the_weights_of_the_simulation(opset, bits, weight_type, as
     assert kinds == [weight_type, small, small, weight_type]
 
 
+@pytest.mark.parametrize(("weight_type", "middle"), [("int8", 0), ("uint8", 128)])
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_weights_of_fewer_bits_are_counted_from_zero_in_8(bits, weight_type, middle):
+    """Their zero points are spread over all of their steps; no engine needs to know them."""
+    result = quantized(Residual, bits_weight=bits, per_channel=True, asymmetric=True)
+    layers = [result.simulated.get_submodule(node.target) for node in weighted_nodes(result.simulated)]
+    assert len(torch.cat([layer.weight_qparams.zero_point for layer in layers]).unique()) > 1
+    model = build(result, SPEC, {}, weight_type=weight_type)
+    zeros = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("_weight_zero_point")]
+    assert len(zeros) == len(layers) and all((zero == middle).all() for zero in zeros)
+
+
 def test_the_file_means_the_same_to_the_reference_of_onnx():
     result = quantized(chain, bits_weight=4, per_channel=True)
     model, images = build(result, SPEC, {}, WITH_INT4), SPEC.probe(2)

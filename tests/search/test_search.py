@@ -37,7 +37,7 @@ class Rule:
 def found(noise, graph=None, real=False):
     rule = Rule(noise)
     graph = made(chain, settle)[1] if graph is None else graph
-    return search(start({}), stages(graph, True, real), rule.quantize, rule.judge), rule
+    return search(start({}), stages(graph, start({}), real), rule.quantize, rule.judge), rule
 
 
 def test_among_equals_it_takes_the_simplest():
@@ -79,18 +79,29 @@ def test_few_bits_are_compensated_first_and_learned_once_and_last():
 
     rule = Rule(lambda r: noise(r) + 0.1 * (r.distill_rounding == "adaround"))
     graph = made(chain, settle)[1]
-    result = search(start({"bits_weight": 4}), stages(graph, True, False, 4), rule.quantize, rule.judge)
+    first = start({"bits_weight": 4})
+    result = search(first, stages(graph, first, False), rule.quantize, rule.judge)
     learned = [recipe for recipe in rule.seen if recipe.distill_rounding == "adaround"]
     assert learned == rule.seen[-1:] == [result.chosen.recipe]  # as near will do: its time is spent already
     assert not any(recipe.distill_correction for recipe in rule.seen)  # no photographs: see stages()
-    first = next(i for i, recipe in enumerate(rule.seen) if recipe.distill_range)
-    assert all(recipe.distill_rounding == "gptq" for recipe in rule.seen[first:-1])
+    ranges = next(i for i, recipe in enumerate(rule.seen) if recipe.distill_range)
+    assert all(recipe.distill_rounding == "gptq" for recipe in rule.seen[ranges:-1])
+
+
+@pytest.mark.parametrize(
+    ("bits", "target", "asked"), [(8, "onnxruntime", False), (6, "onnxruntime", True), (7, "openvino", False)]
+)
+def test_weights_of_few_bits_are_tried_with_zero_points_where_the_engine_takes_them(bits, target, asked):
+    rule, first = Rule(lambda r: 20.0 + r.asymmetric), start({"bits_weight": bits, "target": target})
+    result = search(first, stages(made(chain, settle)[1], first, False), rule.quantize, rule.judge)
+    assert any(recipe.asymmetric for recipe in rule.seen) == result.chosen.recipe.asymmetric == asked
 
 
 def test_learned_rounding_that_was_not_kept_is_not_what_was_taken():
     rule = Rule(lambda r: 8.0 + 3 * bool(r.distill_rounding) * r.distill_correction + r.distill_correction)
     graph = made(relu_chain, settle)[1]
-    result = search(start({"bits_weight": 4}), stages(graph, True, True, 4), rule.quantize, rule.judge)
+    first = start({"bits_weight": 4})
+    result = search(first, stages(graph, first, True), rule.quantize, rule.judge)
     assert rule.seen[-1].distill_rounding == "adaround"  # as near as what it started from
     chosen = result.chosen.recipe
     assert chosen.distill_rounding == "gptq" and chosen.distill_correction  # tried again beside the other correction

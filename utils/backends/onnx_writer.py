@@ -245,17 +245,12 @@ class _Writer:
             return self.constant(name, values)
         along = [1] * values.dim()
         along[axis] = -1
-        scale, zero = (
-            part.reshape(along if qparams.per_channel else []).double() for part in (qparams.scale, qparams.zero_point)
-        )
         packed = kind in INT4 and qparams.bits <= 4 and self.opset >= WITH_INT4
-        middle = 8 if packed else 128
-        shift = 0
-        if kind == torch.uint8 and qparams.quant_min < 0:  # signed integers as unsigned
-            shift = -middle
-        elif kind == torch.int8 and qparams.quant_min >= 0:  # unsigned ones as signed
-            shift = middle
-        steps = ((values.double() / scale).round() + zero - shift).to(kind)
+        zero_point = _zero_point(qparams, kind, packed)
+        scale, zero = (
+            part.reshape(along if qparams.per_channel else []).double() for part in (qparams.scale, zero_point)
+        )
+        steps = ((values.double() / scale).round() + zero).to(kind)
         integers = f"{name}_{str(kind).removeprefix('torch.')}"
         if packed:
             self.add(
@@ -263,10 +258,10 @@ class _Writer:
             )
         else:
             self.constant(integers, steps)
-        zero_point = self.constant(f"{name}_zero_point", (qparams.zero_point - shift).to(kind))
+        zeros = self.constant(f"{name}_zero_point", zero_point.to(kind))
         scales = self.constant(f"{name}_scale", qparams.scale.float())
         options = {"axis": axis} if qparams.per_channel else {}
-        return self.add("DequantizeLinear", [integers, scales, zero_point], name, **options)
+        return self.add("DequantizeLinear", [integers, scales, zeros], name, **options)
 
     # ------------------------------------------------------------------------------------ the rest
 
@@ -309,3 +304,15 @@ class _Writer:
         self.nodes += nodes
         self.initializers += initializers
         return outputs[0] if is_tensor(node) else outputs
+
+
+def _zero_point(qparams: QParams, kind: torch.dtype, packed: bool) -> Tensor:
+    """From where a file counts a parameter's steps, like qparams.zero_point; packed: in 4 bits.
+
+    From 0, or from the middle of unsigned integers, where there is room for that: in 8 bits for weights of fewer, whatever
+    their zero point. So engines need no zero points of weights. What fills its integers keeps its own.
+    """
+    unsigned, middle = kind == torch.uint8, 8 if packed else 128
+    if qparams.quant_min < 0 or (qparams.bits < 8 and not packed):
+        return torch.full_like(qparams.zero_point, middle if unsigned else 0)
+    return qparams.zero_point - (0 if unsigned else middle)

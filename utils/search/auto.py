@@ -56,9 +56,7 @@ def find_recipe(
     run = partial(quantize, images=images.calibration, judging=images.judging, real=images.real)
     judge = Judge(network, views(unseen, images.real), predictions)
     first = start(settings)
-    found = search(
-        first, stages(network, not first.engine.per_channel, images.real, first.bits_weight), run, judge, say
-    )
+    found = search(first, stages(network, first, images.real), run, judge, say)
     shares = layer_noise(found.quantized, images.calibration)
     if max_noise is not None and found.chosen.noise < max_noise:
         found = add_until(found, shares, max_noise, run, judge, say)

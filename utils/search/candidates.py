@@ -37,18 +37,21 @@ def start(bits: dict[str, int]) -> Recipe:
     return Recipe(quantize=True, equalize=True, correction=True, **bits)
 
 
-def stages(network: fx.GraphModule, per_channel: bool, real: bool, bits_weight: int = 8) -> Iterator[Stage]:
-    """The stages for a network. per_channel: whether they are a choice. real: whether images are photographs.
+def stages(network: fx.GraphModule, first: Recipe, real: bool) -> Iterator[Stage]:
+    """The stages for a network. first: the recipe that they start from. real: whether images are photographs.
 
     With few bits the rounding of weights is most of the noise, on any images alike: it is compensated first, so that all
-    else is judged beside it, and learned last, once, since that takes minutes. Empirical correction is left to photographs
-    then: beside compensated rounding it is nearer on distilled images and further off on photographs (results/rounding.txt).
+    else is judged beside it, and learned last, once, since that takes minutes. Weights get zero points then, which cost
+    engines nothing where 8 bits hold them. Empirical correction is left to photographs: beside compensated rounding it is
+    nearer on distilled images and further off on photographs (results/rounding.txt).
     """
-    few = bits_weight < OUTER_BITS
+    few = first.bits_weight < OUTER_BITS
     gain = SAME if real or few else IMAGES_GAIN
     compensated = Stage({"distill_rounding": "gptq"}, gain)
-    if per_channel:
+    if not first.engine.per_channel:
         yield Stage({"per_channel": True}, SAME)
+    if few and first.engine.zero_points:
+        yield Stage({"asymmetric": True}, SAME)
     yield Stage({"equalize": False}, gain)  # equalized ranges hold better on what no image shows
     if few:
         yield compensated
