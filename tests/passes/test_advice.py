@@ -20,9 +20,13 @@ def test_a_noisy_output_says_what_to_try():
     assert line.startswith("the output is only 10.0 dB over its quantization noise on 16 held-out images (distilled)")
     for flag in ("--per_channel", "--equalize", "--correction", "--images DIR"):
         assert flag in line
-    assert "more bits" not in line  # engines have no more than 8
+    assert (
+        "more bits" not in line and "--asymmetric" not in line
+    )  # engines have no more than 8, and zero points cost there
     (line,) = fidelity_warnings(near, Recipe(quantize=True, bits_weight=4), 16, real=False)
-    assert "more bits (--bits_weight)," in line
+    assert "more bits (--bits_weight)," in line and "--asymmetric" in line
+    (line,) = fidelity_warnings(near, Recipe(quantize=True, bits_weight=7, target="openvino"), 16, real=False)
+    assert "--asymmetric" not in line  # it takes none
     assert line.index("--distill_range") < line.index("--per_channel")
     given = Recipe(quantize=True, equalize=True, correction=True, per_channel=True, distill_range=True)
     (line,) = fidelity_warnings(near, given, 8, real=True)
