@@ -415,6 +415,11 @@ ROWS: dict[str, list[Row]] = {
             flags(main_cls, "--quantize", "--target", "tensorrt", "--asymmetric"),
         ),
         Row(
+            "a zero point for every channel of 8 bits, which engines are slow with",
+            "refused: --asymmetric with --per_channel is for fewer than 8 bits of weights: of 8 engines compute a zero point for every channel slowly; leave out --asymmetric, or --per_channel",
+            flags(main_cls, "--quantize", "--per_channel", "--asymmetric"),
+        ),
+        Row(
             "bits that a target has no kernels for",
             "refused: --target openvino has no kernels for --bits_weight 4, only for 8 or 7; leave it out",
             flags(main_seg, "--quantize", "--target", "openvino", "--bits_weight", "4"),

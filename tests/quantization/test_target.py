@@ -30,6 +30,10 @@ def test_the_target_is_a_setting_that_a_row_names_and_a_table_follows():
             "--target tensorrt has no weights with zero points; leave out --asy",
         ),
         ({"target": "openvino", "asymmetric": True}, "--target openvino has no weights with zero points"),
+        (
+            {"per_channel": True, "asymmetric": True},
+            "--asymmetric with --per_channel is for fewer than 8 bits of weights",
+        ),
         ({"target": "tensorrt", "bits_weight": 4}, "--target tensorrt has no kernels for --bits_weight 4, only for 8"),
         (
             {"target": "openvino", "bits_weight": 6},

@@ -245,23 +245,29 @@ class _Writer:
             return self.constant(name, values)
         along = [1] * values.dim()
         along[axis] = -1
+        along = along if qparams.per_channel else []
         packed = kind in INT4 and qparams.bits <= 4 and self.opset >= WITH_INT4
         zero_point = _zero_point(qparams, kind, packed)
-        scale, zero = (
-            part.reshape(along if qparams.per_channel else []).double() for part in (qparams.scale, zero_point)
-        )
-        steps = ((values.double() / scale).round() + zero).to(kind)
-        integers = f"{name}_{str(kind).removeprefix('torch.')}"
-        if packed:
-            self.add(
-                "Cast", [self.packed(name, steps)], integers, to=helper.np_dtype_to_tensor_dtype(steps.numpy().dtype)
-            )
-        else:
-            self.constant(integers, steps)
+        zero = zero_point.reshape(along)
+        steps = ((values.double() / qparams.scale.reshape(along).double()).round() + zero).to(kind)
+        if not packed:
+            integers = self.constant(f"{name}_{_word(kind)}", steps)
+        elif len(zero_point.unique()) == 1:
+            integers = self.cast(self.packed(name, steps), f"{name}_{_word(kind)}", kind)
+        else:  # a zero point for every channel, which no kernel is to know
+            middle = 128 if kind == torch.uint8 else 0
+            wide = self.cast(self.packed(name, steps), f"{name}_int32", torch.int32)
+            own = self.constant(f"{name}_own_zero_point", (zero - middle).int())
+            counted = self.add("Sub", [wide, own], f"{name}_from_zero")
+            integers = self.cast(counted, f"{name}_{_word(kind)}", kind)
+            zero_point = torch.full_like(zero_point, middle)
         zeros = self.constant(f"{name}_zero_point", zero_point.to(kind))
         scales = self.constant(f"{name}_scale", qparams.scale.float())
         options = {"axis": axis} if qparams.per_channel else {}
         return self.add("DequantizeLinear", [integers, scales, zeros], name, **options)
+
+    def cast(self, source: str, name: str, kind: torch.dtype) -> str:
+        return self.add("Cast", [source], name, to=getattr(TensorProto, _word(kind).upper()))
 
     # ------------------------------------------------------------------------------------ the rest
 
@@ -306,13 +312,18 @@ class _Writer:
         return outputs[0] if is_tensor(node) else outputs
 
 
+def _word(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
 def _zero_point(qparams: QParams, kind: torch.dtype, packed: bool) -> Tensor:
     """From where a file counts a parameter's steps, like qparams.zero_point; packed: in 4 bits.
 
     From 0, or from the middle of unsigned integers, where there is room for that: in 8 bits for weights of fewer, whatever
     their zero point. So engines need no zero points of weights. What fills its integers keeps its own.
     """
-    unsigned, middle = kind == torch.uint8, 8 if packed else 128
+    half = 8 if packed else 128
+    middle = half if kind == torch.uint8 else 0
     if qparams.quant_min < 0 or (qparams.bits < 8 and not packed):
-        return torch.full_like(qparams.zero_point, middle if unsigned else 0)
-    return qparams.zero_point - (0 if unsigned else middle)
+        return torch.full_like(qparams.zero_point, middle)
+    return qparams.zero_point - (half - middle)

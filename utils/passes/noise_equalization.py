@@ -25,6 +25,7 @@ from utils.graph.nodes import module_of, weighted_nodes
 from utils.graph.regions import Region, stored_nodes
 from utils.passes.equalization import activation_reach
 from utils.passes.log import PassLog
+from utils.quantization.qparams import may_have_zero_points
 
 IMAGES = 16  # on which the output's sensitivity is measured
 ITERATIONS, LEARNING_RATE = 300, 0.03  # of Adam over the logarithms of the scales
@@ -34,7 +35,7 @@ ITERATIONS, LEARNING_RATE = 300, 0.03  # of Adam over the logarithms of the scal
 class QuantScheme:
     """How weights and activations are to be quantized, as far as their noise depends on it.
 
-    per_channel, symmetric: of weights. signed: activations are symmetric around 0. weights, activations: by layer and by
+    per_channel, symmetric: of weights, as far as their bits allow zero points. signed: activations are symmetric around 0. weights, activations: by layer and by
     node, where the bits are others.
     """
 
@@ -46,9 +47,14 @@ class QuantScheme:
     weights: Mapping[str, int] = field(default_factory=dict)
     activations: Mapping[str, int] = field(default_factory=dict)
 
+    def is_symmetric(self, layer: str) -> bool:
+        """Whether a layer's weights have a symmetric range."""
+        bits = self.weights.get(layer, self.bits_weight)
+        return self.symmetric or not may_have_zero_points(bits, self.per_channel)
+
     def weight_steps(self, layer: str) -> int:
         """Steps from the smallest to the largest weight of a layer; of a symmetric range, from 0 to the largest."""
-        return 2 ** (self.weights.get(layer, self.bits_weight) - self.symmetric) - 1
+        return 2 ** (self.weights.get(layer, self.bits_weight) - self.is_symmetric(layer)) - 1
 
     def activation_steps(self, node: str) -> int:
         """Steps from the lowest to the highest value of a node; of a signed range, from 0 to the furthest end."""
@@ -111,13 +117,19 @@ def _activation_reaches(
     return reaches
 
 
-def _weight_reaches(layer: nn.Module, symmetric: bool) -> list[Tensor]:
+def _weight_reaches(name: str, layer: nn.Module, scheme: QuantScheme) -> list[Tensor]:
     """Logarithms [groups, out, in] of how far a layer's weights reach from 0, over kernel positions.
 
-    One tensor where the range is symmetric; else two, below 0 and above it, whose sum is the range.
+    One tensor where all ranges are symmetric; else two, below 0 and above it, whose sum is the range.
     """
     view = grouped_weight(layer)
-    sides = [view.abs().amax(3)] if symmetric else [-view.amin(3), view.amax(3)]
+    furthest = view.abs().amax(3)
+    if scheme.symmetric:
+        sides = [furthest]
+    elif scheme.is_symmetric(name):
+        sides = [torch.zeros_like(furthest), furthest]
+    else:
+        sides = [-view.amin(3), view.amax(3)]
     return [side.clamp_min(1e-30).log() for side in sides]
 
 
@@ -142,7 +154,7 @@ class _Noise:
         names = [n for region in regions for n in (*region.sources, *(s.name for s in region.sinks)) if n in layers]
         names = list(dict.fromkeys(names))
         self.power = [observed.sensitivity.weights[name] for name in names]  # [groups, out, in] of each layer
-        reach = [_weight_reaches(layers[name], scheme.symmetric) for name in names]
+        reach = [_weight_reaches(name, layers[name], scheme) for name in names]
         self.reach = list(zip(*reach, strict=True))  # by side, of each layer
         places = torch.arange(1, sum(self.sizes) + 1).split(self.sizes)
         read, made = _places(regions, places, dict(zip(names, self.power, strict=True)))

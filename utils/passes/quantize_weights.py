@@ -13,7 +13,13 @@ from utils.graph.layers import grouped_weight, on_integers
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes.log import PassLog
 from utils.quantization.placement import quantizer_before, value_sources
-from utils.quantization.qparams import choose_weight_qparams, fit_bias_to_int32, has_one_scale, round_weight
+from utils.quantization.qparams import (
+    choose_weight_qparams,
+    fit_bias_to_int32,
+    has_one_scale,
+    may_have_zero_points,
+    round_weight,
+)
 
 ACTION = "quantized weights"
 
@@ -70,7 +76,8 @@ def quantize_weights(
         layer, source = module_of(model, node), quantizer_before(model, node.args[0])
         own = (other_bits or {}).get(node.target, bits)
         own = min(own, bits_first) if _reads_input(node) else own
-        qparams = choose_weight_qparams(layer, own, per_channel, symmetric)
+        plain = symmetric or not may_have_zero_points(own, per_channel)
+        qparams = choose_weight_qparams(layer, own, per_channel, plain)
         if source is not None and bits_bias == 32:
             roomy = fit_bias_to_int32(qparams, layer.bias, source.scale)
             if not torch.equal(roomy.scale, qparams.scale):

@@ -84,6 +84,15 @@ def has_one_scale(layer: nn.Module) -> bool:
     return isinstance(layer, _ConvTransposeNd) and layer.groups > 1
 
 
+def may_have_zero_points(bits: int, per_channel: bool) -> bool:
+    """Whether weights of these bits may have zero points: one in all, or one for every channel where there are fewer than 8.
+
+    Those leave room in 8 bits for being counted from zero. Of weights that do not, ONNX Runtime computes a MobileNetV2 28
+    times slower with a zero point for every channel (results/int4.txt).
+    """
+    return bits < SPANNED or not per_channel
+
+
 def choose_weight_qparams(layer: nn.Module, bits: int, per_channel: bool, symmetric: bool) -> QParams:
     """The parameters of a layer's weights, per tensor or, where it can have more scales than one, per output channel.
 

@@ -160,10 +160,10 @@ class Recipe:
         choices=(8, 16, 32),
     )
     per_channel: bool = setting(
-        "one weight scale per output channel instead of per tensor", QUANTIZERS, requires=("quantize",)
+        "one weight scale per output channel, not per tensor", QUANTIZERS, requires=("quantize",)
     )
     asymmetric: bool = setting(
-        "weights with a zero point instead of a symmetric range", QUANTIZERS, requires=("quantize",)
+        "weights with zero points; with --per_channel for fewer than 8 bits", QUANTIZERS, requires=("quantize",)
     )
     float_layers: tuple[str, ...] = setting(
         "layers that stay in float, by name, where their noise dominates",

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from utils.core.errors import UserError
+from utils.quantization.qparams import may_have_zero_points
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ def check_target(settings: Mapping[str, object]) -> None:
     target = target_of(name)
     if settings["asymmetric"] and not target.zero_points:
         raise UserError(f"--target {name} has no weights with zero points; leave out --asymmetric")
+    if settings["asymmetric"] and not may_have_zero_points(settings["bits_weight"], settings["per_channel"]):
+        raise UserError(
+            "--asymmetric with --per_channel is for fewer than 8 bits of weights: of 8 engines compute a zero point for "
+            "every channel slowly; leave out --asymmetric, or --per_channel"
+        )
     if name == DEFAULT:
         return
     if (lacking := without_kernels(settings)) is not None:
