@@ -54,6 +54,18 @@ def test_their_weights_and_what_they_read_have_those_bits_and_no_other_layers_ha
             assert source.qparams.bits == (8 if ends or node.target in shared else 4)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_with_a_scale_for_every_channel_8_bits_have_no_zero_points(per_channel):
+    """Engines are slow with those; of fewer bits files count from zero, and of one zero point kernels know."""
+    model, graph = made(Residual, settle)
+    recipe = Recipe(quantize=True, bits_weight=4, bits_first_last=8, per_channel=per_channel, asymmetric=True)
+    simulated = quantize_data_free(model, SPEC, recipe, captured=graph).simulated
+    for node in weighted_nodes(simulated):
+        qparams = module_of(simulated, node).weight_qparams
+        ends = node.target in ENDS[Residual]
+        assert bool((qparams.zero_point != 0).any()) == (not (per_channel and ends))
+
+
 class Reread(nn.Module):
     """Sums of two layers' outputs, of which one layer reads the first as it is; an average reads the last."""
 

@@ -161,6 +161,22 @@ def test_the_step_of_asymmetric_weights_is_that_of_their_range():
     assert asymmetric > symmetric
 
 
+def test_they_know_which_layers_of_asymmetric_weights_have_no_zero_points():
+    """A scheme whose layers all have 8 bits, with a scale for every channel, is a symmetric one."""
+    model, statistics = unlike(one_sided)
+    regions, _ = find_regions(model)
+    plain, asked, few = (
+        noise_optimal(model, statistics, scheme)(model, regions, PassLog())
+        for scheme in (
+            QuantScheme(8, 16, True),
+            QuantScheme(8, 16, True, symmetric=False),
+            QuantScheme(7, 16, True, symmetric=False),
+        )
+    )
+    torch.testing.assert_close(asked, plain)
+    assert any(not torch.allclose(a, b, rtol=0.01) for a, b in zip(few, plain, strict=True))
+
+
 def test_a_channel_that_no_image_activates_is_not_stretched():
     model, statistics = unlike(relu_chain)
     (region, *others), _ = find_regions(model)
