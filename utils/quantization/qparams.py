@@ -87,8 +87,8 @@ def has_one_scale(layer: nn.Module) -> bool:
 def may_have_zero_points(bits: int, per_channel: bool) -> bool:
     """Whether weights of these bits may have zero points: one in all, or one for every channel where there are fewer than 8.
 
-    Those leave room in 8 bits for being counted from zero. Of weights that do not, ONNX Runtime computes a MobileNetV2 28
-    times slower with a zero point for every channel (results/int4.txt).
+    Those leave room in 8 bits for being counted from zero. Of weights that do not, ONNX Runtime computes a MobileNetV2 more
+    than 20 times slower with a zero point for every channel (results/int4.txt).
     """
     return bits < SPANNED or not per_channel
 
