@@ -54,7 +54,13 @@ def parity_of(result):
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"per_channel": True}, {"asymmetric": True}, {"relu": True}],
+    [
+        {},
+        {"per_channel": True},
+        {"asymmetric": True},
+        {"relu": True},
+        {"per_channel": True, "asymmetric": True, "bits_weight": 7},
+    ],
 )
 @pytest.mark.parametrize("network", [chain, Residual, Branches])
 def test_networks_run_on_integers(network, flags):

@@ -35,8 +35,8 @@ ITERATIONS, LEARNING_RATE = 300, 0.03  # of Adam over the logarithms of the scal
 class QuantScheme:
     """How weights and activations are to be quantized, as far as their noise depends on it.
 
-    per_channel, symmetric: of weights, as far as their bits allow zero points. signed: activations are symmetric around 0. weights, activations: by layer and by
-    node, where the bits are others.
+    per_channel, symmetric: of weights; is_symmetric says it of one layer. signed: activations are symmetric around 0.
+    weights, activations: by layer and by node, where the bits are others.
     """
 
     bits_weight: int
