@@ -23,6 +23,7 @@ from utils.calibration.distillation import (
     distill_few,
     for_few_bits,
     for_search,
+    leaves_to_judge,
     search_images,
     statistics_fit,
 )
@@ -98,15 +99,17 @@ def quantize_data_free(
 
     # Rounding learned block by block, from what GPTQ gives. Not in the paper.
     if recipe.learns_rounding:
-        result = _learned(result, recipe, own, device)
+        result = _learned(result, spec, recipe, own, device)
     for warning in fidelity_warnings(result.fidelity, recipe, len(own.judging), own.real) if result.fidelity else ():
         result.log.warn(warning)
     return result
 
 
-def _learned(result: Quantized, recipe: Recipe, images: Images, device: torch.device | None) -> Quantized:
-    """With rounding learned. With few bits of activations images of another kind than those learned from say nothing of
-    it: their outputs are noise before and after."""
+def _learned(
+    result: Quantized, spec: InputSpec, recipe: Recipe, images: Images, device: torch.device | None
+) -> Quantized:
+    """With rounding learned, which dead leaves judge too where no picture does. With few bits of activations images of
+    another kind than those learned from say nothing of it: their outputs are noise before and after."""
     settings = Reconstruction().with_activations_of(recipe.bits_activation)
     learn = partial(
         learn_rounding,
@@ -114,6 +117,7 @@ def _learned(result: Quantized, recipe: Recipe, images: Images, device: torch.de
         settings=settings,
         device=device,
         folder=cache_folder() / "rounding",
+        others=None if images.real else leaves_to_judge(spec, len(images.judging)),
     )
     if recipe.bits_activation >= FULL or images.real:
         return learn(result, images)

@@ -265,6 +265,13 @@ def test_of_leaves_half_are_distilled_and_each_follows_on_itself(settled):
     assert odd.shape == SPEC.shape(1)
 
 
+@pytest.mark.parametrize(("count", "made"), [(1, 8), (2, 8), (3, 9), (8, 8), (16, 16)])
+def test_leaves_to_judge_by_are_eight_at_least_and_fill_batches_that_fixed_networks_take(count, made):
+    leaves = distill.leaves_to_judge(SPEC, count)
+    assert leaves.shape == (made, 3, *SPEC.size) and leaves.isfinite().all()
+    assert torch.equal(leaves, distill.leaves_to_judge(SPEC, count))
+
+
 def test_images_to_judge_by_are_distilled_from_noise():
     of_leaves, of_noise = distill.for_judging(distill.from_leaves(FEW, 150)), distill.for_judging(FEW)
     assert of_leaves == replace(of_noise, steps=Distillation.steps)

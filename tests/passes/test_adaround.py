@@ -13,7 +13,7 @@ from torch import nn
 
 import dfq
 from dfq import Recipe, quantize_data_free
-from utils.calibration.distillation import as_pixels
+from utils.calibration.distillation import as_pixels, leaves_to_judge
 from utils.calibration.fidelity import fidelity
 from utils.calibration.images import Images
 from utils.calibration.rendered import natural_noise
@@ -21,7 +21,8 @@ from utils.graph.layers import grouped_weight, make_layer
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes import adaround
 from utils.passes.adaround import affordable, free_quantizers, learn_rounding, reconstruct
-from utils.passes.block_learning import BlockLearner, Reconstruction
+from utils.passes.block_learning import BlockLearner, Handed, Reconstruction, images_in_step
+from utils.passes.blocks import Part
 from utils.passes.log import PassLog
 from utils.passes.soft_rounding import (
     SoftLayer,
@@ -226,6 +227,38 @@ def test_learning_comes_nearer_on_images_that_it_never_saw_which_is_kept_and_sai
     assert all(module_of(again.simulated, node).bias_qparams for node in weighted_nodes(again.simulated))
 
 
+def test_what_holds_for_its_own_images_only_is_not_kept():
+    result = start(Branches, bits_weight=3, distill_rounding=None)
+    alike = Images(*(0.1 * some + 1 for some in (IMAGES.calibration, IMAGES.judging)))  # of little contrast
+    known = replace(result, fidelity=fidelity(result.float, result.simulated, alike.judging))
+    others = IMAGES.judging
+    freely = learn_rounding(copy.deepcopy(known), alike, 32, QUICK)
+    assert freely.fidelity.output > known.fidelity.output + 1
+    before, after = (fidelity(one.float, one.simulated, others).output for one in (known, freely))
+    assert after < before - 1
+    judged = learn_rounding(known, alike, 32, QUICK, others=others)
+    assert judged is known
+    assert f"on dead leaves {after:.2f} dB, {before:.2f} dB with GPTQ alone, which is kept: " in known.log.notes[-1]
+
+
+def test_what_also_holds_for_others_is_kept_and_both_figures_are_said():
+    result = start(Branches, bits_weight=3, distill_rounding=None)
+    again = learn_rounding(result, IMAGES, 32, QUICK, others=leaves_to_judge(SPEC, 32))
+    assert again.fidelity.output > result.fidelity.output
+    assert "; on dead leaves " in again.log.notes[-1] and "which is kept" not in again.log.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "images"),
+    [((512,), 16), ((32, 32), 16), ((64, 64), 16), ((90, 120), 6), ((300, 300), 1)],
+)
+def test_few_images_are_enough_where_maps_are_large_and_cannot_be_cropped(shape, images):
+    values = {"x": torch.zeros(2, 3, *shape) if len(shape) > 1 else torch.zeros(2, *shape)}
+    whole = Part(None, ("x",), ("y",), False)
+    assert images_in_step(Handed(values, values), whole, 32, 16) == images
+    assert images_in_step(Handed(values, values), replace(whole, local=True), 32, 16) == 16
+
+
 # ---- going on
 
 
@@ -293,5 +326,6 @@ def test_few_bits_of_activations_are_learned_longer_and_judged_by_images_like_th
         alike = bits < 8 and not real
         assert (len(images.calibration), len(images.judging)) == ((56, 8) if alike else (64, 32))
         assert found.fidelity.output == fidelity(found.float, found.simulated, IMAGES.judging).output
+        assert (told[-1][1]["others"] is None) == real  # pictures are judges enough
         assert (settings.iterations > Reconstruction.iterations) == (bits < 8)
         assert (settings.scale_reach > Reconstruction.scale_reach) == (bits < 8)

@@ -81,6 +81,7 @@ def distill_few(network: fx.GraphModule, spec: InputSpec) -> Tensor:
 
 LEAVES = 32  # dead leaves at least, where a run would distil fewer
 LEAVES_STEPS = 150  # that half of them take, for rounding to be learned from
+LEAST_LEAVES, LEAVES_SEED = 8, 2**40  # of those to judge by: beyond every seed of images to calibrate on
 LEAVES_FIT = 1 / 3  # of the loss; 0.10 to 0.18 on nine sound networks, 1.6 where statistics are contradicted
 
 
@@ -108,6 +109,12 @@ def for_judging(settings: Distillation) -> Distillation:
     noise = settings if settings.start == Distillation.start else Distillation(batch=settings.batch)
     steps = noise.steps or Distillation.steps
     return replace(noise, images=max(2, settings.images // 4), seed=settings.seed + 1, steps=steps)
+
+
+def leaves_to_judge(spec: InputSpec, count: int) -> Tensor:
+    """Dead leaves [N, C, H, W] that no distilling touched, a multiple of count of them, and eight at least."""
+    generator = torch.Generator().manual_seed(LEAVES_SEED)
+    return as_pixels(dead_leaves(spec, count * math.ceil(LEAST_LEAVES / count), generator), spec)
 
 
 def for_search(settings: Distillation) -> tuple[Distillation, Distillation, Distillation]:

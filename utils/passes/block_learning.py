@@ -21,6 +21,7 @@ from utils.passes.soft_rounding import SoftLayer, SoftQuantizer, rounding_penalt
 from utils.quantization.quantizer import Quantizer
 
 Values = dict[str, Tensor]  # what is handed on between blocks, [N, ...] by name
+POSITIONS = 2**16  # of uncropped maps, in a step at most; 16 maps have as many at 64 a side
 State = dict[str, Any]  # what a block comes to: "layers", "quantizers" by name, and the "gain" in dB
 
 
@@ -238,10 +239,10 @@ class BlockLearner:
 
     def _window(self) -> tuple[slice, ...]:
         """A random square of the block's input, where it is one large map and the block gives maps."""
-        names, side = self.part.inputs, self.settings.crop
-        value = self.learning.exact[names[0]]
-        if len(names) > 1 or value.dim() != 4 or max(value.shape[2:]) <= side or not self.part.local:
+        side = self.settings.crop
+        if not _is_cropped(self.learning, self.part, side):
             return (slice(None),)
+        value = self.learning.exact[self.part.inputs[0]]
         starts = [int(torch.randint(max(1, size - side + 1), (), generator=self.generator)) for size in value.shape[2:]]
         return (slice(None), slice(None), *(slice(a // 2 * 2, a // 2 * 2 + side) for a in starts))
 
@@ -268,6 +269,20 @@ class BlockLearner:
                 some = [{name: value[i : i + self.batch] for name, value in values.items()} for values in some]
                 total += float(self._error_on(graph, *some)) * len(next(iter(some[0].values())))
         return total / len(self.judging)
+
+
+def _is_cropped(handed: Handed, part: Part, side: int) -> bool:
+    value = handed.exact[part.inputs[0]]
+    return len(part.inputs) == 1 and value.dim() == 4 and max(value.shape[2:]) > side and part.local
+
+
+def images_in_step(handed: Handed, part: Part, side: int, most: int) -> int:
+    """How many images a block learns from in a step: fewer than most where they are large maps that cannot be cropped to
+    squares of that side, of which few images show enough positions."""
+    if _is_cropped(handed, part, side):
+        return most
+    area = max(math.prod(handed.exact[name].shape[2:]) for name in part.inputs)
+    return max(1, min(most, POSITIONS // area))
 
 
 def _constant(step: int) -> float:
