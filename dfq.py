@@ -64,7 +64,7 @@ from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe, Value
 from utils.quantization.target import DEFAULT
 from utils.search.auto import check_near, find_recipe, unseen
-from utils.search.candidates import OUTER_BITS
+from utils.search.candidates import OUTER_BITS, outer_bits
 from utils.search.search import Found
 
 
@@ -326,7 +326,8 @@ def quantize_auto(
     """
     captured = capture(model, spec)
     if few_bits := settings.get("bits_weight", OUTER_BITS) < OUTER_BITS:
-        settings = {"bits_first_last": OUTER_BITS} | settings
+        outer = outer_bits(settings["bits_weight"], settings.get("target", DEFAULT))
+        settings = {"bits_first_last": outer} | settings
     if images is None:
         kind = for_few_bits(captured, spec, Distillation(), True) if few_bits else Distillation()
         made = (distill(captured, spec, one, torch.device("cpu")) for one in for_search(kind))

@@ -354,7 +354,7 @@ ROWS: dict[str, list[Row]] = {
         ),
         Row(
             "an empty file",
-            "refused: cannot read 'w.pth' (…); save model.state_dict() and pass that",
+            "refused: cannot read 'w.pth' as what torch.save writes (…); save model.state_dict() and pass that",
             checkpoint(lambda file: file.touch()),
         ),
         Row(

@@ -274,6 +274,23 @@ def test_saved_loaded_and_exported_it_is_the_same_network(script, tmp_path, caps
     assert "53 of 53 layers" in capsys.readouterr().out or script is not main_cls
 
 
+def test_a_folder_is_no_saved_network(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder; pass --load with a file that --save wrote"):
+        main_cls.main(["--load", str(tmp_path), "--export", str(tmp_path / "net.onnx")])
+
+
+def own():
+    return settle(chain())
+
+
+def test_a_saved_network_of_the_users_is_not_scored_on_the_demos_images(tmp_path):
+    kept = str(tmp_path / "net.dfq")
+    main_cls.main(["--model", "test_export:own", "--image_size", "32", "--quantize", "--save", kept])
+    with pytest.raises(UserError, match=r"no data to evaluate on: .* is not the demo's network; pass --data DIR"):
+        main_cls.main(["--load", kept, "--results", str(tmp_path / "runs.jsonl")])
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
 def test_an_engine_that_agrees_too_seldom_fails_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "AGREEMENT", 1.01)
     flags = ["--quantize", "--equalize", "--engine", "onnxruntime", "--limit", "4", "--workers", "0"]

@@ -69,6 +69,10 @@ def test_load_takes_the_flags_of_data(script, words):
     assert script.parse_args(["--load", "net.dfq", "--data", "x", *words]).load
 
 
+def test_the_doctor_takes_the_opset_that_its_file_would_have():
+    assert main_cls.parse_args(["--doctor", "--opset", "21"]).opset == 21
+
+
 def test_a_key_needs_a_checkpoint(capsys):
     with pytest.raises(SystemExit):
         main_cls.parse_args(["--data", "x", "--checkpoint_key", "ema"])

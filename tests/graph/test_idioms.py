@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dfq import Recipe, quantize_data_free
+from utils.backends.lowering import lower_to_integers
 from utils.core.errors import UserError
 from utils.core.networks import plain, scored
 from utils.graph.capture import capture
@@ -204,6 +205,19 @@ def test_outputs_in_dataclasses_are_found():
     model = scored(net, SPEC, 2)
     assert model.names[0] == "logits"
     assert modules(captured(model))["Conv2d"] == 1
+
+
+def test_an_output_made_for_every_image_leaves_the_batch_free():
+    """Anchors beside logits. The network's first output is a row for every image already."""
+
+    def run(net, x):
+        return {"logits": net.body(x).mean((2, 3)), "anchors": torch.full((x.shape[0], 4), 0.5)}
+
+    graph = captured(scored(settle(Held(run, body=conv_bn(3, 8)), SPEC), SPEC, 2))
+    assert graph.meta["batch"] is None
+    result = quantize_data_free(graph, SPEC, Recipe(quantize=True))
+    sizes = [[tuple(one.shape) for one in lower_to_integers(result.simulated)(SPEC.probe(n))] for n in (1, 5)]
+    assert sizes == [[(1, 8), (1, 4)], [(5, 8), (5, 4)]]
 
 
 # ------------------------------------------------------------------------------------------- parts

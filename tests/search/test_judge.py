@@ -11,7 +11,7 @@ from utils.experiment.evaluation import agreement
 from utils.graph.capture import capture
 from utils.passes.log import PassLog
 from utils.passes.result import Quantized
-from utils.search.judge import Judge, decibels, noise_share, views, weighted_agreement
+from utils.search.judge import Judge, decibels, mean_share, noise_share, views, weighted_agreement
 
 
 def test_noise_of_a_hundredth_of_the_power_is_20_db():
@@ -28,6 +28,17 @@ def test_what_all_images_share_is_no_signal():
     assert noise_share(expected, torch.full_like(expected, 100.0)) == pytest.approx(1.0)
     maps = expected.view(50, 4, 1, 1)
     assert noise_share(maps, maps + 0.1) == pytest.approx(noise_share(expected, expected + 0.1))
+
+
+def test_outputs_that_are_the_same_for_every_image_do_not_count():
+    """Anchors beside logits: exact they would flatter these, of a float's last digits they would refuse any network."""
+    logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    found, anchors = logits + 0.3, torch.full((50, 6), 0.5)
+    alone = mean_share([logits], [found])
+    for others in (anchors, anchors + 1e-3):
+        assert mean_share([logits, anchors], [found, others]) == alone
+    assert mean_share([logits, logits], [found, logits]) == pytest.approx(alone / 2)
+    assert mean_share([anchors], [anchors]) == 0
 
 
 def test_a_prediction_counts_by_its_margin():

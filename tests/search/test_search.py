@@ -10,7 +10,7 @@ from utils.core.errors import UserError
 from utils.passes.log import PassLog
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
-from utils.search.candidates import IMAGES_GAIN, SAME, Stage, stages, start
+from utils.search.candidates import IMAGES_GAIN, SAME, Stage, outer_bits, stages, start
 from utils.search.float_layers import layer_noise
 from utils.search.judge import Judgement
 from utils.search.search import search
@@ -165,3 +165,19 @@ def test_a_network_far_from_float_is_refused(uneven):
     model, _ = uneven
     with pytest.raises(UserError, match=r"no candidate comes near to float: .* --max_noise"):
         quantize_auto(model, SPEC, SPEC.probe(8, seed=4), bits_weight=2, bits_activation=2)
+
+
+@pytest.mark.parametrize(
+    ("bits", "target", "outer"),
+    [(8, "onnxruntime", None), (4, "onnxruntime", 8), (7, "onnxruntime", 8), (7, "openvino", None), (4, "tensorrt", 8)],
+)
+def test_outer_layers_get_8_bits_unless_these_saturate_on_the_target(bits, target, outer):
+    assert outer_bits(bits, target) == outer
+
+
+def test_auto_leaves_no_layer_8_bits_where_7_were_asked_for_since_8_saturate():
+    model, _ = made(chain, settle)
+    images = SPEC.probe(16, seed=2)
+    found = quantize_auto(model, SPEC, images, bits_weight=7, target="openvino")
+    layers = [layer for layer in found.quantized.simulated.modules() if getattr(layer, "weight_qparams", None)]
+    assert len(layers) > 1 and {layer.weight_qparams.bits for layer in layers} == {7}

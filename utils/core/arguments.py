@@ -1,7 +1,9 @@
 """What command lines are made of: a parser that fails in one line, and numbers with bounds."""
 
 import argparse
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        for before, word in zip(["the command", *words], words, strict=False):
+            if not word or (word.startswith("--") and word.endswith("=")):
+                self.error(
+                    f"{before if not word else word[:-1]} got an empty value, as from a variable that is not set"
+                )
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -38,6 +49,8 @@ def at_least(lowest: int) -> Number:
     return Number(int, lambda value: value >= lowest, f"a whole number of at least {lowest}")
 
 
+FINITE = Number(float, math.isfinite, "a finite number")
+SEED = Number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 POSITIVE = Number(float, lambda value: 0 < value < float("inf"), "a positive number")
 
 

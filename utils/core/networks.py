@@ -97,7 +97,7 @@ class Scored(nn.Module):
         outputs = dict(named_tensors(self.network(images)))
         first, *others = (outputs[name] for name in self.names)
         if self.flatten:
-            first = first.reshape(len(images), -1)
+            first = first.reshape(images.shape[0], -1)  # len() would fix an exported batch
         return (first, *others) if others else first
 
 

@@ -130,7 +130,7 @@ def read_plain(file: Path, remedy: str) -> Any:
     except Exception as error:  # whatever damaged or foreign bytes lead to
         if "TorchScript" in str(error):
             raise UserError(f"{str(file)!r} is a TorchScript program, not a file of tensors; {remedy}") from None
-        raise UserError(f"cannot read {str(file)!r} ({reason(error)}); {remedy}") from None
+        raise UserError(f"cannot read {str(file)!r} as what torch.save writes ({reason(error)}); {remedy}") from None
 
 
 def reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import torch
 from utils.backends.base import ENGINES
 from utils.backends.torch_export import SUFFIX as PROGRAM
 from utils.core import distributed
-from utils.core.arguments import POSITIVE, Number, Parser, at_least
+from utils.core.arguments import FINITE, POSITIVE, SEED, Number, Parser, at_least
 from utils.core.errors import UserError
 from utils.core.files import check_target, make_folder
 from utils.core.input_spec import InputSpec
@@ -98,7 +98,7 @@ def data_flags(group: argparse._ArgumentGroup) -> None:
     for flag, metavar, what in (("mean", "M", "mean"), ("std", "S", "standard deviation")):
         group.add_argument(
             f"--{flag}",
-            type=float,
+            type=FINITE,
             nargs="+",
             metavar=metavar,
             help=f"{what} of pixels in [0, 1], one number for each channel (default: the network's)",
@@ -215,7 +215,7 @@ def add_run_flags(parser: ArgumentParser) -> None:
         "--workers", type=at_least(0), default=2, metavar="N", help="processes that load images (default: 2)"
     )
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default: cpu)")
-    group.add_argument("--seed", type=int, default=0, help="seed of every random number (default: 0)")
+    group.add_argument("--seed", type=SEED, default=0, help="seed of every random number (default: 0)")
     group.add_argument(
         "--results",
         type=Path,
@@ -267,11 +267,15 @@ def _check_engine(parser: ArgumentParser, args: Namespace) -> None:
         parser.error(f"--{to_int8[0]} writes one network; leave out --table")
     if len(to_int8) == 2 and args.export.resolve() == args.save.resolve():
         parser.error(f"--export and --save are to write the same file, {args.export}; name two")
+    read = {Path(file).resolve(): flag for flag in ("weights", "load") if (file := getattr(args, flag))}
+    for flag in to_int8:
+        if (source := read.get(getattr(args, flag).resolve())) is not None:
+            parser.error(f"--{flag} would overwrite the file of --{source}; name another")
     to_int8 += [f"engine {args.engine}"] if args.engine != "simulate" else []
     if to_int8 and not (args.quantize or args.load or args.table or args.auto):
         parser.error(f"--{to_int8[0]} needs --quantize, --auto or --load")
     of_onnx = next((flag for flag in ("opset", "weight_type") if getattr(args, flag)), None)
-    if of_onnx and not args.export and args.engine == "simulate":
+    if of_onnx and not args.export and not args.doctor and args.engine == "simulate":
         parser.error(f"--{of_onnx} needs --export, or an --engine that is not simulate")
     if not args.load:
         try:

@@ -17,6 +17,7 @@ from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.predictions import Agreement
 from utils.experiment import records
+from utils.experiment.records import DEMO
 from utils.passes.result import Quantized
 from utils.quantization import serialization as artifact
 from utils.quantization.recipe import Recipe
@@ -37,7 +38,7 @@ def write_files(run: "Run", recipe: Recipe, quantized: Quantized, names: Mapping
                 f"--save cannot write {type(strange[0]).__name__}, which your network brings along; leave out --save"
             )
         parts = quantized.float, quantized.simulated
-        about = dict(recipe.settings), run.spec, run.task.name, network.name, network.weights
+        about = dict(recipe.settings), run.spec, run.task.name, network.name, DEMO if args.demo else network.weights
         extras = {**run.extras, "names": dict(names)}
         artifact.save(args.save, artifact.Saved(run.captured, *parts, *about, extras))
         print(f"saved {args.save}: {args.save.stat().st_size / 1e6:.2f} MB")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from utils.core.errors import UserError, message_of
-from utils.experiment.records import Loaded
+from utils.experiment.records import DEMO, Loaded
 from utils.passes.log import PassLog
 from utils.passes.result import Quantized
 from utils.quantization import serialization as artifact
@@ -20,7 +20,13 @@ def opened(
     """The network, its recipes and what quantizes it. build: the network of --model and --weights."""
     if not args.load:
         return _built(args, build), recipes_of(args), quantize
+    if args.load.is_dir():
+        raise UserError(f"{str(args.load)!r} is a folder; pass --load with a file that --save wrote")
     saved = artifact.load(args.load, task)
+    if args.demo and saved.weights != DEMO:
+        raise UserError(
+            f"no data to evaluate on: {str(args.load)!r} is not the demo's network; pass --data DIR, or --export to write it"
+        )
     strange = saved.recipe.keys() ^ {field.name for field in fields(Recipe)}
     if strange:
         raise UserError(

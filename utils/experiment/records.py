@@ -36,6 +36,7 @@ class Loaded(Protocol):
     extras: Mapping[str, Any]
 
 
+DEMO = "demo"  # what lines and saved networks call the demo's network and its images
 FORMAT = 2  # of a line; raised when what it holds changes its meaning
 
 # Flags that change neither what is scored nor on what. "model_given" stands in older lines.
@@ -61,9 +62,9 @@ def settings(
         "format": FORMAT,
         "task": task,
         "model": network.name,
-        "weights": "demo" if args.demo else network.weights,
+        "weights": DEMO if args.demo else network.weights,
         "weights_sha256": weights_sha256,
-        "data": "demo" if args.demo else args.data,
+        "data": DEMO if args.demo else args.data,
         "subset": "evenly spread" if args.limit else None,
         "recipe": recipe,
         "bits": bits if args.quantize else None,

@@ -30,7 +30,7 @@ from utils.graph.capture import capture
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
 from utils.search.auto import unseen
-from utils.search.candidates import OUTER_BITS
+from utils.search.candidates import OUTER_BITS, outer_bits
 from utils.search.judge import Judge, views
 from utils.tasks.base import Data, Task
 from utils.tasks.metrics import Metric
@@ -133,10 +133,11 @@ def _for_few_bits(run: Run, captured: fx.GraphModule) -> Run:
     args, chosen = run.args, {}
     if args.bits_weight >= OUTER_BITS:
         return run
-    if not says(words_of(run.argv), ("bits_first_last",)):
-        chosen["bits_first_last"] = OUTER_BITS
+    outer = outer_bits(args.bits_weight, args.target)
+    if outer and not says(words_of(run.argv), ("bits_first_last",)):
+        chosen["bits_first_last"] = outer
         if distributed.is_main_process():
-            print(f"bits: {args.bits_weight} of weights, {OUTER_BITS} of the first and the last layer's")
+            print(f"bits: {args.bits_weight} of weights, {outer} of the first and the last layer's")
     return _with_leaves(_typed(run, chosen), captured, True)
 
 

@@ -9,6 +9,7 @@ from torch import fx
 from utils.core.errors import UserError
 from utils.graph.layers import Clip
 from utils.quantization.recipe import Recipe
+from utils.quantization.target import target_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ RELU_LOSS = 0.3  # dB that ReLU in the place of ReLU6 may cost, since engines ru
 
 
 OUTER_BITS = 8  # of the first and the last layer where others have fewer, as in published tables
+
+
+def outer_bits(bits_weight: int, target: str) -> int | None:
+    """Bits of the first and the last layer beside few bits of others; None: as many as the others have.
+
+    So where a target takes fewer of the first layer's weights itself, since 8 saturate: who asks it for fewer asks it for all.
+    """
+    return OUTER_BITS if bits_weight < OUTER_BITS <= target_of(target).bits_first else None
 
 
 def start(bits: dict[str, int]) -> Recipe:

@@ -12,6 +12,7 @@ from utils.core.predictions import Predictions, class_axis, either_finds, margin
 from utils.graph.nodes import as_returned, outputs_of
 from utils.passes.result import Quantized
 
+SAME = 1e-6  # of an output's largest value: a difference that says nothing
 DIMMED = 0.6  # of an image's contrast
 
 
@@ -77,11 +78,22 @@ class Judge:
 
 
 def mean_share(expected: list[Tensor], found: list[Tensor]) -> float:
-    """noise_share of several outputs, on average; what has a number an image, a label or a score, counts where it is alone."""
+    """noise_share of several outputs, on average.
+
+    What has a number an image, a label or a score, and what is the same for every image, as anchors are, count where they
+    are alone.
+    """
     pairs = list(zip(expected, found, strict=True))
     several = [pair for pair in pairs if pair[0].is_floating_point() and pair[0].dim() > 1]
-    shares = [noise_share(*pair) for pair in several or pairs]
+    telling = [pair for pair in several or pairs if _varies(pair[0])]
+    shares = [noise_share(*pair) for pair in telling or several or pairs]
     return sum(shares) / len(shares)
+
+
+def _varies(output: Tensor) -> bool:
+    """Whether an output tells images apart; of one image nobody can say."""
+    output = output.double()
+    return len(output) < 2 or bool((output - output[:1]).abs().max() > SAME * output.abs().max())
 
 
 def weighted_agreement(same: Tensor, margin: Tensor) -> float:
