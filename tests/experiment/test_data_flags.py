@@ -87,12 +87,19 @@ def test_values_of_masks_are_parsed(text, expected):
     assert parse_mask_values(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "0=a", "0=0,0=1", "65536=0", "0=256", "0=0;1=1"])
+@pytest.mark.parametrize("text", [" ", "0", "0=a", "0=0,0=1", "65536=0", "0=256", "0=0;1=1"])
 def test_values_of_masks_that_mean_nothing_are_refused(text, capsys):
     with pytest.raises(SystemExit, match="2"):
         main_seg.parse_args(["--mask_values", text])
     error = capsys.readouterr().err
     assert "is no list of different values and their classes" in error and error.count("\n") == 1
+
+
+def test_no_values_of_masks_are_refused_as_empty(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main_seg.parse_args(["--mask_values", ""])
+    error = capsys.readouterr().err
+    assert "--mask_values got an empty value" in error and error.count("\n") == 1
 
 
 def test_void_is_a_value_or_none(capsys):
