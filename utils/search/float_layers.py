@@ -77,4 +77,4 @@ def add_until(
         f"{best.noise:.1f} dB with {len(best.recipe.float_layers)} of {len(names)} layers in float, {wanted:g} wanted"
     )
     ranked = tuple(sorted(candidates, key=lambda one: -one.noise))
-    return Found(ranked, best, kept, f"{best.recipe.row_name}: {reached}")
+    return Found(ranked, best, kept, reached)

@@ -75,16 +75,17 @@ def search(
     return Found(tuple(ranked), best, kept, reason(ranked, best))
 
 
+WIDTH = 44  # of a candidate's name
+HEAD = f"{'candidate':<{WIDTH}} {'SQNR':>12} {'agreement':>11} {'saturated':>11}"
+
+
 def line_of(candidate: Candidate) -> str:
     """A candidate in a line of the ranking."""
-    name = f"{candidate.recipe.row_name:<36}"
+    name = f"{candidate.recipe.row_name:<{WIDTH}}"
     if candidate.judgement is None:
         return f"{name} not run: {candidate.reason}"
     found = candidate.judgement
     return f"{name} {found.noise:9.1f} dB {found.agreement:9.2f} % {found.saturation:9.3f} %"
-
-
-HEAD = f"{'candidate':<36} {'SQNR':>12} {'agreement':>11} {'saturated':>11}"
 
 
 def reason(ranked: list[Candidate], best: Candidate) -> str:
