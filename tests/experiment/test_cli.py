@@ -154,6 +154,8 @@ def failure(argv, capsys) -> str:
         (["--seed", "99999999999999999999999"], "is not a whole number from 0 to 4294967295"),
         (["--weights", ""], "--weights got an empty value, as from a variable that is not set"),
         (["--classes="], "--classes got an empty value"),
+        (["--table", "--rows", "Original", ""], "--rows got an empty value"),
+        (["--data=folder="], "no data folder at 'folder='"),
         (["--weights", "w.pth", "--quantize", "--export", "./w.pth"], "--export would overwrite the file of --weights"),
         (["--image_size", "1", "2", "3"], "--image_size takes one number, or height and width"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),

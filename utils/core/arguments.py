@@ -16,11 +16,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
-        for before, word in zip(["the command", *words], words, strict=False):
-            if not word or (word.startswith("--") and word.endswith("=")):
-                self.error(
-                    f"{before if not word else word[:-1]} got an empty value, as from a variable that is not set"
-                )
+        flag = "the command"
+        for word in words:
+            name, joined, value = word.partition("=")
+            flag = name if name.startswith("--") else flag
+            if not word or (name.startswith("--") and joined and not value):
+                self.error(f"{flag} got an empty value, as from a variable that is not set")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:

@@ -20,8 +20,6 @@ def opened(
     """The network, its recipes and what quantizes it. build: the network of --model and --weights."""
     if not args.load:
         return _built(args, build), recipes_of(args), quantize
-    if args.load.is_dir():
-        raise UserError(f"{str(args.load)!r} is a folder; pass --load with a file that --save wrote")
     saved = artifact.load(args.load, task)
     if args.demo and saved.weights != DEMO:
         raise UserError(

@@ -69,6 +69,8 @@ def save(file: Path, saved: Saved) -> None:
 def load(file: Path, task: str) -> Saved:
     """Read a file that save() wrote for that task; anything else is a UserError."""
     remedy = "pass --load with a file that --save wrote"
+    if file.is_dir():
+        raise UserError(f"{str(file)!r} is a folder; {remedy}")
     if not file.is_file():
         raise UserError(f"there is no file {str(file)!r}; {remedy}")
     content = read_plain(file, remedy)

@@ -12,7 +12,7 @@ from utils.core.predictions import Predictions, class_axis, either_finds, margin
 from utils.graph.nodes import as_returned, outputs_of
 from utils.passes.result import Quantized
 
-SAME = 1e-6  # of an output's largest value: a difference that says nothing
+STEADY = 1e-6  # of an output's largest value: a difference that says nothing
 DIMMED = 0.6  # of an image's contrast
 
 
@@ -93,7 +93,7 @@ def mean_share(expected: list[Tensor], found: list[Tensor]) -> float:
 def _varies(output: Tensor) -> bool:
     """Whether an output tells images apart; of one image nobody can say."""
     output = output.double()
-    return len(output) < 2 or bool((output - output[:1]).abs().max() > SAME * output.abs().max())
+    return len(output) < 2 or bool((output - output[:1]).abs().max() > STEADY * output.abs().max())
 
 
 def weighted_agreement(same: Tensor, margin: Tensor) -> float:
