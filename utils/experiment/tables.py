@@ -32,6 +32,7 @@ from utils.tasks.registry import TASKS
 ROOT = Path(__file__).resolve().parents[2]
 _MARKER = re.compile(r"<!-- table: (?P<wish>.*?) -->\n.*?<!-- /table -->", re.DOTALL)
 _METHOD = ("dfq.py", "modeling", *(f"utils/{name}" for name in ("graph", "passes", "calibration", "quantization")))
+_FILES = ":!utils/quantization/serialization.py"  # reads and writes networks; no recorded row is of a saved one
 Line = Mapping[str, Any]
 
 
@@ -202,7 +203,7 @@ def _is_current(commit: str) -> bool:
     """Whether the method's code is what it was at a commit; '+' at its end: it was no commit's."""
     if commit.endswith("+") or commit == "None":
         return False
-    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *_METHOD]
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *_METHOD, _FILES]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 

@@ -21,8 +21,8 @@ from utils.passes.soft_rounding import SoftLayer, SoftQuantizer, rounding_penalt
 from utils.quantization.quantizer import Quantizer
 
 Values = dict[str, Tensor]  # what is handed on between blocks, [N, ...] by name
-State = dict[str, Any]  # what a block comes to: "layers", "quantizers" by name, and the "gain" in dB
 POSITIONS = 2**16  # of uncropped maps, in a step at most; 16 maps have as many at 64 a side
+State = dict[str, Any]  # what a block comes to: "layers", "quantizers" by name, and the "gain" in dB
 
 
 @dataclass(frozen=True)
