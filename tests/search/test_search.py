@@ -1,5 +1,7 @@
 """The search: which candidates it tries, and which it takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import SPEC, chain, made, randomise, relu_chain, settle, spread_gains
@@ -86,6 +88,39 @@ def test_few_bits_are_compensated_first_and_learned_once_and_last():
     assert not any(recipe.distill_correction for recipe in rule.seen)  # no photographs: see stages()
     ranges = next(i for i, recipe in enumerate(rule.seen) if recipe.distill_range)
     assert all(recipe.distill_rounding == "gptq" for recipe in rule.seen[ranges:-1])
+
+
+@pytest.mark.parametrize(
+    ("lead", "agreement", "taken"),
+    [
+        (-0.4, 95.0, True),  # as near, and surer by far
+        (-0.4, 85.0, False),  # 5 points decide nothing
+        (-0.6, 95.0, False),  # further from float
+        (0.4, 60.0, False),  # as near, and its predictions are others
+        (0.4, 80.0, True),  # nearer by the gain
+        (0.6, 60.0, True),  # so much nearer that predictions do not count
+    ],
+)
+def test_agreement_decides_where_noise_does_not(lead, agreement, taken):
+    rule = Rule(lambda r: 20.0 + lead * r.per_channel)
+
+    def judge(quantized):
+        recipe = quantized.log.notes[0]
+        return replace(rule.judge(quantized), agreement=agreement if recipe.per_channel else 80.0)
+
+    result = search(start({}), [Stage({"per_channel": True}, 0.1)], rule.quantize, judge)
+    assert result.chosen.recipe.per_channel == taken
+    assert ("float's more often: 95 % for 80 %" in result.why) == (lead < 0 and taken)
+
+
+def test_what_cannot_be_run_is_not_asked_for_its_predictions():
+    def quantize(recipe):
+        if recipe.per_channel:
+            raise UserError("no")
+        return Rule(None).quantize(recipe)
+
+    judge = Rule(lambda recipe: float("-inf")).judge  # noise of any kind
+    assert not search(start({}), [Stage({"per_channel": True}, 0.5)], quantize, judge).chosen.recipe.per_channel
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from utils.core.errors import UserError
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
-from utils.search.candidates import Stage, changed
+from utils.search.candidates import SAME, SURER, Stage, changed
 from utils.search.judge import Judge, Judgement
 
 
@@ -44,7 +44,7 @@ def search(
     judge: Judge,
     say: Callable[[str], None] = lambda line: None,
 ) -> Found:
-    """Try every stage's change on the best recipe of the stages before, and take it where it is nearer by the stage's gain.
+    """Try every stage's change on the best recipe of the stages before, and take it where takes_over() says so.
 
     say: is told of each candidate as it is judged. A first recipe that cannot be run is a UserError; a later one is told of.
     """
@@ -69,10 +69,26 @@ def search(
         if recipe is None or recipe in tried:
             continue
         candidate, quantized = attempt(recipe)
-        if candidate.noise >= best.noise + stage.gain:
+        if takes_over(candidate, best, stage.gain):
             best, kept = candidate, quantized
     ranked = sorted(tried.values(), key=lambda one: -one.noise)
     return Found(tuple(ranked), best, kept, reason(ranked, best))
+
+
+def takes_over(candidate: Candidate, best: Candidate, gain: float) -> bool:
+    """Whether a candidate is taken in the place of the best one so far.
+
+    As near as that to float, the one whose predictions are float's by far more often; else the nearer one, by gain in dB.
+    """
+    lead = candidate.noise - best.noise
+    if abs(lead) < SAME and abs(sure := _surer(candidate, best)) >= SURER:
+        return sure > 0
+    return lead >= gain
+
+
+def _surer(one: Candidate, other: Candidate) -> float:
+    """By how many points of agreement one candidate is ahead of another; both were judged."""
+    return one.judgement.agreement - other.judgement.agreement
 
 
 WIDTH = 44  # of a candidate's name
@@ -97,6 +113,11 @@ def reason(ranked: list[Candidate], best: Candidate) -> str:
             return "the only candidate"
         lead = f"{first.noise - others[0].noise:.1f} dB"
         return "as near to float as the next" if lead == "0.0 dB" else f"nearest to float, {lead} before the next"
+    if first.noise - best.noise < SAME and _surer(best, first) >= SURER:
+        return (
+            f"{first.noise - best.noise:.1f} dB behind {first.recipe.row_name}, but its predictions are float's more often: "
+            f"{best.judgement.agreement:.0f} % for {first.judgement.agreement:.0f} %"
+        )
     return (
         f"{first.noise - best.noise:.1f} dB behind {first.recipe.row_name}, which is no more than what differs by chance or by the images; "
         "it is the simpler or the faster of the two"
