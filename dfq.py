@@ -64,7 +64,7 @@ from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe, Value
 from utils.quantization.target import DEFAULT
 from utils.search.auto import check_near, find_recipe, unseen
-from utils.search.candidates import OUTER_BITS, outer_bits
+from utils.search.candidates import OUTER_BITS, check_settings, outer_bits
 from utils.search.search import Found
 
 
@@ -154,9 +154,9 @@ def _exact_passes(
     if not statistics and images is None:
         check_statistics(recipe)
 
-    # Layers in a row that no BatchNorm tells of: their ranges come from images, a few distilled ones if there are none.
+    # Layers in a row that no BatchNorm tells of: their ranges come from images, a few distilled ones if there are none to consult.
     guessed = guess_ranges(network, statistics, recipe, images is not None and images.real, log)
-    few = distill_few(captured, spec) if guessed and images is None else None
+    few = distill_few(captured, spec) if guessed and statistics and _consulted(recipe, images) is None else None
 
     # ReLU6 -> ReLU, section 5.1.1: changes the function. Without it equalization keeps ReLU6 exact.
     if recipe.relu:
@@ -186,6 +186,11 @@ def _cleared(
     return cleared, corrected, done
 
 
+def _consulted(recipe: Recipe, images: Images | None) -> Images | None:
+    """The images that a network may follow from. Distilled ones that no pass asks for judge it alone."""
+    return images if images is not None and (recipe.needs_images or images.real) else None
+
+
 def quantize(
     network: fx.GraphModule,
     spec: InputSpec,
@@ -197,7 +202,7 @@ def quantize(
 ) -> Quantized:
     """The passes behind equalization: they change what the network computes.
 
-    few: images for the ranges of tensors that no BatchNorm tells of, where there are no others.
+    few: images for the ranges of tensors that no BatchNorm tells of, where no others are consulted.
     """
     if recipe.absorption:
         statistics = _absorbed(network, spec, statistics, log)
@@ -206,12 +211,12 @@ def quantize(
 
     # Activation ranges from BatchNorm statistics, section 5, or from distilled images.
     moments = propagate(network, spec, statistics)
-    at_hand = Images(few, few) if images is None and few is not None else images
+    at_hand = images if few is None else Images(few, few)
     range_of = activation_ranges(network, spec, statistics, moments, recipe, at_hand, log)
     simulated = copy.deepcopy(network)
     layers = quantizable_layers(simulated, range_of, log)
     other_bits = bits_of_activations(network, recipe)
-    consulted = images if images is not None and (recipe.needs_images or images.real) else None
+    consulted = _consulted(recipe, images)
     on_images = consulted and cache(partial(layer_extremes, network, consulted.calibration))
     drop_idle_caps(simulated, statistics, range_of, recipe.bits_activation, recipe.engine.signed, on_images, log)
     insert_quantizers(simulated, range_of, recipe.bits_activation, log, recipe.engine, other_bits)
@@ -315,15 +320,18 @@ def quantize_auto(
     images: Tensor | None = None,
     max_noise: float | None = None,
     predictions: Predictions | None = None,
+    force: bool = False,
     **settings: Value,
 ) -> Found:
     """The recipe whose network is nearest to float, of all that can differ on this one, with the network that it makes.
 
     images: [N, C, H, W] of your own, 8 or more, half of which are to judge by; None: distilled ones. max_noise: the dB that
     the output must be over its noise; the noisiest layers stay in float until it is. predictions: class indices of the
-    outputs, to compare. settings: of Recipe, that every candidate has, such as bits_weight=4, which leaves the first and the
-    last layer 8 bits unless bits_first_last says otherwise.
+    outputs, to compare. force: take it though it is far from float, which is a UserError otherwise. settings: of Recipe, that
+    every candidate has: bits and the target. Fewer than 8 bits of weights leave the first and the last layer 8, where the
+    target's first layer takes these, unless bits_first_last says otherwise.
     """
+    check_settings(settings)
     captured = capture(model, spec)
     if few_bits := settings.get("bits_weight", OUTER_BITS) < OUTER_BITS:
         outer = outer_bits(settings["bits_weight"], settings.get("target", DEFAULT))
@@ -337,5 +345,6 @@ def quantize_auto(
     quantize = partial(quantize_data_free, model, spec, captured=captured)
     shown, judging = unseen(shown)
     found, _ = find_recipe(captured, shown, judging, quantize, settings, predictions, max_noise)
-    check_near(found, shown)
+    if not force:
+        check_near(found, shown)
     return found

@@ -118,6 +118,22 @@ def test_guesses_come_from_images_without_being_asked_and_are_named():
         assert high > 0.7 * float(extremes[name][1].max())
 
 
+def test_images_that_no_pass_asks_for_judge_a_network_and_change_nothing_of_it():
+    """--fidelity beside a row without images, and --auto's candidates: the ranges of guesses are from the same few images."""
+    model, images = settle(Tower()), SPEC.probe(16, seed=4)
+    for flags, same in (({}, True), ({"distill_range": True}, False)):
+        recipe = Recipe(quantize=True, equalize=True, correction=True, **flags)
+        judged = quantize_data_free(model, SPEC, recipe, images)
+        alone = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True, correction=True))
+        scales = [{name: one.scale for name, one in quantizers(result).items()} for result in (alone, judged)]
+        assert (scales[0] == scales[1]) == same
+        assert judged.fidelity is not None and alone.fidelity is None
+        weights = [torch.cat([one.flatten() for one in result.simulated.parameters()]) for result in (alone, judged)]
+        assert torch.equal(*weights) == same
+    yours = quantize_data_free(model, SPEC, Recipe(quantize=True, equalize=True, correction=True), images, real=True)
+    assert {name: one.scale for name, one in quantizers(yours).items()} != scales[0]  # a user's own are for ranges
+
+
 def test_replacing_a_value_by_itself_is_silent_and_noise_adds_up():
     network, _ = folded(settle(randomise(chain())))
     rerun = rules.Rerun(network, SPEC.probe(4))

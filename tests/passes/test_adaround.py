@@ -295,6 +295,13 @@ def test_other_settings_do_not_find_what_was_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_blocks_that_another_rule_learned_are_learned_anew(tmp_path, monkeypatch):
+    for edition in (adaround.EDITION, adaround.EDITION - 1):
+        monkeypatch.setattr(adaround, "EDITION", edition)
+        learned(chain, replace(QUICK, iterations=2), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_fewer_images_are_used_where_memory_is_short(monkeypatch):
     images, log = torch.zeros(10, 3, 4, 4), PassLog()
     assert len(affordable(images, 48, log)) == 10 and not log.notes

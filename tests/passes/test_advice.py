@@ -31,6 +31,8 @@ def test_a_noisy_output_says_what_to_try():
     given = Recipe(quantize=True, equalize=True, correction=True, per_channel=True, distill_range=True)
     (line,) = fidelity_warnings(near, given, 8, real=True)
     assert line.endswith("on 8 held-out images (yours); try --float_layers with the noisiest layers")
+    (line,) = fidelity_warnings(near, Recipe(quantize=True, target="tensorrt"), 16, real=False)
+    assert "per_channel" not in line  # its weights have a scale for every channel as it is
     assert len(fidelity_warnings(Fidelity(float("nan"), {}), PLAIN, 16, real=False)) == 1
 
 

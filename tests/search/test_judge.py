@@ -1,11 +1,14 @@
 """Judgements: noise of known size, and agreement that ties hardly count in."""
 
+from typing import Any
+
 import pytest
 import torch
 from networks import SPEC, chain, made, settle
 from torch import Tensor, nn
 
 from dfq import Recipe, quantize_data_free
+from utils.calibration.fidelity import fidelity, telling_outputs
 from utils.core.predictions import channel_predictions, first_output, margins
 from utils.experiment.evaluation import agreement
 from utils.graph.capture import capture
@@ -32,13 +35,35 @@ def test_what_all_images_share_is_no_signal():
 
 def test_outputs_that_are_the_same_for_every_image_do_not_count():
     """Anchors beside logits: exact they would flatter these, of a float's last digits they would refuse any network."""
+
+    class Outputs(nn.Module):
+        def __init__(self, anchors: str | None, off: float = 0.0):
+            super().__init__()
+            self.anchors, self.off, self.places = anchors, off, torch.linspace(-1, 9, 8)[:, None].repeat(1, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            logits = x.mean((2, 3)) + 0.1 * self.off
+            places = self.places + 1e-3 * self.off
+            each = places.expand(len(x), 8, 4)
+            return {"none": logits, "one": (logits, places), "each": {"boxes": each, "logits": logits}}[self.anchors]
+
+    def judged(anchors: str, images: Tensor) -> tuple[float, float]:
+        network, other = (capture(Outputs(anchors, off), SPEC) for off in (0, 1))
+        near = fidelity(network, other, images)
+        return Judge(network, [images])(Quantized(network, other, PassLog(), near)).noise, near.output
+
+    for count in (1, 2, 8, 11):  # 8 anchors as well
+        images = SPEC.probe(count, seed=3)
+        alone = judged("none", images)
+        assert judged("one", images) == pytest.approx(alone) or count == 1, "one image tells of nothing"
+        assert judged("each", images) == pytest.approx(alone) or count == 1
     logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    found, anchors = logits + 0.3, torch.full((50, 6), 0.5)
-    alone = mean_share([logits], [found])
-    for others in (anchors, anchors + 1e-3):
-        assert mean_share([logits, anchors], [found, others]) == alone
-    assert mean_share([logits, logits], [found, logits]) == pytest.approx(alone / 2)
-    assert mean_share([anchors], [anchors]) == 0
+    alone = mean_share([logits], [logits + 0.3], [True])
+    assert mean_share([logits, logits], [logits + 0.3, logits], [True, True]) == pytest.approx(alone / 2)
+    assert mean_share([logits, logits], [logits + 0.3, logits], [True, False]) == alone
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(SPEC.probe(1).numel(), 3))
+    nn.init.zeros_(constant[1].weight)
+    assert telling_outputs(capture(constant, SPEC), SPEC.probe(4)) == [True]  # alone, it counts
 
 
 def test_a_prediction_counts_by_its_margin():

@@ -200,6 +200,21 @@ def test_a_network_far_from_float_is_refused(uneven):
     model, _ = uneven
     with pytest.raises(UserError, match=r"no candidate comes near to float: .* --max_noise"):
         quantize_auto(model, SPEC, SPEC.probe(8, seed=4), bits_weight=2, bits_activation=2)
+    forced = quantize_auto(model, SPEC, SPEC.probe(8, seed=4), force=True, bits_weight=2, bits_activation=2)
+    assert forced.chosen.noise < 4 and forced.quantized.simulated is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("equalize", False, "a search chooses the passes itself; leave out equalize"),
+        ("float_layers", ("a",), "leave out float_layers"),
+        ("bits", 4, "no setting 'bits'; choose from bits_weight"),
+    ],
+)
+def test_what_a_search_chooses_itself_or_does_not_know_is_refused(name, value, says):
+    with pytest.raises(UserError, match=says):
+        quantize_auto(made(chain, settle)[0], SPEC, SPEC.probe(8), **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
 """How near a quantized network is to its float one, on images without labels."""
 
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 from torch import Tensor, fx
 
 from utils.calibration.observers import BATCH, Observer
 from utils.graph.layers import WEIGHTED
-from utils.graph.nodes import module_of, outputs_of
+from utils.graph.nodes import module_of, outputs_of, returned_nodes
 from utils.quantization.quantizer import Quantizer
 
+STEADY = 1e-6  # of an output's largest value: a difference that says nothing
 LEAST_SATURATION = 0.01  # percent of a tensor's values, below which a report does not name it
 
 
@@ -22,7 +24,7 @@ def held_out(images: int, real: bool) -> str:
 class Fidelity:
     """How near a quantized network is to its float one, on images without labels.
 
-    output: signal-to-quantization-noise ratio of the network's outputs, in dB. layers: that ratio of each layer's output.
+    output: signal-to-quantization-noise ratio of the outputs that tell images apart, in dB. layers: that ratio of each layer's output.
     saturation: percent of each quantized tensor's float values that lie beyond its range, and are cut to it: decibels
     hide how many they are.
     """
@@ -67,10 +69,33 @@ class _Ratio:
         return 10 * float(torch.tensor(max(self.signal, 1e-30) / max(self.noise, 1e-30)).log10())
 
 
+def telling_outputs(network: fx.GraphModule, images: Tensor) -> list[bool]:
+    """Of every output whether it tells images [N, C, H, W] apart; anchors do not, and would flatter what they stand beside.
+
+    Of one output alone, and where none does, all count.
+    """
+    count = len(returned_nodes(network))
+    if count == 1:
+        return [True]
+    some = min(len(images), network.meta["batch"] or BATCH)
+    with torch.inference_mode():  # as many others, or the same in another order
+        before, after = (outputs_of(network(shown)) for shown in (images[:some], images[-some:].flip(0)))
+    told = [_differ(*pair) for pair in zip(before, after, strict=True)]
+    return told if any(told) else [True] * count
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or not one.numel():
+        return one.shape != other.shape
+    one, other = one.double(), other.double()
+    return bool((one - other).abs().max() > STEADY * one.abs().max())
+
+
 def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tensor) -> Fidelity:
     """Compare two networks with the same layers on images [N, C, H, W]."""
     layers: dict[str, _Ratio] = {}
     output = _Ratio()
+    telling = telling_outputs(reference, images)
     kept: dict[str, Tensor] = {}
     ranges = _quantized_ranges(reference, quantized)
     beyond: dict[str, list[int]] = {name: [0, 0] for name in ranges}  # values that are cut, of how many
@@ -92,7 +117,7 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
             expected, found = (
                 outputs_of(Observer(model, see).run(some)) for model, see in ((reference, keep), (quantized, compare))
             )
-            for before, after in zip(expected, found, strict=True):
+            for before, after in compress(zip(expected, found, strict=True), telling):
                 output.add(before, after)
     saturation = {name: 100 * cut / count for name, (cut, count) in beyond.items() if count}
     return Fidelity(output.decibels(), {name: ratio.decibels() for name, ratio in layers.items()}, saturation)

@@ -19,7 +19,7 @@ from utils.experiment.command_line import command
 from utils.experiment.loading import Quantize
 from utils.graph.capture import capture
 from utils.graph.layers import WEIGHTED, Clip, Elementwise, grouped_weight
-from utils.graph.nodes import module_of, shape, weighted_nodes
+from utils.graph.nodes import module_of, returned_nodes, shape, weighted_nodes
 from utils.graph.ops import operator_of
 from utils.passes.dead_channels import ACTION as CLEARED
 from utils.passes.dead_channels import clear_dead_channels
@@ -85,18 +85,13 @@ def _network(run: "Run", captured: fx.GraphModule) -> list[str]:
     count = sum(parameter.numel() for parameter in run.network.model.parameters())
     sides = " x ".join(map(str, run.spec.shape()[1:]))
     batch = captured.meta["batch"]
-    outputs = [tuple(shape(node)) for node in _handed_out(captured)]
+    outputs = [tuple(shape(node)) for node in returned_nodes(captured)]
     shown = ", ".join(" x ".join(map(str, ("N", *size[1:]))) for size in outputs)
     return [
         f"{run.network.name}, weights {run.network.weights}: {count:,} parameters, {4 * count / 1e6:.2f} MB in float32",
         f"input {sides}, " + ("any batch" if batch is None else f"{batch} image(s) at a time, as its code fixes it"),
         f"{len(outputs)} output{'s' if len(outputs) > 1 else ''}: {shown}",
     ]
-
-
-def _handed_out(model: fx.GraphModule) -> list[fx.Node]:
-    result = next(node for node in model.graph.nodes if node.op == "output").args[0]
-    return [node for node in (result if isinstance(result, tuple | list) else [result]) if isinstance(node, fx.Node)]
 
 
 def _operators(model: fx.GraphModule) -> list[str]:

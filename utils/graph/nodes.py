@@ -117,6 +117,11 @@ def outputs_of(result: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tenso
     return list(result) if isinstance(result, tuple | list) else [result]
 
 
+def returned_nodes(model: fx.GraphModule) -> list[fx.Node]:
+    """The nodes whose values a network hands out, in the order of outputs_of()."""
+    return outputs_of(next(node for node in model.graph.nodes if node.op == "output").args[0])
+
+
 def as_returned(outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """A list of a network's outputs as an engine hands them out: one alone, several as a tuple."""
     return tuple(outputs) if len(outputs) > 1 else outputs[0]

@@ -44,6 +44,7 @@ from utils.quantization.placement import is_concat
 from utils.quantization.quantizer import Quantizer
 
 ACTION = "learned rounding"
+EDITION = 2  # of how a block is learned; blocks that another one left in a folder are learned anew
 MEMORY = 6 * 2**30  # bytes that values between blocks may take; where more images would, fewer are used
 SENSITIVITY_IMAGES = 16  # on which the output's sensitivity is measured
 
@@ -199,7 +200,9 @@ class _Kept:
         settings: Reconstruction,
     ):
         grids = [module.qparams for module in simulated.modules() if isinstance(module, Quantizer)]
-        digest = hashlib.sha256(f"{weights_hash(network)} {weights_hash(simulated)} {grids} {settings}".encode())
+        digest = hashlib.sha256(
+            f"{EDITION} {weights_hash(network)} {weights_hash(simulated)} {grids} {settings}".encode()
+        )
         for images in (learning, judging):
             digest.update(images.contiguous().numpy().tobytes())
         self.folder = make_folder(folder / digest.hexdigest()[:16], "$DFQ_CACHE")

@@ -30,7 +30,8 @@ def fidelity_warnings(near: Fidelity, recipe: Recipe, images: int, real: bool) -
     if not near.output >= LEAST_OUTPUT:
         cheapest = ["equalize", "correction", "distill_range", "per_channel"]
         cheapest += ["asymmetric"] * (recipe.bits_weight < 8 and recipe.engine.zero_points)
-        tries = [f"--{name}" for name in cheapest if not getattr(recipe, name)]
+        given = recipe.settings | {"per_channel": recipe.channel_scales}
+        tries = [f"--{name}" for name in cheapest if not given[name]]
         tries += more_bits(recipe) + ([] if real else ["--images DIR"])
         warnings.append(
             f"the output is only {near.output:.1f} dB over its quantization noise on {held_out(images, real)}; "

@@ -1,6 +1,6 @@
 """The recipes that can differ on a network, in the stages in which they are tried."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import fx
 
 from utils.core.errors import UserError
 from utils.graph.layers import Clip
-from utils.quantization.recipe import Recipe
+from utils.quantization.recipe import OF_A_ROW, SETTINGS, Recipe, Value
 from utils.quantization.target import target_of
 
 
@@ -42,9 +42,19 @@ def outer_bits(bits_weight: int, target: str) -> int | None:
     return OUTER_BITS if bits_weight < OUTER_BITS <= target_of(target).bits_first else None
 
 
-def start(bits: dict[str, int]) -> Recipe:
-    """The recipe that all others are changes of. bits: the settings that the user chose."""
-    return Recipe(quantize=True, equalize=True, correction=True, **bits)
+def check_settings(settings: Iterable[str]) -> None:
+    """Refuse settings, by name, that a search chooses itself, and what is none, as a UserError."""
+    free = [name for name in SETTINGS if name not in OF_A_ROW]
+    for name in settings:
+        if name in OF_A_ROW:
+            raise UserError(f"a search chooses the passes itself; leave out {name}")
+        if name not in free:
+            raise UserError(f"there is no setting {name!r}; choose from {', '.join(free)}")
+
+
+def start(settings: Mapping[str, Value]) -> Recipe:
+    """The recipe that all others are changes of. settings: of Recipe, that the user chose."""
+    return Recipe(quantize=True, equalize=True, correction=True, **settings)
 
 
 def stages(network: fx.GraphModule, first: Recipe, real: bool) -> Iterator[Stage]:

@@ -3,16 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor, fx, nn
 
+from utils.calibration.fidelity import telling_outputs
 from utils.calibration.observers import BATCH
 from utils.core.predictions import Predictions, class_axis, either_finds, margins
 from utils.graph.nodes import as_returned, outputs_of
 from utils.passes.result import Quantized
 
-STEADY = 1e-6  # of an output's largest value: a difference that says nothing
 DIMMED = 0.6  # of an image's contrast
 
 
@@ -50,11 +51,12 @@ class Judge:
     def __init__(self, network: fx.GraphModule, sets: Sequence[Tensor], predictions: Predictions | None = None):
         self.sets, self.batch, self.predictions = sets, network.meta["batch"] or BATCH, predictions
         self.expected = [self._outputs(network, images) for images in sets]
+        self.telling = telling_outputs(network, sets[0])
 
     def __call__(self, quantized: Quantized) -> Judgement:
         found = [self._outputs(quantized.simulated, images) for images in self.sets]
         pairs = list(zip(self.expected, found, strict=True))
-        noise = sum(decibels(mean_share(*pair)) for pair in pairs) / len(pairs)
+        noise = sum(decibels(mean_share(*pair, self.telling)) for pair in pairs) / len(pairs)
         agreement = sum(self._agreement(*pair) for pair in pairs) / len(pairs)
         near = quantized.fidelity
         saturation = max(near.saturation.values(), default=0.0) if near else 0.0
@@ -77,23 +79,15 @@ class Judge:
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def mean_share(expected: list[Tensor], found: list[Tensor]) -> float:
-    """noise_share of several outputs, on average.
+def mean_share(expected: list[Tensor], found: list[Tensor], telling: Sequence[bool]) -> float:
+    """noise_share of the outputs that tell images apart, on average.
 
-    What has a number an image, a label or a score, and what is the same for every image, as anchors are, count where they
-    are alone.
+    What has a number an image, a label or a score, counts where there is nothing else.
     """
-    pairs = list(zip(expected, found, strict=True))
+    pairs = list(compress(zip(expected, found, strict=True), telling))
     several = [pair for pair in pairs if pair[0].is_floating_point() and pair[0].dim() > 1]
-    telling = [pair for pair in several or pairs if _varies(pair[0])]
-    shares = [noise_share(*pair) for pair in telling or several or pairs]
+    shares = [noise_share(*pair) for pair in several or pairs]
     return sum(shares) / len(shares)
-
-
-def _varies(output: Tensor) -> bool:
-    """Whether an output tells images apart; of one image nobody can say."""
-    output = output.double()
-    return len(output) < 2 or bool((output - output[:1]).abs().max() > STEADY * output.abs().max())
 
 
 def weighted_agreement(same: Tensor, margin: Tensor) -> float:
