@@ -17,6 +17,7 @@ import main_cls
 import main_seg
 from utils.calibration import distillation
 from utils.calibration.moments import Gaussian
+from utils.core.errors import UserError
 from utils.experiment import cli, runner
 from utils.experiment.doctor import FAR, coarse_share, contradictions
 from utils.graph.nodes import module_of, weighted_nodes
@@ -169,6 +170,24 @@ def test_the_doctor_follows_the_target(images, tmp_path, capsys):  # noqa: F811
     assert "--bits_activation 4 --auto --save test_recipe_search_uneven-int8.dfq\n" in printed
 
 
+@pytest.mark.parametrize(
+    ("model", "words", "typed"),
+    [
+        ("uneven", ("--bits_activation", "4", "--opset", "21", "--weight_type", "int8"), ("--save",)),
+        ("unknown", ("--distill_images", "16", "--distill_steps=3"), ("--images",)),
+        ("OneAtATime", ("--batch_size", "4"), ("--batch_size", "1")),
+    ],
+)
+def test_what_the_doctor_says_to_type_is_taken(model, words, typed, images, tmp_path, capsys):  # noqa: F811
+    own = f"test_recipe_search:{model}"
+    main_cls.main(flags(images, tmp_path, "--doctor", *words, model=own))
+    said = next(line for line in capsys.readouterr().out.partition("\nNext")[2].splitlines() if "--auto" in line)
+    argv = shlex.split(said)[2:]
+    assert all(word in argv for word in typed) and argv.count("--batch_size") == words.count("--batch_size")
+    args = main_cls.parse_args(argv)  # which ends the process where it refuses
+    assert args.auto and not args.doctor and args.model == own
+
+
 @pytest.mark.parametrize(("count", "refused"), [(2, True), (3, True), (4, False)])
 def test_pictures_that_no_candidate_sees_are_needed(count, refused, images, tmp_path, capsys):  # noqa: F811
     folder = tmp_path / "few"
@@ -219,6 +238,19 @@ def test_without_data_a_run_still_says_what_it_did(tmp_path, capsys):
     main_cls.main(words)
     printed = capsys.readouterr().out
     assert "quantized weights" in printed and "exported" in printed
+
+
+@pytest.mark.parametrize("words", [("--report", "page"), ("--engine", "onnxruntime")])
+def test_without_data_nothing_is_shown_or_run(words, tmp_path):
+    argv = ["--model", "test_recipe_search:uneven", "--quantize", "--save", str(tmp_path / "x.dfq"), *words]
+    with pytest.raises(UserError, match=f"{' '.join(words) if words[0] == '--engine' else words[0]} needs data"):
+        main_cls.main(argv)
+    assert not (tmp_path / "x.dfq").exists()
+
+
+def unknown():
+    """A network without BatchNorm, for --model test_recipe_search:unknown."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 
 
 def nothing():

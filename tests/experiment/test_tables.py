@@ -137,13 +137,15 @@ def test_engines_are_shown_beside_the_simulation():
 
 
 def test_rows_of_older_code_are_counted_by_commit(monkeypatch):
-    monkeypatch.setattr(tables, "_is_current", lambda commit: commit == "abc")
+    monkeypatch.setattr(tables, "_is_current", lambda commit, searched: commit == "abc" and not searched)
     assert tables.stale([line(), line(commit="old"), line(commit="old"), line(commit=None)]) == {"old": 2, "None": 1}
+    assert tables.stale([line(), line(recipe="auto: +LE+BC")]) == {"abc": 1}, "a search has more code than its row"
 
 
 def test_code_that_was_never_committed_is_not_todays():
-    assert not tables._is_current("abc+") and not tables._is_current("None")
-    assert not tables._is_current("0" * 12)
+    for searched in (False, True):
+        assert not tables._is_current("abc+", searched) and not tables._is_current("None", searched)
+        assert not tables._is_current("0" * 12, searched)
 
 
 def test_a_page_without_markers_is_refused(tmp_path):

@@ -116,7 +116,7 @@ def add_search_flags(parser: ArgumentParser) -> None:
         "--auto",
         action="store_true",
         help="try the recipes that can differ on this network, judge each on images that it has not seen, and take the "
-        "nearest to float, or a simpler one within 1 dB of it",
+        "nearest to float, or one about as near that is simpler or predicts more as float does",
     )
     group.add_argument(
         "--doctor",
@@ -346,6 +346,9 @@ def with_demo(task: Task, args: Namespace, open_demo: Callable[[str], Demo]) -> 
     own = args.weights is not None or args.model != defaults(task)["model"]
     args.demo = args.data is None and not ((own or args.load) and (args.export or args.save or args.doctor))
     if not args.demo:
+        shows = "report" if args.report else f"engine {args.engine}" if args.engine != "simulate" else None
+        if shows and not args.data and not args.doctor:
+            raise UserError(f"--{shows} needs data to evaluate on; pass --data DIR, or leave it out")
         return args
     if own:
         raise UserError(

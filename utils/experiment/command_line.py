@@ -8,20 +8,33 @@ from collections.abc import Container, Sequence
 from utils.core import distributed
 from utils.experiment.images import OF_IMAGES
 
+OF_A_SEARCH = (
+    "--table",
+    "--rows",
+    "--auto",
+    "--max_noise",
+    "--force",
+    "--doctor",
+    "--report",
+)  # and of what looks back
 
-def command(program: str, argv: Sequence[str] | None, passes: Sequence[str] | None = None, looks: bool = True) -> str:
+
+def command(
+    program: str,
+    argv: Sequence[str] | None,
+    passes: Sequence[str] | None = None,
+    looks: bool = True,
+    without: Sequence[str] = (),
+) -> str:
     """The command line that started this run, to be typed again; or that of one of its rows, with that row's passes in
     the place of what chose them.
 
-    looks: whether that row looks at images; where it does not, and the run says how images are made, they serve to judge
+    without: other flags that go. looks: whether that row looks at images; where it does not, and the run says how images are made, they serve to judge
     it: --fidelity.
     """
     words = words_of(argv)
     if passes is not None:
-        words = [
-            *_without(words, ("--table", "--rows", "--auto", "--max_noise", "--force", "--doctor", "--report")),
-            *passes,
-        ]
+        words = [*_without(words, (*OF_A_SEARCH, *without)), *passes]
         if not looks and says(words, OF_IMAGES):
             words.append("--fidelity")
     start = (

@@ -16,6 +16,7 @@ from utils.core.input_spec import InputSpec
 from utils.core.networks import plain
 from utils.experiment import page
 from utils.experiment.command_line import command
+from utils.experiment.images import OF_IMAGES
 from utils.experiment.loading import Quantize
 from utils.graph.capture import capture
 from utils.graph.layers import WEIGHTED, Clip, Elementwise, grouped_weight
@@ -77,7 +78,7 @@ def diagnose(run: "Run", quantize: Quantize) -> tuple[Findings, UserError | None
         findings["On integers"], written = _engine(run, recipe, quantized), True
     except UserError as error:
         findings["On integers"], written = [f"no file of it: {error}"], False
-    findings["Next"] = _next(run, statistics, findings["BatchNorm"], written)
+    findings["Next"] = _next(run, captured.meta["batch"], bool(statistics), findings["BatchNorm"], written)
     return findings, None
 
 
@@ -248,17 +249,26 @@ def _on_integers(kind: str) -> bool:
     )
 
 
-def _next(run: "Run", statistics: Statistics, found: Sequence[str], written: bool) -> list[str]:
-    """The command to type, and what it may lack. found: what was, of BatchNorm. written: whether there can be a file of it."""
+def _next(run: "Run", batch: int | None, known: bool, found: Sequence[str], written: bool) -> list[str]:
+    """The command to type, and what it may lack.
+
+    batch: that the network fixes. known: whether BatchNorm tells of anything; found: what was said of it. written: whether
+    there can be a file of it.
+    """
     file = f"{run.network.name.replace(':', '_').replace('/', '_')}-int8"
     export = written and not without_kernels(vars(run.args))
     words = ["--auto", *(["--export", f"{file}.onnx"] if export else ["--save", f"{file}.dfq"])]
-    if not statistics and not run.args.images:
+    idle = [] if export else ["--opset", "--weight_type"]
+    if run.args.data and batch not in (None, run.args.batch_size):
+        words += ["--batch_size", str(batch)]
+        idle.append("--batch_size")
+    if not known and not run.args.images:
+        idle += [f"--{name}" for name in OF_IMAGES if name != "images_count"]
         return [
-            command(run.task.program, run.argv, [*words, "--images", "DIR"]),
+            command(run.task.program, run.argv, [*words, "--images", "DIR"], without=idle),
             "DIR is a folder of 8 or more unlabelled pictures: no BatchNorm tells of any range",
         ]
-    lines = [command(run.task.program, run.argv, words)]
+    lines = [command(run.task.program, run.argv, words, without=idle)]
     if not run.args.images and any(line.startswith(("without:", "contradicted:")) for line in found):
         lines.append("add --images DIR, a folder of 8 or more unlabelled pictures: some ranges are guesses without")
     return lines

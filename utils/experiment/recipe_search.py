@@ -74,8 +74,10 @@ def _say_found(run: "Run", found: Found, shares: dict[str, float], real: bool, s
             + (f", or try {tries}" if tries else "")
         )
     chosen = found.chosen.recipe
-    if chosen.distill_equalize and real:
-        say("  a plain run chooses its equalization by all pictures that are held out, and may choose another")
+    choices = {"equalization": chosen.distill_equalize, "rounding": chosen.learns_rounding}
+    if real and any(choices.values()):
+        those = " and ".join(name for name, by_images in choices.items() if by_images)
+        say(f"  a plain run chooses its {those} by all pictures that are held out, and may choose another")
     say(f"  the same by: {run.command(chosen)}")
 
 

@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from utils.tasks.registry import TASKS
 ROOT = Path(__file__).resolve().parents[2]
 _MARKER = re.compile(r"<!-- table: (?P<wish>.*?) -->\n.*?<!-- /table -->", re.DOTALL)
 _METHOD = ("dfq.py", "modeling", *(f"utils/{name}" for name in ("graph", "passes", "calibration", "quantization")))
+_SEARCH = ("utils/search", ":!utils/search/forecast*")  # what a row of --auto follows from besides
 _FILES = ":!utils/quantization/serialization.py"  # reads and writes networks; no recorded row is of a saved one
 Line = Mapping[str, Any]
 
@@ -195,15 +197,27 @@ def update(text: str) -> str:
 
 def stale(lines: Sequence[Line]) -> Counter:
     """How many lines were recorded with other code of the method than today's, by commit."""
-    commits = Counter(str(line["commit"]) for line in lines)
-    return Counter({commit: count for commit, count in commits.items() if not _is_current(commit)})
+    current = cache(_is_current)
+    commits = ((str(line["commit"]), line["recipe"].startswith("auto: ")) for line in lines)
+    return Counter(commit for commit, searched in commits if not current(commit, searched))
 
 
-def _is_current(commit: str) -> bool:
-    """Whether the method's code is what it was at a commit; '+' at its end: it was no commit's."""
+def _is_current(commit: str, searched: bool) -> bool:
+    """Whether the method's code, and that of the search, is what it was at a commit; '+' at its end: it was no commit's."""
     if commit.endswith("+") or commit == "None":
         return False
-    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *_METHOD, _FILES]
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "diff",
+        "--quiet",
+        commit,
+        "--",
+        *_METHOD,
+        _FILES,
+        *(_SEARCH if searched else ()),
+    ]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
