@@ -113,6 +113,19 @@ def test_agreement_decides_where_noise_does_not(lead, agreement, taken):
     assert ("float's more often: 95 % for 80 %" in result.why) == (lead < 0 and taken)
 
 
+def test_what_far_more_noise_hid_is_tried_again():
+    """Ranges that saturate hide what scales per channel do: without them it is seen."""
+
+    def noise(r):
+        return (20.0 + 6 * r.per_channel if r.distill_range else 4.0 + 0.1 * r.per_channel) - 9 * r.relu
+
+    result, rule = found(noise)
+    assert result.chosen.recipe == start({"per_channel": True, "distill_range": True})
+    assert len(set(rule.seen)) == len(rule.seen)
+    result, rule = found(lambda r: 20.0 + 2 * r.distill_range + 6 * r.per_channel * r.distill_range)
+    assert not result.chosen.recipe.per_channel, "2 dB hide nothing"
+
+
 def test_what_cannot_be_run_is_not_asked_for_its_predictions():
     def quantize(recipe):
         if recipe.per_channel:

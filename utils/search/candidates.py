@@ -24,6 +24,8 @@ class Stage:
     gain: float
 
 
+AGAIN = Stage({}, 0.0)  # no change: what was refused beside far more noise is tried once more
+FAR_MORE = 3.0  # dB that noise has fallen since
 IMAGES_GAIN = 1.0  # dB: what looks at distilled images does better on other distilled ones than on photographs
 SAME = 0.5  # dB that decide nothing
 SURER = 10.0  # points of agreement with float's predictions, which decide where dB do not
@@ -83,6 +85,7 @@ def stages(network: fx.GraphModule, first: Recipe, real: bool) -> Iterator[Stage
     yield Stage({"equalize": True, "distill_equalize": True}, gain)
     if not few:
         yield compensated
+    yield AGAIN
     if any(isinstance(module, Clip) and module.rectifies and module.capped for module in network.modules()):
         yield Stage({"relu": True}, -RELU_LOSS)
     if few:

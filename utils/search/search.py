@@ -1,12 +1,13 @@
 """The search: stage by stage from one recipe to the one whose network is nearest to float."""
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from utils.core.errors import UserError
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
-from utils.search.candidates import SAME, SURER, Stage, changed
+from utils.search.candidates import AGAIN, FAR_MORE, SAME, SURER, Stage, changed
 from utils.search.judge import Judge, Judgement
 
 
@@ -46,6 +47,7 @@ def search(
 ) -> Found:
     """Try every stage's change on the best recipe of the stages before, and take it where takes_over() says so.
 
+    What was refused beside far more noise, which hid what it does, is tried once more at AGAIN.
     say: is told of each candidate as it is judged. A first recipe that cannot be run is a UserError; a later one is told of.
     """
     tried: dict[Recipe, Candidate] = {}
@@ -64,13 +66,21 @@ def search(
         return made
 
     best, kept = attempt(start)
-    for stage in stages:
+    refused: list[tuple[Stage, float]] = []  # and how near the best was then
+    waiting = deque(stages)
+    while waiting:
+        stage = waiting.popleft()
+        if stage is AGAIN:
+            waiting.extendleft(one for one, then in reversed(refused) if best.noise >= then + FAR_MORE)
+            continue
         recipe = changed(best.recipe, stage.change)
         if recipe is None or recipe in tried:
             continue
         candidate, quantized = attempt(recipe)
         if takes_over(candidate, best, stage.gain):
             best, kept = candidate, quantized
+        else:
+            refused.append((stage, best.noise))
     ranked = sorted(tried.values(), key=lambda one: -one.noise)
     return Found(tuple(ranked), best, kept, reason(ranked, best))
 
