@@ -8,15 +8,8 @@ from collections.abc import Container, Sequence
 from utils.core import distributed
 from utils.experiment.images import OF_IMAGES
 
-OF_A_SEARCH = (
-    "--table",
-    "--rows",
-    "--auto",
-    "--max_noise",
-    "--force",
-    "--doctor",
-    "--report",
-)  # and of what looks back
+# Flags of what chooses passes or only looks at them: a row of it is typed without.
+OF_A_CHOICE = ("--table", "--rows", "--auto", "--max_noise", "--force", "--doctor", "--report")
 
 
 def command(
@@ -29,12 +22,12 @@ def command(
     """The command line that started this run, to be typed again; or that of one of its rows, with that row's passes in
     the place of what chose them.
 
-    without: other flags that go. looks: whether that row looks at images; where it does not, and the run says how images are made, they serve to judge
-    it: --fidelity.
+    without: other flags that go. looks: whether that row looks at images; where it does not, and the run says how images
+    are made, they serve to judge it: --fidelity.
     """
     words = words_of(argv)
     if passes is not None:
-        words = [*_without(words, (*OF_A_SEARCH, *without)), *passes]
+        words = [*_without(words, (*OF_A_CHOICE, *without)), *passes]
         if not looks and says(words, OF_IMAGES):
             words.append("--fidelity")
     start = (

@@ -16,7 +16,7 @@ from utils.core.input_spec import InputSpec
 from utils.core.networks import plain
 from utils.experiment import page
 from utils.experiment.command_line import command
-from utils.experiment.images import OF_IMAGES
+from utils.experiment.images import OF_DISTILLED
 from utils.experiment.loading import Quantize
 from utils.graph.capture import capture
 from utils.graph.layers import WEIGHTED, Clip, Elementwise, grouped_weight
@@ -263,7 +263,7 @@ def _next(run: "Run", batch: int | None, known: bool, found: Sequence[str], writ
         words += ["--batch_size", str(batch)]
         idle.append("--batch_size")
     if not known and not run.args.images:
-        idle += [f"--{name}" for name in OF_IMAGES if name != "images_count"]
+        idle += [f"--{name}" for name in OF_DISTILLED]
         return [
             command(run.task.program, run.argv, [*words, "--images", "DIR"], without=idle),
             "DIR is a folder of 8 or more unlabelled pictures: no BatchNorm tells of any range",

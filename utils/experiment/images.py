@@ -26,8 +26,8 @@ from utils.core.input_spec import InputSpec
 from utils.quantization.recipe import SETTINGS
 from utils.tasks.base import Task
 
-# Flags that say which images there are.
-OF_IMAGES = ("distill_images", "distill_batch", "distill_steps", "distill_start", "images_count")
+OF_DISTILLED = ("distill_images", "distill_batch", "distill_steps", "distill_start")
+OF_IMAGES = (*OF_DISTILLED, "images_count")  # flags that say which images there are
 
 
 def add_distillation_flags(group: argparse._ArgumentGroup) -> None:
@@ -97,7 +97,7 @@ def check_image_flags(parser: ArgumentParser, args: Namespace, typed: Sequence[s
         if typed and not (looks or args.fidelity or args.table or args.auto or args.doctor or args.load):
             parser.error(f"--{typed[0]} needs what looks at images: --auto, --fidelity or a --distill_... pass")
         return
-    if distilling := [flag for flag in typed if flag != "images_count"]:
+    if distilling := [flag for flag in typed if flag in OF_DISTILLED]:
         parser.error(f"--images takes the place of distilled images; leave out --{distilling[0]}, or --images")
     if args.load:
         parser.error("--load takes the network, its input and its passes from the file; leave out --images")

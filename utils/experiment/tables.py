@@ -206,18 +206,8 @@ def _is_current(commit: str, searched: bool) -> bool:
     """Whether the method's code, and that of the search, is what it was at a commit; '+' at its end: it was no commit's."""
     if commit.endswith("+") or commit == "None":
         return False
-    command = [
-        "git",
-        "-C",
-        str(ROOT),
-        "diff",
-        "--quiet",
-        commit,
-        "--",
-        *_METHOD,
-        _FILES,
-        *(_SEARCH if searched else ()),
-    ]
+    paths = (*_METHOD, _FILES, *(_SEARCH if searched else ()))
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *paths]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
