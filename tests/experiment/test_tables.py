@@ -58,6 +58,15 @@ def test_a_row_has_its_figures_its_interval_and_its_own_flags():
     assert "| Original | - | 70.00 | - | - | - | `` | abc |" in text
 
 
+def test_a_flag_keeps_its_value_beside_another_of_the_same_value():
+    common = "python main_cls.py --weights net.pth --distill_batch 4 --workers 4 --quantize"
+    other = line(command=f"{common} --bits_weight 4", flags={"bits_weight": 4})
+    (group,) = tables.grouped([line(command=common), other])
+    text = tables.rows_table(group)
+    assert "`python main_cls.py --weights net.pth --distill_batch 4` and:" in text
+    assert "`--quantize` |" in text and "`--quantize --bits_weight 4` |" in text
+
+
 def test_of_a_row_that_was_recorded_again_the_last_line_counts():
     (group,) = tables.grouped([line(quantized=1.0), line(**OTHER), line(quantized=2.0)])
     assert [row["quantized"] for row in group.rows] == [None, 2.0]

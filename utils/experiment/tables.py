@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,14 +36,15 @@ _METHOD = ("dfq.py", "modeling", *(f"utils/{name}" for name in ("graph", "passes
 _SEARCH = ("utils/search", ":!utils/search/forecast*")  # what a row of --auto follows from besides
 _FILES = ":!utils/quantization/serialization.py"  # reads and writes networks; no recorded row is of a saved one
 Line = Mapping[str, Any]
+Option = tuple[str, ...]  # a flag and its values, as they stand in a command
 
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one network on the same images. common: words of all their commands. source: published figures."""
+    """The rows of one network on the same images. common: options of all their commands. source: published figures."""
 
     rows: Sequence[Line]
-    common: Sequence[str]
+    common: Sequence[Option]
     source: Published | None
 
     @property
@@ -53,7 +54,7 @@ class Group:
         return (
             f"**{first['model']}**, weights {first['weights']}, {first['samples']:,} images of {first['data']}; "
             f"{first['metric']} in percent, FP32 as loaded {first['fp32_original']:.2f} ({low:.2f} to {high:.2f}); "
-            f"`{shlex.join(self.common)}` and:"
+            f"`{_command(self.common)}` and:"
         )
 
 
@@ -81,7 +82,7 @@ def _interval(line: Line, group: Group) -> str:
 
 
 def _own_flags(line: Line, group: Group) -> str:
-    return f"`{shlex.join(word for word in _words(line) if word not in group.common)}`"
+    return f"`{_command(option for option in _options(line) if option not in group.common)}`"
 
 
 COLUMNS: dict[str, Callable[[Line, Group], str]] = {
@@ -109,8 +110,8 @@ def grouped(lines: Sequence[Line]) -> list[Group]:
     made = []
     for (task, model, _, data, *_), rows in groups.items():
         rows.sort(key=_place)
-        commands = [_words(row) for row in rows]
-        common = [word for word in commands[0] if word != "--quantize" and all(word in each for each in commands)]
+        commands = [_options(row) for row in rows]
+        common = [o for o in commands[0] if o != ("--quantize",) and all(o in each for each in commands)]
         made.append(Group(rows, common, None if data == "demo" else published(task, model, data)))
     return made
 
@@ -128,13 +129,17 @@ def _place(line: Line) -> tuple:
     return weight, activation, line["recipe"].startswith("auto"), named, name_of(line), bias, line["command"]
 
 
-def _words(line: Line) -> list[str]:
-    """The command line, without what changes no figure."""
-    words = shlex.split(line["command"])
-    for flag in ("--results", "--workers", "--batch_size"):
-        if flag in words:
-            del words[words.index(flag) : words.index(flag) + 2]
-    return [word for word in words if word not in ("--verbose", "--fidelity")]
+def _options(line: Line) -> list[Option]:
+    """The command line by its flags, each with its values, without those that change no figure."""
+    options: list[Option] = [()]
+    for word in shlex.split(line["command"]):
+        options = [*options, (word,)] if word.startswith("--") else [*options[:-1], (*options[-1], word)]
+    silent = ("--results", "--workers", "--batch_size", "--verbose", "--fidelity")
+    return [option for option in options if option and option[0] not in silent]
+
+
+def _command(options: Iterable[Option]) -> str:
+    return shlex.join(word for option in options for word in option)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
