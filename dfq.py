@@ -64,7 +64,7 @@ from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe, Value
 from utils.quantization.target import DEFAULT
 from utils.search.auto import check_near, find_recipe, unseen
-from utils.search.candidates import OUTER_BITS, check_settings, outer_bits
+from utils.search.candidates import OUTER_BITS, check_settings, outer_bits, start
 from utils.search.search import Found
 
 
@@ -332,10 +332,10 @@ def quantize_auto(
     target's first layer takes these, unless bits_first_last says otherwise.
     """
     check_settings(settings)
+    first = start(settings)
+    if few_bits := first.bits_weight < OUTER_BITS:
+        first = start({"bits_first_last": outer_bits(first.bits_weight, first.target)} | settings)
     captured = capture(model, spec)
-    if few_bits := settings.get("bits_weight", OUTER_BITS) < OUTER_BITS:
-        outer = outer_bits(settings["bits_weight"], settings.get("target", DEFAULT))
-        settings = {"bits_first_last": outer} | settings
     if images is None:
         kind = for_few_bits(captured, spec, Distillation(), True) if few_bits else Distillation()
         made = (distill(captured, spec, one, torch.device("cpu")) for one in for_search(kind))
@@ -344,7 +344,7 @@ def quantize_auto(
         shown = Images(*halves(images), real=True)
     quantize = partial(quantize_data_free, model, spec, captured=captured)
     shown, judging = unseen(shown)
-    found, _ = find_recipe(captured, shown, judging, quantize, settings, predictions, max_noise)
+    found, _ = find_recipe(captured, shown, judging, quantize, first, predictions, max_noise)
     if not force:
         check_near(found, shown)
     return found

@@ -302,6 +302,18 @@ def test_a_network_that_takes_one_image_at_a_time_is_searched_as_any_other(image
     assert line["fidelity"]["output"] > 10
 
 
+def untold():
+    """Two layers behind which no BatchNorm tells of any range, for --model test_recipe_search:untold."""
+    untold = nn.Conv2d(12, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)
+    return nn.Sequential(*uneven()[:-1], *untold, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_the_doctor_distils_nothing(images, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(dfq, "distill_few", None)
+    main_cls.main(flags(images, tmp_path, "--doctor", model="test_recipe_search:untold"))
+    assert "without: " in capsys.readouterr().out
+
+
 class Outputs(nn.Module):
     """Labels and a score beside its logits, for --model test_recipe_search:Outputs."""
 

@@ -146,15 +146,16 @@ def test_engines_are_shown_beside_the_simulation():
 
 
 def test_rows_of_older_code_are_counted_by_commit(monkeypatch):
-    monkeypatch.setattr(tables, "_is_current", lambda commit, searched: commit == "abc" and not searched)
+    monkeypatch.setattr(tables, "_is_current", lambda commit, besides: commit == "abc" and not besides)
     assert tables.stale([line(), line(commit="old"), line(commit="old"), line(commit=None)]) == {"old": 2, "None": 1}
     assert tables.stale([line(), line(recipe="auto: +LE+BC")]) == {"abc": 1}, "a search has more code than its row"
+    assert tables.stale([line(), line(fidelity={"noise": 20.0})]) == {"abc": 1}, "and a judgement has some"
 
 
 def test_code_that_was_never_committed_is_not_todays():
-    for searched in (False, True):
-        assert not tables._is_current("abc+", searched) and not tables._is_current("None", searched)
-        assert not tables._is_current("0" * 12, searched)
+    for besides in ((), tables._SEARCH):
+        assert not tables._is_current("abc+", besides) and not tables._is_current("None", besides)
+        assert not tables._is_current("0" * 12, besides)
 
 
 def test_a_page_without_markers_is_refused(tmp_path):

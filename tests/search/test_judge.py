@@ -66,12 +66,42 @@ def test_outputs_that_are_the_same_for_every_image_do_not_count():
     assert telling_outputs(capture(constant, SPEC), SPEC.probe(4)) == [True]  # alone, it counts
 
 
+class Beside(nn.Module):
+    """Logits, and another output beside them. off: what quantization did to the other."""
+
+    def __init__(self, other: str, off: float = 0.0):
+        super().__init__()
+        self.other, self.off = other, off
+        self.register_buffer("masked", torch.tensor([0.0, 0.0, -torch.inf]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = x.mean((2, 3))
+        other = {"silent": torch.relu(logits - 100 + self.off), "anchors": torch.full((8, 4), 64.0) + self.off}
+        return logits, (other | {"masked": logits + self.off + self.masked})[self.other]
+
+
+@pytest.mark.parametrize("other", ["silent", "anchors", "masked"])
+def test_what_tells_nothing_in_float_counts_where_quantization_moves_it(other):
+    """A head that is silent on these images and fires in INT8; places that moved; and logits of which one is masked."""
+    images = SPEC.probe(8, seed=3)
+    exact, moved = (capture(Beside(other, off), SPEC) for off in (0.0, 150.0))
+
+    def judged(quantized):
+        near = fidelity(exact, quantized, images)
+        return near.output, Judge(exact, [images])(Quantized(exact, quantized, PassLog(), near)).noise
+
+    output, noise = judged(moved)
+    assert not output > 0.1 and noise < 3.1
+    if other != "masked":
+        assert min(judged(exact)) > 100, "what is exact adds nothing"
+
+
 def test_a_prediction_counts_by_its_margin():
     logits = torch.tensor([[3.0, 0.0, 1.0], [1.0, 1.1, 0.0]])
     assert margins(logits).tolist() == pytest.approx([2.0, 0.1])
     same = torch.tensor([True, False])
-    assert weighted_agreement(same, margins(logits)) == pytest.approx(2 / 2.1)
-    assert weighted_agreement(same, torch.ones(5)) == 0.5  # of another shape: each counts the same
+    assert weighted_agreement(same, margins(logits)) == pytest.approx((2 / 2.1, 2.1**2 / 4.01))
+    assert weighted_agreement(same, torch.ones(5)) == (0.5, 2)  # of another shape: each counts the same
 
 
 def test_where_a_detector_finds_nothing_does_not_count():
@@ -100,8 +130,8 @@ def test_where_a_detector_finds_nothing_does_not_count():
 
 
 def test_of_ties_alone_each_counts_the_same():
-    assert weighted_agreement(torch.tensor([True, False]), torch.zeros(2)) == 0.5
-    assert weighted_agreement(torch.tensor([True, True]), torch.full((2,), torch.nan)) == 1.0
+    assert weighted_agreement(torch.tensor([True, False]), torch.zeros(2)) == (0.5, 2)
+    assert weighted_agreement(torch.tensor([True, True]), torch.full((2,), torch.nan)) == (1.0, 2)
 
 
 def test_priors_have_their_classes_last():

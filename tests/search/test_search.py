@@ -1,5 +1,6 @@
 """The search: which candidates it tries, and which it takes."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from utils.core.errors import UserError
 from utils.passes.log import PassLog
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
-from utils.search.candidates import IMAGES_GAIN, SAME, Stage, outer_bits, stages, start
+from utils.search.candidates import AGAIN, IMAGES_GAIN, SAME, Stage, outer_bits, stages, start
 from utils.search.float_layers import layer_noise
 from utils.search.judge import Judgement
 from utils.search.search import search
@@ -90,27 +91,60 @@ def test_few_bits_are_compensated_first_and_learned_once_and_last():
     assert all(recipe.distill_rounding == "gptq" for recipe in rule.seen[ranges:-1])
 
 
-@pytest.mark.parametrize(
-    ("lead", "agreement", "taken"),
-    [
-        (-0.4, 95.0, True),  # as near, and surer by far
-        (-0.4, 85.0, False),  # 5 points decide nothing
-        (-0.6, 95.0, False),  # further from float
-        (0.4, 60.0, False),  # as near, and its predictions are others
-        (0.4, 80.0, True),  # nearer by the gain
-        (0.6, 60.0, True),  # so much nearer that predictions do not count
-    ],
-)
-def test_agreement_decides_where_noise_does_not(lead, agreement, taken):
-    rule = Rule(lambda r: 20.0 + lead * r.per_channel)
+def searched_by_agreement(noise, agreement, stages, predictions=math.inf):
+    """A search by rules for both."""
+    rule = Rule(noise)
 
     def judge(quantized):
-        recipe = quantized.log.notes[0]
-        return replace(rule.judge(quantized), agreement=agreement if recipe.per_channel else 80.0)
+        share = agreement(quantized.log.notes[0])
+        return replace(rule.judge(quantized), agreement=share, predictions=predictions)
 
-    result = search(start({}), [Stage({"per_channel": True}, 0.1)], rule.quantize, judge)
+    return search(start({}), stages, rule.quantize, judge)
+
+
+@pytest.mark.parametrize(
+    ("lead", "agreement", "gain", "taken"),
+    [
+        (-0.4, 95.0, 0.1, True),  # as near, and surer by far
+        (-0.4, 85.0, 0.1, False),  # 5 points decide nothing
+        (-0.6, 95.0, 0.1, False),  # further from float
+        (0.4, 60.0, 0.1, False),  # as near, and its predictions are others
+        (0.4, 80.0, 0.1, True),  # nearer by the gain
+        (0.6, 60.0, 0.1, True),  # so much nearer that predictions do not count
+        (0.6, 95.0, 1.0, True),  # nearer as well as surer, if not by the gain
+        (0.6, 85.0, 1.0, False),  # nearer, but neither by the gain nor surer
+        (0.6, 60.0, 1.0, False),
+        (1.1, 60.0, 1.0, True),
+    ],
+)
+def test_agreement_decides_where_noise_does_not(lead, agreement, gain, taken):
+    stage = Stage({"per_channel": True}, gain)
+    result = searched_by_agreement(
+        lambda r: 20.0 + lead * r.per_channel, lambda r: agreement if r.per_channel else 80.0, [stage]
+    )
     assert result.chosen.recipe.per_channel == taken
     assert ("float's more often: 95 % for 80 %" in result.why) == (lead < 0 and taken)
+
+
+@pytest.mark.parametrize(("predictions", "taken"), [(2, False), (16, False), (50, True), (1000, True)])
+def test_of_few_predictions_more_must_agree(predictions, taken):
+    """One in seven of two pictures is a tie that went the other way."""
+    stage = Stage({"per_channel": True}, 0.1)
+    result = searched_by_agreement(lambda r: 20.0, lambda r: 80.0 + 15 * r.per_channel, [stage], predictions)
+    assert result.chosen.recipe.per_channel == taken
+
+
+def test_agreement_leads_no_further_from_float_than_decides_nothing():
+    changes = ({"per_channel": True}, {"equalize": False}, {"distill_range": True}, {"distill_correction": True})
+
+    def steps(r):
+        return r.per_channel + (not r.equalize) + r.distill_range + r.distill_correction
+
+    result = searched_by_agreement(
+        lambda r: 20.0 - 0.4 * steps(r), lambda r: 40.0 + 12 * steps(r), [Stage(change, 1.0) for change in changes]
+    )
+    assert result.chosen.noise == pytest.approx(19.6), "0.4 dB four times"
+    assert "0.4 dB behind" in result.why and "52 % for 40 %" in result.why
 
 
 def test_what_far_more_noise_hid_is_tried_again():
@@ -163,8 +197,12 @@ def test_a_candidate_that_cannot_run_is_no_end():
             raise UserError("no scales per channel here")
         return rule.quantize(recipe)
 
-    result = search(start({}), [Stage({"per_channel": True}, 0.5)], quantize, rule.judge)
+    rule.noise = lambda recipe: 20.0 + 9 * recipe.distill_range
+    told = []
+    changes = [Stage({"per_channel": True}, 0.5), Stage({"distill_range": True}, 0.5), AGAIN]
+    result = search(start({}), changes, quantize, rule.judge, told.append)
     assert result.candidates[-1].reason == "no scales per channel here" and not result.chosen.recipe.per_channel
+    assert sum("not run" in line for line in told) == 1, "less noise does not make it run"
 
     def refuse(recipe):
         raise UserError("the network cannot be run")
@@ -223,11 +261,15 @@ def test_a_network_far_from_float_is_refused(uneven):
         ("equalize", False, "a search chooses the passes itself; leave out equalize"),
         ("float_layers", ("a",), "leave out float_layers"),
         ("bits", 4, "no setting 'bits'; choose from bits_weight"),
+        ("bits_weight", "4", "--bits_weight: '4' is not a number of bits"),
+        ("bits_weight", 1, "--bits_weight: '1' is not a number of bits"),
+        ("bits_bias", 7, "--bits_bias: invalid choice: 7"),
+        ("target", "x", "--target: invalid choice: 'x'"),
     ],
 )
 def test_what_a_search_chooses_itself_or_does_not_know_is_refused(name, value, says):
     with pytest.raises(UserError, match=says):
-        quantize_auto(made(chain, settle)[0], SPEC, SPEC.probe(8), **{name: value})
+        quantize_auto(None, SPEC, SPEC.probe(8), **{name: value})  # before the network is looked at
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """How near a quantized network is to its float one, on images without labels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 
 import torch
 from torch import Tensor, fx
@@ -69,16 +69,34 @@ class _Ratio:
         return 10 * float(torch.tensor(max(self.signal, 1e-30) / max(self.noise, 1e-30)).log10())
 
 
+def _together(outputs: Sequence[_Ratio], telling: Sequence[bool]) -> _Ratio:
+    """The ratio of all outputs: that of those that tell images apart, and what others move as a share of their own power."""
+    whole, lost = _Ratio(), 0.0
+    for output, tells in zip(outputs, telling, strict=True):
+        if tells:
+            whole.signal, whole.noise = whole.signal + output.signal, whole.noise + output.noise
+        else:
+            lost += moved_share(output.signal, output.noise)
+    whole.noise += lost * whole.signal
+    return whole
+
+
+def moved_share(power: float, error: float) -> float:
+    """What an output that tells nothing adds to the noise of those that do: nothing where it is exact, 1 at most."""
+    return min(1.0, error / max(power, 1e-30))
+
+
 def telling_outputs(network: fx.GraphModule, images: Tensor) -> list[bool]:
-    """Of every output whether it tells images [N, C, H, W] apart; anchors do not, and would flatter what they stand beside.
+    """Of every output whether it tells two of the images [N, C, H, W] apart; anchors do not, and would flatter what they stand
+    beside.
 
     Of one output alone, and where none does, all count.
     """
     count = len(returned_nodes(network))
     if count == 1:
         return [True]
-    some = min(len(images), network.meta["batch"] or BATCH)
-    with torch.inference_mode():  # as many others, or the same in another order
+    some = min(len(images), network.meta["batch"] or 2)
+    with torch.inference_mode():  # others, or the same in another order
         before, after = (outputs_of(network(shown)) for shown in (images[:some], images[-some:].flip(0)))
     told = [_differ(*pair) for pair in zip(before, after, strict=True)]
     return told if any(told) else [True] * count
@@ -88,14 +106,15 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or not one.numel():
         return one.shape != other.shape
     one, other = one.double(), other.double()
-    return bool((one - other).abs().max() > STEADY * one.abs().max())
+    size = one.abs().where(one.isfinite(), torch.zeros((), dtype=one.dtype)).max()
+    return not bool(torch.isclose(one, other, rtol=0, atol=float(STEADY * size), equal_nan=True).all())
 
 
 def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tensor) -> Fidelity:
     """Compare two networks with the same layers on images [N, C, H, W]."""
     layers: dict[str, _Ratio] = {}
-    output = _Ratio()
     telling = telling_outputs(reference, images)
+    outputs = [_Ratio() for _ in telling]
     kept: dict[str, Tensor] = {}
     ranges = _quantized_ranges(reference, quantized)
     beyond: dict[str, list[int]] = {name: [0, 0] for name in ranges}  # values that are cut, of how many
@@ -117,10 +136,11 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
             expected, found = (
                 outputs_of(Observer(model, see).run(some)) for model, see in ((reference, keep), (quantized, compare))
             )
-            for before, after in compress(zip(expected, found, strict=True), telling):
+            for output, before, after in zip(outputs, expected, found, strict=True):
                 output.add(before, after)
     saturation = {name: 100 * cut / count for name, (cut, count) in beyond.items() if count}
-    return Fidelity(output.decibels(), {name: ratio.decibels() for name, ratio in layers.items()}, saturation)
+    output = _together(outputs, telling).decibels()
+    return Fidelity(output, {name: ratio.decibels() for name, ratio in layers.items()}, saturation)
 
 
 def _quantized_ranges(reference: fx.GraphModule, quantized: fx.GraphModule) -> dict[str, tuple[float, float]]:

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 
@@ -36,12 +37,16 @@ class Number:
     valid: Callable[[Any], bool]
     expected: str
 
+    def accepts(self, value: Any) -> bool:
+        """Whether it is one of the numbers."""
+        return isinstance(value, Real) and self.valid(value)
+
     def __call__(self, text: str) -> float:
         try:
             value = self.convert(text)
         except ValueError:
             value = None
-        if value is None or not self.valid(value):
+        if not self.accepts(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not {self.expected}")
         return value
 

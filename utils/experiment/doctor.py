@@ -68,9 +68,9 @@ def diagnose(run: "Run", quantize: Quantize) -> tuple[Findings, UserError | None
     findings["Channels"] = _channels(folded, run.spec, statistics)
     findings["BatchNorm"] = _statistics(folded, run.spec, statistics)
     try:
-        noise = run.spec.probe(2)  # in the place of images: no range that follows from it is shown
+        noise = run.spec.probe(2)  # for pictures, so that none are distilled: no range that follows from it is shown
         recipe = Recipe(quantize=True, **{name: getattr(run.args, name) for name in SETTINGS if name not in OF_A_ROW})
-        quantized = quantize(model, run.spec, recipe, images=noise, captured=captured)
+        quantized = quantize(model, run.spec, recipe, images=noise, captured=captured, real=True)
     except UserError as error:
         findings["Next"] = [f"nothing can be quantized as it is: {error}"]
         return findings, error

@@ -15,6 +15,7 @@ from utils.experiment.loading import Quantize
 from utils.passes.advice import more_bits
 from utils.quantization.recipe import OF_A_ROW, SETTINGS
 from utils.search.auto import check_near, find_recipe
+from utils.search.candidates import start
 from utils.search.float_layers import describe_noise
 from utils.search.forecast import forecast, known_points
 from utils.search.search import HEAD, Found
@@ -42,7 +43,7 @@ def find(
         images,
         judging,
         partial(quantize, model, run.spec, captured=captured, device=run.device),
-        settings,
+        start(settings),
         run.task.predictions,
         args.max_noise,
         say,

@@ -33,6 +33,7 @@ from utils.tasks.registry import TASKS
 ROOT = Path(__file__).resolve().parents[2]
 _MARKER = re.compile(r"<!-- table: (?P<wish>.*?) -->\n.*?<!-- /table -->", re.DOTALL)
 _METHOD = ("dfq.py", "modeling", *(f"utils/{name}" for name in ("graph", "passes", "calibration", "quantization")))
+_JUDGE = ("utils/search/judge.py",)  # what a row's figures of fidelity follow from besides
 _SEARCH = ("utils/search", ":!utils/search/forecast*")  # what a row of --auto follows from besides
 _FILES = ":!utils/quantization/serialization.py"  # reads and writes networks; no recorded row is of a saved one
 Line = Mapping[str, Any]
@@ -203,16 +204,21 @@ def update(text: str) -> str:
 def stale(lines: Sequence[Line]) -> Counter:
     """How many lines were recorded with other code of the method than today's, by commit."""
     current = cache(_is_current)
-    commits = ((str(line["commit"]), line["recipe"].startswith("auto: ")) for line in lines)
-    return Counter(commit for commit, searched in commits if not current(commit, searched))
+    commits = ((str(line["commit"]), _besides(line)) for line in lines)
+    return Counter(commit for commit, besides in commits if not current(commit, besides))
 
 
-def _is_current(commit: str, searched: bool) -> bool:
-    """Whether the method's code, and that of the search, is what it was at a commit; '+' at its end: it was no commit's."""
+def _besides(line: Line) -> tuple[str, ...]:
+    """The code, besides the method's, that a line follows from."""
+    return _SEARCH if line["recipe"].startswith("auto: ") else _JUDGE if line.get("fidelity") else ()
+
+
+def _is_current(commit: str, besides: tuple[str, ...]) -> bool:
+    """Whether the method's code, and what else a line follows from, is what it was at a commit; '+' at its end: it was no
+    commit's."""
     if commit.endswith("+") or commit == "None":
         return False
-    paths = (*_METHOD, _FILES, *(_SEARCH if searched else ()))
-    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *paths]
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *_METHOD, _FILES, *besides]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 

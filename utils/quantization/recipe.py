@@ -371,7 +371,7 @@ def check_settings(settings: dict[str, Value], there: tuple[str, ...] = ()) -> N
     for name, value in chosen.items():
         about = SETTINGS[name].metadata
         kind, choices = about["argument"].get("type"), about["argument"].get("choices")
-        if isinstance(kind, Number) and not kind.valid(value):
+        if isinstance(kind, Number) and not kind.accepts(value):
             raise UserError(f"argument --{name}: {str(value)!r} is not {kind.expected}")
         if choices and value not in choices:
             raise UserError(

@@ -1,9 +1,8 @@
 """Recipes for a network that nobody chose one for, judged on images that none of them has seen."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -12,7 +11,8 @@ from utils.core.errors import UserError
 from utils.core.predictions import Predictions
 from utils.passes.advice import more_bits
 from utils.passes.result import Quantized
-from utils.search.candidates import OUTER_BITS, stages, start
+from utils.quantization.recipe import Recipe
+from utils.search.candidates import OUTER_BITS, stages
 from utils.search.float_layers import add_until, layer_noise
 from utils.search.judge import Judge, views
 from utils.search.search import Found, search
@@ -41,7 +41,7 @@ def find_recipe(
     images: Images,
     unseen: Tensor,
     quantize: Callable[..., Quantized],
-    settings: Mapping[str, Any],
+    first: Recipe,
     predictions: Predictions | None = None,
     max_noise: float | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -49,13 +49,12 @@ def find_recipe(
     """The search on a captured network; and by layer, what share of the output's power its quantization adds.
 
     images: for the recipes, which choose among equalizations by those to judge by. unseen: [N, C, H, W], on which the search
-    judges them. quantize: recipe, and images, judging and real as quantize_data_free takes them, to the quantized network. settings: of Recipe, that
-    every candidate has, such as bits. max_noise: the dB that the output must be over its noise; layers stay in float
+    judges them. quantize: recipe, and images, judging and real as quantize_data_free takes them, to the quantized network. first: as
+    candidates.start() makes it. max_noise: the dB that the output must be over its noise; layers stay in float
     until it is. say: is told of every candidate.
     """
     run = partial(quantize, images=images.calibration, judging=images.judging, real=images.real)
     judge = Judge(network, views(unseen, images.real), predictions)
-    first = start(settings)
     found = search(first, stages(network, first, images.real), run, judge, say)
     shares = layer_noise(found.quantized, images.calibration)
     if max_noise is not None and found.chosen.noise < max_noise:

@@ -28,7 +28,7 @@ AGAIN = Stage({}, 0.0)  # no change: what was refused beside far more noise is t
 FAR_MORE = 3.0  # dB that noise has fallen since
 IMAGES_GAIN = 1.0  # dB: what looks at distilled images does better on other distilled ones than on photographs
 SAME = 0.5  # dB that decide nothing
-SURER = 10.0  # points of agreement with float's predictions, which decide where dB do not
+SURER = 10.0  # points of agreement with float's predictions, which decide where dB do not; of few predictions more
 LEARNED_GAIN = 0.05  # dB: learned rounding that was not kept is as near as what it started from
 RELU_LOSS = 0.3  # dB that ReLU in the place of ReLU6 may cost, since engines run it faster
 

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
 
 import torch
 from torch import Tensor, fx, nn
 
-from utils.calibration.fidelity import telling_outputs
+from utils.calibration.fidelity import moved_share, telling_outputs
 from utils.calibration.observers import BATCH
 from utils.core.predictions import Predictions, class_axis, either_finds, margins
 from utils.graph.nodes import as_returned, outputs_of
@@ -24,12 +23,13 @@ class Judgement:
     noise: how much the outputs vary over how far they are from float, both as power, in dB, on average over sets of
     images; the larger, the nearer. agreement: percent of
     the predictions that are the float network's, each weighted by how sure that is of it. saturation: the largest share
-    of a tensor's values that its range cuts, in percent.
+    of a tensor's values that its range cuts, in percent. predictions: how many of one weight would tell as much.
     """
 
     noise: float
     agreement: float
     saturation: float
+    predictions: float = math.inf
 
 
 def views(images: Tensor, real: bool) -> list[Tensor]:
@@ -57,20 +57,23 @@ class Judge:
         found = [self._outputs(quantized.simulated, images) for images in self.sets]
         pairs = list(zip(self.expected, found, strict=True))
         noise = sum(decibels(mean_share(*pair, self.telling)) for pair in pairs) / len(pairs)
-        agreement = sum(self._agreement(*pair) for pair in pairs) / len(pairs)
+        shares, counts = zip(*(self._agreement(*pair) for pair in pairs), strict=True)
+        agreement = sum(shares) / len(pairs)
         near = quantized.fidelity
         saturation = max(near.saturation.values(), default=0.0) if near else 0.0
-        return Judgement(noise, agreement, saturation)
+        return Judgement(noise, agreement, saturation, min(counts))  # other views of the same images tell little more
 
-    def _agreement(self, expected: list[Tensor], found: list[Tensor]) -> float:
+    def _agreement(self, expected: list[Tensor], found: list[Tensor]) -> tuple[float, float]:
+        """In percent, and of how many predictions of one weight."""
         if self.predictions is None:
-            return 100.0
+            return 100.0, math.inf
         before, after = (self.predictions(as_returned(outputs)) for outputs in (expected, found))
         margin = margins(expected[0])
         counted = either_finds(before, after)
         if margin.shape == counted.shape:
             margin = margin[counted]
-        return 100 * weighted_agreement((before == after)[counted], margin)
+        share, count = weighted_agreement((before == after)[counted], margin)
+        return 100 * share, count
 
     def _outputs(self, network: nn.Module, images: Tensor) -> list[Tensor]:
         """The network's outputs on all images."""
@@ -80,26 +83,33 @@ class Judge:
 
 
 def mean_share(expected: list[Tensor], found: list[Tensor], telling: Sequence[bool]) -> float:
-    """noise_share of the outputs that tell images apart, on average.
+    """noise_share of the outputs that tell images apart, on average, and what the others moved.
 
-    What has a number an image, a label or a score, counts where there is nothing else.
+    What has a number an image, a label or a score, counts where nothing else tells images apart.
     """
-    pairs = list(compress(zip(expected, found, strict=True), telling))
-    several = [pair for pair in pairs if pair[0].is_floating_point() and pair[0].dim() > 1]
-    shares = [noise_share(*pair) for pair in several or pairs]
-    return sum(shares) / len(shares)
+    outputs = list(zip(expected, found, telling, strict=True))
+    several = [one for one in outputs if one[0].is_floating_point() and one[0].dim() > 1]
+    counted = several if any(tells for *_, tells in several) else outputs
+    shares = [noise_share(before, after) for before, after, tells in counted if tells]
+    return sum(shares) / len(shares) + sum(_moved(before, after) for before, after, tells in counted if not tells)
 
 
-def weighted_agreement(same: Tensor, margin: Tensor) -> float:
+def _moved(expected: Tensor, found: Tensor) -> float:
+    expected, found = expected.double(), found.double()
+    return moved_share(float(expected.square().sum()), float((expected - found).square().sum()))
+
+
+def weighted_agreement(same: Tensor, margin: Tensor) -> tuple[float, float]:
     """The share of predictions that are the same, each counted by its margin: a tie that goes the other way is no loss.
 
     same: whether they are, of any shape. margin: of the float network's, at least 0; of another shape it does not count.
+    Besides, how many predictions of one weight would tell as much (Kish's effective sample size).
     """
     weight = margin.double() if margin.shape == same.shape else torch.ones(same.shape, dtype=torch.double)
     weight = weight.clamp(max=1e6)
     if not weight.sum() > 0:  # ties alone
         weight = torch.ones_like(weight)
-    return float((weight * same).sum() / weight.sum())
+    return float((weight * same).sum() / weight.sum()), float(weight.sum().square() / weight.square().sum())
 
 
 def noise_share(expected: Tensor, found: Tensor) -> float:

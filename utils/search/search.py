@@ -1,7 +1,8 @@
 """The search: stage by stage from one recipe to the one whose network is nearest to float."""
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from utils.core.errors import UserError
@@ -47,25 +48,25 @@ def search(
 ) -> Found:
     """Try every stage's change on the best recipe of the stages before, and take it where takes_over() says so.
 
-    What was refused beside far more noise, which hid what it does, is tried once more at AGAIN.
-    say: is told of each candidate as it is judged. A first recipe that cannot be run is a UserError; a later one is told of.
+    What was refused beside far more noise, which hid what it does, is tried once more at AGAIN. say: is told of each
+    candidate as it is judged. A first recipe that cannot be run is a UserError; a later one is told of.
     """
     tried: dict[Recipe, Candidate] = {}
 
     def attempt(recipe: Recipe) -> tuple[Candidate, Quantized | None]:
         try:
             quantized = quantize(recipe)
+            made = Candidate(recipe, judge(quantized)), quantized
         except UserError as error:
             if not tried:
                 raise
             made = Candidate(recipe, None, str(error)), None
-        else:
-            made = Candidate(recipe, judge(quantized)), quantized
         tried[recipe] = made[0]
         say(line_of(made[0]))
         return made
 
     best, kept = attempt(start)
+    nearest = best.noise  # of all that were taken
     refused: list[tuple[Stage, float]] = []  # and how near the best was then
     waiting = deque(stages)
     while waiting:
@@ -77,28 +78,36 @@ def search(
         if recipe is None or recipe in tried:
             continue
         candidate, quantized = attempt(recipe)
-        if takes_over(candidate, best, stage.gain):
-            best, kept = candidate, quantized
-        else:
+        if takes_over(candidate, best, stage.gain, nearest):
+            best, kept, nearest = candidate, quantized, max(nearest, candidate.noise)
+        elif candidate.judgement:
             refused.append((stage, best.noise))
-    ranked = sorted(tried.values(), key=lambda one: -one.noise)
-    return Found(tuple(ranked), best, kept, reason(ranked, best))
+    ranked = tuple(sorted(tried.values(), key=lambda one: -one.noise))
+    return Found(ranked, best, kept, reason(ranked, best))
 
 
-def takes_over(candidate: Candidate, best: Candidate, gain: float) -> bool:
+def takes_over(candidate: Candidate, best: Candidate, gain: float, nearest: float) -> bool:
     """Whether a candidate is taken in the place of the best one so far.
 
-    As near as that to float, the one whose predictions are float's by far more often; else the nearer one, by gain in dB.
+    gain: the dB by which it must be nearer to float. nearest: dB of the nearest that was taken so far. One whose predictions
+    are float's by far more often need only be about as near as that; one whose are float's by far less often must be nearer by
+    more than what decides nothing.
     """
+    if candidate.judgement is None:
+        return False
+    if _surer(candidate, best):
+        return candidate.noise > nearest - SAME
     lead = candidate.noise - best.noise
-    if abs(lead) < SAME and abs(sure := _surer(candidate, best)) >= SURER:
-        return sure > 0
-    return lead >= gain
+    return lead >= (max(gain, SAME) if _surer(best, candidate) else gain)
 
 
-def _surer(one: Candidate, other: Candidate) -> float:
-    """By how many points of agreement one candidate is ahead of another; both were judged."""
-    return one.judgement.agreement - other.judgement.agreement
+def _surer(one: Candidate, other: Candidate) -> bool:
+    """Whether one candidate's predictions are float's by far more often than another's, and more often than by chance.
+
+    Both were judged. Of n predictions the share that agrees is known to two standard errors, at most 1 / sqrt(n).
+    """
+    ahead = one.judgement.agreement - other.judgement.agreement
+    return ahead >= max(SURER, 100 / math.sqrt(min(one.judgement.predictions, other.judgement.predictions)))
 
 
 WIDTH = 44  # of a candidate's name
@@ -114,7 +123,7 @@ def line_of(candidate: Candidate) -> str:
     return f"{name} {found.noise:9.1f} dB {found.agreement:9.2f} % {found.saturation:9.3f} %"
 
 
-def reason(ranked: list[Candidate], best: Candidate) -> str:
+def reason(ranked: Sequence[Candidate], best: Candidate) -> str:
     """What decided for the best, in words."""
     first = ranked[0]
     if first is best:
@@ -123,12 +132,11 @@ def reason(ranked: list[Candidate], best: Candidate) -> str:
             return "the only candidate"
         lead = f"{first.noise - others[0].noise:.1f} dB"
         return "as near to float as the next" if lead == "0.0 dB" else f"nearest to float, {lead} before the next"
-    if first.noise - best.noise < SAME and _surer(best, first) >= SURER:
-        return (
-            f"{first.noise - best.noise:.1f} dB behind {first.recipe.row_name}, but its predictions are float's more often: "
-            f"{best.judgement.agreement:.0f} % for {first.judgement.agreement:.0f} %"
-        )
+    behind = f"{first.noise - best.noise:.1f} dB behind {first.recipe.row_name}"
+    if _surer(best, first):
+        shares = f"{best.judgement.agreement:.0f} % for {first.judgement.agreement:.0f} %"
+        return f"{behind}, but its predictions are float's more often: {shares}"
     return (
-        f"{first.noise - best.noise:.1f} dB behind {first.recipe.row_name}, which is no more than what differs by chance or by the images; "
-        "it is the simpler or the faster of the two"
+        f"{behind}, which is no more than what differs by chance or by the images; "
+        "of what is as near it is the simpler, the faster, or that which predicts more as float does"
     )
