@@ -72,28 +72,39 @@ class Beside(nn.Module):
     def __init__(self, other: str, off: float = 0.0):
         super().__init__()
         self.other, self.off = other, off
-        self.register_buffer("masked", torch.tensor([0.0, 0.0, -torch.inf]))
+        self.register_buffer("masked", torch.tensor([[0.0, 0.0, -torch.inf]]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = x.mean((2, 3))
-        other = {"silent": torch.relu(logits - 100 + self.off), "anchors": torch.full((8, 4), 64.0) + self.off}
-        return logits, (other | {"masked": logits + self.off + self.masked})[self.other]
+        other = {"silent": torch.relu(logits - 100), "anchors": torch.full((8, 4), 64.0), "mask": self.masked}
+        return logits, (other | {"masked": logits + self.masked})[self.other] + self.off
 
 
-@pytest.mark.parametrize("other", ["silent", "anchors", "masked"])
+@pytest.mark.parametrize("other", ["silent", "anchors", "masked", "mask"])
 def test_what_tells_nothing_in_float_counts_where_quantization_moves_it(other):
-    """A head that is silent on these images and fires in INT8; places that moved; and logits of which one is masked."""
+    """A head that is silent on these images and fires in INT8; places that moved; logits of which one is masked; the mask."""
     images = SPEC.probe(8, seed=3)
-    exact, moved = (capture(Beside(other, off), SPEC) for off in (0.0, 150.0))
 
-    def judged(quantized):
+    def judged(off):
+        exact, quantized = (capture(Beside(other, one), SPEC) for one in (0.0, off))
         near = fidelity(exact, quantized, images)
         return near.output, Judge(exact, [images])(Quantized(exact, quantized, PassLog(), near)).noise
 
-    output, noise = judged(moved)
-    assert not output > 0.1 and noise < 3.1
-    if other != "masked":
-        assert min(judged(exact)) > 100, "what is exact adds nothing"
+    assert min(judged(0.0)) > 100, "what is exact adds nothing"
+    assert max(judged(150.0)) < 0.1, "as much noise as signal"
+    assert other == "masked" or min(judged(1e-3)) > 20, "a blip costs no more than it is"
+
+
+def test_an_output_that_tells_of_one_image_alone_tells_images_apart():
+    class Sparse(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = x.mean((2, 3))
+            return logits, torch.relu(logits.amax(1, keepdim=True) - 50)
+
+    images = SPEC.probe(40, seed=3)
+    images[20] += 100
+    assert telling_outputs(capture(Sparse(), SPEC), images) == [True, True]
+    assert telling_outputs(capture(Sparse(), SPEC), images[:20]) == [True, False]
 
 
 def test_a_prediction_counts_by_its_margin():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -132,6 +133,18 @@ def test_of_few_predictions_more_must_agree(predictions, taken):
     stage = Stage({"per_channel": True}, 0.1)
     result = searched_by_agreement(lambda r: 20.0, lambda r: 80.0 + 15 * r.per_channel, [stage], predictions)
     assert result.chosen.recipe.per_channel == taken
+
+
+def test_what_is_nearer_by_the_gain_is_not_refused_for_being_surer():
+    """Agreement, then ReLU, led away from the nearest; what comes after needs no more than to be nearer than these."""
+    changes = [Stage({"per_channel": True}, 0.1), Stage({"relu": True}, -0.3), Stage({"distill_range": True}, 0.05)]
+
+    def noise(r):
+        return 20.0 - 0.4 * r.per_channel - 0.25 * r.relu + 0.1 * r.distill_range
+
+    for more in (0, 12):
+        share = partial(lambda r, more: 60.0 + 20 * r.per_channel + more * r.distill_range, more=more)
+        assert searched_by_agreement(noise, share, changes).chosen.recipe.distill_range
 
 
 def test_agreement_leads_no_further_from_float_than_decides_nothing():

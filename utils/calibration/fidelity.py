@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 from torch import Tensor, fx
@@ -55,66 +56,76 @@ class Fidelity:
         return -self.saturation[name]
 
 
-class _Ratio:
-    """Signal and noise power, summed up over batches."""
+class Ratio:
+    """Signal and noise power of an output, or of several, summed up over batches."""
 
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
+        self.count = 0
 
     def add(self, reference: Tensor, noisy: Tensor) -> None:
         self.signal += float(reference.double().square().sum())
         self.noise += float((reference.double() - noisy.double()).square().sum())
+        self.count += reference.numel()
 
     def decibels(self) -> float:
         return 10 * float(torch.tensor(max(self.signal, 1e-30) / max(self.noise, 1e-30)).log10())
 
+    def share_beside(self, others: "Ratio") -> float:
+        """What an output that tells nothing adds to the noise of others, as a share of their power: nothing where it is exact,
+        1 at most. Where it is silent, all that it says is noise, on the scale of the others."""
+        scale = others.signal * self.count / max(others.count, 1)
+        return min(1.0, self.noise / (self.signal or scale or 1e-30))
 
-def _together(outputs: Sequence[_Ratio], telling: Sequence[bool]) -> _Ratio:
-    """The ratio of all outputs: that of those that tell images apart, and what others move as a share of their own power."""
-    whole, lost = _Ratio(), 0.0
-    for output, tells in zip(outputs, telling, strict=True):
-        if tells:
-            whole.signal, whole.noise = whole.signal + output.signal, whole.noise + output.noise
-        else:
-            lost += moved_share(output.signal, output.noise)
-    whole.noise += lost * whole.signal
+
+def _together(outputs: Sequence[Ratio], telling: Sequence[bool]) -> Ratio:
+    """The ratio of all outputs: that of those that tell images apart, and beside them what others move."""
+    whole = Ratio()
+    for output in compress(outputs, telling):
+        whole.signal, whole.noise = whole.signal + output.signal, whole.noise + output.noise
+        whole.count += output.count
+    shares = [output.share_beside(whole) for output, tells in zip(outputs, telling, strict=True) if not tells]
+    whole.noise += sum(shares) * whole.signal
     return whole
 
 
-def moved_share(power: float, error: float) -> float:
-    """What an output that tells nothing adds to the noise of those that do: nothing where it is exact, 1 at most."""
-    return min(1.0, error / max(power, 1e-30))
+def comparable(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in double precision, with 0 where both have the same infinity: places that are masked."""
+    one, other = one.double(), other.double()
+    masked = one.isinf() & (one == other)
+    return one.masked_fill(masked, 0), other.masked_fill(masked, 0)
 
 
 def telling_outputs(network: fx.GraphModule, images: Tensor) -> list[bool]:
-    """Of every output whether it tells two of the images [N, C, H, W] apart; anchors do not, and would flatter what they stand
-    beside.
+    """Of every output whether it tells images [N, C, H, W] apart; anchors do not, and would flatter what they stand beside.
 
     Of one output alone, and where none does, all count.
     """
-    count = len(returned_nodes(network))
-    if count == 1:
+    told = [False] * len(returned_nodes(network))
+    if len(told) == 1:
         return [True]
-    some = min(len(images), network.meta["batch"] or 2)
-    with torch.inference_mode():  # others, or the same in another order
-        before, after = (outputs_of(network(shown)) for shown in (images[:some], images[-some:].flip(0)))
-    told = [_differ(*pair) for pair in zip(before, after, strict=True)]
-    return told if any(told) else [True] * count
+    shown, others = (some.split(network.meta["batch"] or BATCH) for some in (images, images.roll(1, 0)))
+    for pair in zip(shown, others, strict=True):
+        with torch.inference_mode():
+            outputs = zip(*(outputs_of(network(some)) for some in pair), strict=True)
+            told = [known or _differ(before, after) for known, (before, after) in zip(told, outputs, strict=True)]
+        if all(told):
+            break
+    return told if any(told) else [True] * len(told)
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or not one.numel():
         return one.shape != other.shape
-    one, other = one.double(), other.double()
-    size = one.abs().where(one.isfinite(), torch.zeros((), dtype=one.dtype)).max()
-    return not bool(torch.isclose(one, other, rtol=0, atol=float(STEADY * size), equal_nan=True).all())
+    one, other = comparable(one, other)
+    return not bool(((one - other).abs() <= STEADY * one.abs().max()).all())
 
 
 def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tensor) -> Fidelity:
     """Compare two networks with the same layers on images [N, C, H, W]."""
-    layers: dict[str, _Ratio] = {}
+    layers: dict[str, Ratio] = {}
     telling = telling_outputs(reference, images)
-    outputs = [_Ratio() for _ in telling]
+    outputs = [Ratio() for _ in telling]
     kept: dict[str, Tensor] = {}
     ranges = _quantized_ranges(reference, quantized)
     beyond: dict[str, list[int]] = {name: [0, 0] for name in ranges}  # values that are cut, of how many
@@ -129,7 +140,7 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
 
     def compare(node: fx.Node, value: Tensor) -> None:
         if node.target in kept:
-            layers.setdefault(node.target, _Ratio()).add(kept.pop(node.target), value)
+            layers.setdefault(node.target, Ratio()).add(kept.pop(node.target), value)
 
     with torch.inference_mode():
         for some in images.split(reference.meta["batch"] or BATCH):
@@ -137,7 +148,7 @@ def fidelity(reference: fx.GraphModule, quantized: fx.GraphModule, images: Tenso
                 outputs_of(Observer(model, see).run(some)) for model, see in ((reference, keep), (quantized, compare))
             )
             for output, before, after in zip(outputs, expected, found, strict=True):
-                output.add(before, after)
+                output.add(*comparable(before, after))
     saturation = {name: 100 * cut / count for name, (cut, count) in beyond.items() if count}
     output = _together(outputs, telling).decibels()
     return Fidelity(output, {name: ratio.decibels() for name, ratio in layers.items()}, saturation)

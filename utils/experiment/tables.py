@@ -33,8 +33,9 @@ from utils.tasks.registry import TASKS
 ROOT = Path(__file__).resolve().parents[2]
 _MARKER = re.compile(r"<!-- table: (?P<wish>.*?) -->\n.*?<!-- /table -->", re.DOTALL)
 _METHOD = ("dfq.py", "modeling", *(f"utils/{name}" for name in ("graph", "passes", "calibration", "quantization")))
-_JUDGE = ("utils/search/judge.py",)  # what a row's figures of fidelity follow from besides
-_SEARCH = ("utils/search", ":!utils/search/forecast*")  # what a row of --auto follows from besides
+_PREDICTIONS = "utils/core/predictions.py"
+_JUDGE = ("utils/search/judge.py", _PREDICTIONS)  # what a row's figures of fidelity follow from besides
+_SEARCH = ("utils/search", ":!utils/search/forecast*", _PREDICTIONS)  # what a row of --auto follows from besides
 _FILES = ":!utils/quantization/serialization.py"  # reads and writes networks; no recorded row is of a saved one
 Line = Mapping[str, Any]
 Option = tuple[str, ...]  # a flag and its values, as they stand in a command

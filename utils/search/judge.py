@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from utils.calibration.fidelity import moved_share, telling_outputs
+from utils.calibration.fidelity import Ratio, comparable, telling_outputs
 from utils.calibration.observers import BATCH
 from utils.core.predictions import Predictions, class_axis, either_finds, margins
 from utils.graph.nodes import as_returned, outputs_of
@@ -90,13 +90,16 @@ def mean_share(expected: list[Tensor], found: list[Tensor], telling: Sequence[bo
     outputs = list(zip(expected, found, telling, strict=True))
     several = [one for one in outputs if one[0].is_floating_point() and one[0].dim() > 1]
     counted = several if any(tells for *_, tells in several) else outputs
-    shares = [noise_share(before, after) for before, after, tells in counted if tells]
-    return sum(shares) / len(shares) + sum(_moved(before, after) for before, after, tells in counted if not tells)
-
-
-def _moved(expected: Tensor, found: Tensor) -> float:
-    expected, found = expected.double(), found.double()
-    return moved_share(float(expected.square().sum()), float((expected - found).square().sum()))
+    told, shares, silent = Ratio(), [], []
+    for before, after, tells in counted:
+        before, after = comparable(before, after)
+        if tells:
+            told.add(before, after)
+            shares.append(noise_share(before, after))
+        else:
+            silent.append(Ratio())
+            silent[-1].add(before, after)
+    return sum(shares) / len(shares) + sum(one.share_beside(told) for one in silent)
 
 
 def weighted_agreement(same: Tensor, margin: Tensor) -> tuple[float, float]:

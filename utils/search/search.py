@@ -95,9 +95,9 @@ def takes_over(candidate: Candidate, best: Candidate, gain: float, nearest: floa
     """
     if candidate.judgement is None:
         return False
-    if _surer(candidate, best):
-        return candidate.noise > nearest - SAME
     lead = candidate.noise - best.noise
+    if _surer(candidate, best):
+        return lead >= gain or candidate.noise > nearest - SAME
     return lead >= (max(gain, SAME) if _surer(best, candidate) else gain)
 
 
