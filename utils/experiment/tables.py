@@ -133,11 +133,14 @@ def _place(line: Line) -> tuple:
 
 def _options(line: Line) -> list[Option]:
     """The command line by its flags, each with its values, without those that change no figure."""
-    options: list[Option] = [()]
+    options: list[Option] = []
     for word in shlex.split(line["command"]):
-        options = [*options, (word,)] if word.startswith("--") else [*options[:-1], (*options[-1], word)]
+        if word.startswith("--") or not options:
+            options.append((word,))
+        else:
+            options[-1] += (word,)
     silent = ("--results", "--workers", "--batch_size", "--verbose", "--fidelity")
-    return [option for option in options if option and option[0] not in silent]
+    return [option for option in options if option[0] not in silent]
 
 
 def _command(options: Iterable[Option]) -> str:
