@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import demo
 from utils.core.errors import UserError
@@ -158,6 +159,12 @@ def test_a_line_from_before_a_setting_existed_is_found_again(setting):
         older = recorded | {"flags": {name: value for name, value in recorded["flags"].items() if name != setting}}
         default = defaults[recorded["task"]]
         assert records.identity(older, default) == records.identity(typed_again(recorded), default)
+
+
+def test_a_line_says_what_its_figures_follow_from_besides_the_project():
+    versions = records.versions()
+    assert versions["torch"] == torch.__version__
+    assert versions["cpu"] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_a_change_that_rounds_to_nothing_has_no_minus():

@@ -131,7 +131,13 @@ def test_a_page_gets_the_rows_and_columns_that_it_asks_for(recorded):
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"), [("| colour: red", "no option 'colour'"), ("| model: absent", "no recorded row")]
+    ("wish", "message"),
+    [
+        ("| colour: red", "no option 'colour'"),
+        ("| model: absent", "no recorded row"),
+        ("| layout: round", "layout 'round'; use engines or auto"),
+        ("| layout: auto", "no recorded row"),
+    ],
 )
 def test_a_wish_that_cannot_be_met_is_named(recorded, wish, message):
     with pytest.raises(UserError, match=message):
@@ -142,6 +148,24 @@ def test_engines_are_shown_beside_the_simulation():
     found = line(engine="onnxruntime", metrics={"simulated": {"top1": 69.4}}, agreement=99.987)
     assert tables.engines_table(tables.grouped([found])).splitlines()[-1] == (
         "| net | net.pth | 100 | +ReLU+LE | top1 | 69.40 | 69.50 | 99.99 % |"
+    )
+
+
+def test_what_auto_loses_stands_in_a_line_for_each_network_and_a_column_for_each_number_of_bits():
+    auto = {"recipe": "auto: +LE+BC", "flags": {"auto": True}}
+    four = {"recipe": "auto: +AR", "flags": {"auto": True, "bits_weight": 4}, "quantized": 65.0}
+    four |= {"bits": {"weight": 4, "activation": 8, "bias": 32}}
+    elsewhere = auto | {
+        "weights": "folder/other.pth",
+        "weights_sha256": "1",
+        "command": "python main_cls.py --weights folder/other.pth --auto",
+    }
+    groups = tables.grouped([line(), line(**four), line(**auto), line(**elsewhere)])
+    assert tables.auto_table(groups) == (
+        "| network | weights | images | metric | FP32 | 8 bits | 4 bits |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| net | net.pth | 100 | top1 | 71.00 | -1.50 (-3.00 to +0.25) | -6.00 (-3.00 to +0.25) |\n"
+        "| net | other.pth | 100 | top1 | 71.00 | -1.50 (-3.00 to +0.25) | - |"
     )
 
 

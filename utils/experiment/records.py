@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from utils.backends.base import ENGINES
@@ -119,7 +120,9 @@ def check_writable(file: Path) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    """Of all that figures follow from besides this project. cpu: the instructions that torch's kernels are chosen by."""
+    packages = {name: _version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages, "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def _version(package: str) -> str | None:

@@ -6,7 +6,7 @@ A page says which tables it wants. The command puts them there, and names the ro
     <!-- /table -->
 
 Every recorded row of the file, a table for each network. Behind bars: `model:`, `weights:` and `data:` choose a network by
-the end of its name, `rows:` the rows by name, `columns:` the columns, `layout: engines` another table.
+the end of its name, `rows:` the rows by name, `columns:` the columns, `layout: engines` or `layout: auto` another table.
 """
 
 import argparse
@@ -172,6 +172,31 @@ def engines_table(groups: Sequence[Group]) -> str:
     return table(header, rows)
 
 
+def auto_table(groups: Sequence[Group]) -> str:
+    """What --auto's choice loses, a line for each network, a column for each number of bits of weights."""
+    found = [
+        (group, {row["bits"]["weight"]: row for row in group.rows if row["flags"].get("auto")}) for group in groups
+    ]
+    widths = sorted({bits for _, rows in found for bits in rows}, reverse=True)
+    if not widths:
+        raise UserError("no recorded row is of --auto")
+    lines = []
+    for group, rows in found:
+        first = group.rows[0]
+        figures = f"{first['samples']:,}", first["metric"], f"{first['fp32_original']:.2f}"
+        changes = [_change_with_interval(rows[bits], group) if bits in rows else "-" for bits in widths]
+        if rows:
+            lines.append([first["model"], Path(first["weights"]).name, *figures, *changes])
+    return table(["network", "weights", "images", "metric", "FP32", *(f"{bits} bits" for bits in widths)], lines)
+
+
+def _change_with_interval(line: Line, group: Group) -> str:
+    return f"{COLUMNS['change'](line, group)} ({_interval(line, group)})"
+
+
+LAYOUTS: dict[str, Callable[[Sequence[Group]], str]] = {"engines": engines_table, "auto": auto_table}
+
+
 def wished(wish: str) -> str:
     """The tables that a page's marker asks for."""
     files, *choices = (part.strip() for part in wish.split("|"))
@@ -192,8 +217,10 @@ def wished(wish: str) -> str:
         groups = grouped(lines)
     if not groups:
         raise UserError(f"table {wish!r}: no recorded row is of that kind")
-    if options.get("layout") == "engines":
-        return engines_table(groups)
+    if "layout" in options:
+        if options["layout"] not in LAYOUTS:
+            raise UserError(f"table {wish!r} has layout {options['layout']!r}; use {' or '.join(LAYOUTS)}")
+        return LAYOUTS[options["layout"]](groups)
     columns = [name.strip() for name in options["columns"].split(",")] if "columns" in options else None
     return "\n\n".join(rows_table(group, columns) for group in groups)
 
