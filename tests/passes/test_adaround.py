@@ -20,7 +20,7 @@ from utils.calibration.rendered import natural_noise
 from utils.graph.layers import grouped_weight, make_layer
 from utils.graph.nodes import module_of, weighted_nodes
 from utils.passes import adaround
-from utils.passes.adaround import affordable, free_quantizers, learn_rounding, reconstruct
+from utils.passes.adaround import affordable, free_quantizers, is_nearer, learn_rounding, reconstruct
 from utils.passes.block_learning import BlockLearner, Handed, Reconstruction, images_in_step
 from utils.passes.blocks import Part
 from utils.passes.log import PassLog
@@ -238,7 +238,27 @@ def test_what_holds_for_its_own_images_only_is_not_kept():
     assert after < before - 1
     judged = learn_rounding(known, alike, 32, QUICK, others=others)
     assert judged is known
-    assert f"on dead leaves {after:.2f} dB, {before:.2f} dB with GPTQ alone, which is kept: " in known.log.notes[-1]
+    assert f"on dead leaves {after:.2f} dB, {before:.2f} dB with GPTQ alone, which is kept" in known.log.notes[-1]
+
+
+def test_images_that_decide_nothing_leave_it_to_others():
+    result = start(Branches, bits_weight=3, distill_rounding=None)
+    after = learn_rounding(copy.deepcopy(result), IMAGES, 32, QUICK).fidelity.output
+    for lead, taken in ((0.3, True), (0.7, False)):  # dB that the network was nearer before, on the held-out images
+        before = replace(result, fidelity=replace(result.fidelity, output=after + lead))
+        leaves = leaves_to_judge(SPEC, 32)
+        assert (
+            learn_rounding(copy.deepcopy(before), IMAGES, 32, QUICK, others=leaves).fidelity.output == after
+        ) == taken
+        assert learn_rounding(before, IMAGES, 32, QUICK) is before
+
+
+@pytest.mark.parametrize(
+    ("gains", "taken"),
+    [([0.1], True), ([0.0], False), ([-0.1], False), ([-0.01, 6.9], True), ([3.2, -3.1], False), ([0.2, -0.3], False)],
+)
+def test_learning_is_kept_where_it_gains_on_all_kinds_of_images_together_and_loses_on_none(gains, taken):
+    assert is_nearer(gains) == taken == is_nearer(gains[::-1])
 
 
 def test_what_also_holds_for_others_is_kept_and_both_figures_are_said():

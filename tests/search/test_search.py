@@ -202,6 +202,17 @@ def test_learned_rounding_that_was_not_kept_is_not_what_was_taken():
     assert chosen.distill_rounding == "gptq" and chosen.distill_correction  # tried again beside the other correction
 
 
+@pytest.mark.parametrize(
+    ("lead", "real", "taken"), [(-0.3, False, True), (0.0, False, False), (-0.7, False, False), (0.01, True, False)]
+)
+def test_learned_rounding_that_was_kept_need_only_be_as_near_where_leaves_judged_it_too(lead, real, taken):
+    rule = Rule(lambda r: 8.0 + 3 * bool(r.distill_rounding) + lead * (r.distill_rounding == "adaround"))
+    first = start({"bits_weight": 4})
+    result = search(first, stages(made(relu_chain, settle)[1], first, real), rule.quantize, rule.judge)
+    assert rule.seen[-1].distill_rounding == "adaround"
+    assert (result.chosen.recipe.distill_rounding == "adaround") == taken
+
+
 def test_a_candidate_that_cannot_run_is_no_end():
     rule = Rule(lambda recipe: 20.0)
 

@@ -2,13 +2,13 @@
 
 Nagel et al., Up or Down? (ICML 2020, arXiv 2004.10568), in the blocks and the order of BRECQ. It starts from weights
 that GPTQ rounded and biases that are corrected. A block that comes no nearer to its float one on held-out images
-stays as it was, and so does the whole network: what is learned is never further from float than what GPTQ gives.
+stays as it was, and so does a whole network that comes no nearer: what is learned is not further from float than what GPTQ gives.
 """
 
 import copy
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile
@@ -46,6 +46,7 @@ from utils.quantization.quantizer import Quantizer
 ACTION = "learned rounding"
 EDITION = 2  # of how a block is learned; blocks that another one left in a folder are learned anew
 MEMORY = 6 * 2**30  # bytes that values between blocks may take; where more images would, fewer are used
+SAME = 0.5  # dB that decide nothing
 SENSITIVITY_IMAGES = 16  # on which the output's sensitivity is measured
 
 
@@ -58,7 +59,7 @@ def learn_rounding(
     folder: Path | None = None,
     others: Tensor | None = None,
 ) -> Quantized:
-    """The network with learned rounding; or as it was, where that is nearer to float on the judging images or on others.
+    """The network with learned rounding; or as it was, where is_nearer() says that learning did not bring it nearer to float.
 
     result: a network that is quantized, with its fidelity on the judging images. images: calibration to learn from.
     device: to learn on; None: the CPU. folder: where blocks that are done are kept, so that a run that was stopped goes on
@@ -66,25 +67,28 @@ def learn_rounding(
     that an optimizer made can hold for no others.
     """
     network, simulated = (without_overwriting(one) for one in (result.float, result.simulated))
-    before = None if others is None else fidelity(network, simulated, others).output
+    besides = [] if others is None else [others]
+    before = [result.fidelity.output, *(fidelity(network, simulated, some).output for some in besides)]
     few = images.calibration[:SENSITIVITY_IMAGES]
     known = output_sensitivity(network, few, input_means(network, few)).activations if settings.sensitivity else {}
     log = copy.deepcopy(result.log)
     reconstruct(network, simulated, images, known, settings, log, device, folder)
     _round_biases_again(simulated, bits_bias, log)
     near = fidelity(network, simulated, images.judging)
-    text = f"learned rounding: {near.output:.2f} dB on held-out images, {result.fidelity.output:.2f} dB with GPTQ alone"
-    if near.output <= result.fidelity.output:
-        result.log.note(f"{text}, which is kept")
+    after = [near.output, *(fidelity(network, simulated, some).output for some in besides)]
+    figures = zip(("held-out images", "dead leaves"), after, before, strict=False)
+    told = "; on ".join(f"{kind} {new:.2f} dB, {old:.2f} dB with GPTQ alone" for kind, new, old in figures)
+    if not is_nearer([new - old for new, old in zip(after, before, strict=True)]):
+        result.log.note(f"learned rounding: on {told}, which is kept")
         return result
-    if others is not None:
-        after = fidelity(network, simulated, others).output
-        text += f"; on dead leaves {after:.2f} dB, {before:.2f} dB with GPTQ alone"
-        if after < before:
-            result.log.note(f"{text}, which is kept: what was learned holds for no others than distilled images")
-            return result
-    log.note(text)
+    log.note(f"learned rounding: on {told}")
     return replace(result, simulated=run_in_place(simulated), log=log, fidelity=near)
+
+
+def is_nearer(gains: Sequence[float]) -> bool:
+    """Whether a network came nearer to float, by the dB that it gained on each kind of images: on all together, and on none
+    further by more than decides nothing."""
+    return sum(gains) > 0 and min(gains) >= -SAME
 
 
 def reconstruct(

@@ -78,7 +78,8 @@ def search(
         if recipe is None or recipe in tried:
             continue
         candidate, quantized = attempt(recipe)
-        if takes_over(candidate, best, stage.gain, nearest):
+        same = stage.unless_same and candidate.judgement == best.judgement
+        if not same and takes_over(candidate, best, stage.gain, nearest):
             best, kept, nearest = candidate, quantized, max(nearest, candidate.noise)
         elif candidate.judgement:
             refused.append((stage, best.noise))
