@@ -176,6 +176,25 @@ def test_rows_of_older_code_are_counted_by_commit(monkeypatch):
     assert tables.stale([line(), line(fidelity={"noise": 20.0})]) == {"abc": 1}, "and a judgement has some"
 
 
+def test_a_row_of_auto_is_of_older_code_where_todays_search_would_take_another(monkeypatch):
+    monkeypatch.setattr(tables, "_is_current", lambda commit, besides: True)
+    ranking = {"candidates": [{"recipe": "+LE+BC", "noise": 20.0}]}
+    found = line(recipe="auto: +LE+BC", flags={"per_channel": False, "auto": True}, ranking=ranking)
+    for name, old in (("+LE+BC", 0), ("+LE+BC per channel", 1), (None, 1)):
+        monkeypatch.setattr(tables, "replayed", lambda line, name=name: name)
+        assert tables.stale([line(), found]).total() == old
+
+
+def test_code_that_learns_rounding_counts_where_rounding_was_learned_or_tried():
+    learned = line(flags={"distill_rounding": "adaround"})
+    ranking = {"candidates": [{"recipe": "+LE+AR+BC"}, {"recipe": "+LE+BC"}]}
+    tried = line(recipe="auto: +LE+BC", ranking=ranking)
+    compensated = line(flags={"distill_rounding": "gptq"})
+    assert [set(tables._LEARNING) <= set(tables._besides(one)) for one in (learned, tried)] == [True, True]
+    assert not set(tables._LEARNING) & {*tables._besides(compensated), *tables._besides(line())}
+    assert all((tables.ROOT / file).is_file() for file in (*tables._LEARNING, *tables._SEARCH))
+
+
 def test_code_that_was_never_committed_is_not_todays():
     for besides in ((), tables._SEARCH):
         assert not tables._is_current("abc+", besides) and not tables._is_current("None", besides)

@@ -28,6 +28,7 @@ from utils.experiment import cli
 from utils.experiment.published import Published, published
 from utils.experiment.records import change, identity, name_of, read_lines, signed_interval
 from utils.quantization.recipe import TABLE
+from utils.search.replay import replayed
 from utils.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,12 @@ _MARKER = re.compile(r"<!-- table: (?P<wish>.*?) -->\n.*?<!-- /table -->", re.DO
 _METHOD = ("dfq.py", "modeling", *(f"utils/{name}" for name in ("graph", "passes", "calibration", "quantization")))
 _PREDICTIONS = "utils/core/predictions.py"
 _JUDGE = ("utils/search/judge.py", _PREDICTIONS)  # what a row's figures of fidelity follow from besides
-_SEARCH = ("utils/search", ":!utils/search/forecast*", _PREDICTIONS)  # what a row of --auto follows from besides
+_SEARCH = (
+    *_JUDGE,
+    "utils/search/auto.py",
+    "utils/search/float_layers.py",
+)  # what a row of --auto follows from, but for its rules
+_LEARNING = tuple(f"utils/passes/{name}.py" for name in ("adaround", "block_learning", "blocks", "soft_rounding"))
 _FILES = ":!utils/quantization/serialization.py"  # reads and writes networks; no recorded row is of a saved one
 Line = Mapping[str, Any]
 Option = tuple[str, ...]  # a flag and its values, as they stand in a command
@@ -235,13 +241,21 @@ def update(text: str) -> str:
 def stale(lines: Sequence[Line]) -> Counter:
     """How many lines were recorded with other code of the method than today's, by commit."""
     current = cache(_is_current)
-    commits = ((str(line["commit"]), _besides(line)) for line in lines)
-    return Counter(commit for commit, besides in commits if not current(commit, besides))
+    old = (line for line in lines if not (current(str(line["commit"]), _besides(line)) and _would_choose(line)))
+    return Counter(str(line["commit"]) for line in old)
 
 
 def _besides(line: Line) -> tuple[str, ...]:
-    """The code, besides the method's, that a line follows from."""
-    return _SEARCH if line["recipe"].startswith("auto: ") else _JUDGE if line.get("fidelity") else ()
+    """The code, besides all rows', that a line follows from."""
+    recipes = [one["recipe"] for one in line["ranking"]["candidates"]] if "ranking" in line else []
+    learns = line["flags"].get("distill_rounding") == "adaround" or any("+AR" in recipe for recipe in recipes)
+    judged = _SEARCH if line["recipe"].startswith("auto: ") else _JUDGE if line.get("fidelity") else ()
+    return judged + _LEARNING * learns
+
+
+def _would_choose(line: Line) -> bool:
+    """Whether today's stages and rules of the search take what a line took, by what it measured; true of what is no search's."""
+    return "ranking" not in line or name_of(line) == f"auto: {replayed(line)}"
 
 
 def _is_current(commit: str, besides: tuple[str, ...]) -> bool:
@@ -249,7 +263,8 @@ def _is_current(commit: str, besides: tuple[str, ...]) -> bool:
     commit's."""
     if commit.endswith("+") or commit == "None":
         return False
-    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *_METHOD, _FILES, *besides]
+    others = [f":!{file}" for file in _LEARNING if file not in besides]
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *_METHOD, _FILES, *besides, *others]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 

@@ -10,6 +10,7 @@ from utils.core.errors import UserError
 from utils.graph.layers import Clip
 from utils.quantization.recipe import OF_A_ROW, SETTINGS, Recipe, Value
 from utils.quantization.target import target_of
+from utils.search.judge import Judgement
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Stage:
     change: dict[str, Any]
     gain: float
     unless_same: bool = False
+
+    def moved(self, before: Judgement, after: Judgement) -> bool:
+        """Whether the change counts as one, by what was measured without and with it."""
+        return not self.unless_same or before != after
 
 
 AGAIN = Stage({}, 0.0)  # no change: what was refused beside far more noise is tried once more

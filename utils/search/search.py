@@ -78,8 +78,7 @@ def search(
         if recipe is None or recipe in tried:
             continue
         candidate, quantized = attempt(recipe)
-        same = stage.unless_same and candidate.judgement == best.judgement
-        if not same and takes_over(candidate, best, stage.gain, nearest):
+        if takes_over(candidate, best, stage.gain, nearest) and stage.moved(best.judgement, candidate.judgement):
             best, kept, nearest = candidate, quantized, max(nearest, candidate.noise)
         elif candidate.judgement:
             refused.append((stage, best.noise))
