@@ -21,7 +21,7 @@ WIDEST = 3.0  # points, where the true loss is under as many
 
 def recorded(files: Sequence[Path]) -> dict[Point, str]:
     """The points of all rows whose noise was measured, with the row's name; the last line of each counts."""
-    found: dict[tuple[str, str, str], Point] = {}
+    found: dict[tuple[str, ...], Point] = {}
     for file in files:
         for line in read_lines(file):
             noise = (line.get("fidelity") or {}).get("noise")
@@ -30,8 +30,8 @@ def recorded(files: Sequence[Path]) -> dict[Point, str]:
             network = f"{line['task']} {line['model']} {Path(line['weights']).name}"
             row = f"{name_of(line)} W{line['bits']['weight']}A{line['bits']['activation']}"
             change = line["quantized"] - line["fp32_original"]
-            found[network, row, line["engine"]] = Point(network, noise, change)
-    return {point: row for (_, row, _), point in found.items()}
+            found[network, row, line["engine"], line["data"]] = Point(network, noise, change)
+    return {point: row for (_, row, *_), point in found.items()}
 
 
 def main() -> None:

@@ -195,6 +195,21 @@ def test_code_that_learns_rounding_counts_where_rounding_was_learned_or_tried():
     assert all((tables.ROOT / file).is_file() for file in (*tables._LEARNING, *tables._SEARCH))
 
 
+def test_other_words_make_no_other_code():
+    code = 'def f(x):\n    """One."""\n    return x + 1  # so\n'
+    assert tables._code(code) == tables._code('"""A file."""\ndef f(x):\n    """Two."""\n    return (x + 1)\n')
+    assert tables._code(code) != tables._code(code.replace("+", "-"))
+
+
+def test_a_file_is_held_to_what_it_was_at_a_commit(monkeypatch):
+    file = "utils/quantization/qparams.py"
+    now = (tables.ROOT / file).read_text()
+    for before, same in ((now, True), (now + "# more\n", True), (now + "more = 1\n", False), (None, False)):
+        told = {"diff": file, "show": before}
+        monkeypatch.setattr(tables, "_git", lambda *words, told=told: told[words[0]])
+        assert tables._is_current("abc", ()) == same
+
+
 def test_code_that_was_never_committed_is_not_todays():
     for besides in ((), tables._SEARCH):
         assert not tables._is_current("abc+", besides) and not tables._is_current("None", besides)

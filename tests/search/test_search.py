@@ -213,6 +213,13 @@ def test_learned_rounding_that_was_kept_need_only_be_as_near_where_leaves_judged
     assert (result.chosen.recipe.distill_rounding == "adaround") == taken
 
 
+def test_what_was_not_learned_from_a_compensation_that_was_refused_is_refused_too():
+    rule = Rule(lambda r: 8.0 - 0.2 * bool(r.distill_rounding))
+    first = start({"bits_weight": 4})
+    result = search(first, stages(made(relu_chain, settle)[1], first, False), rule.quantize, rule.judge)
+    assert rule.seen[-1].distill_rounding == "adaround" and result.chosen.recipe.distill_rounding is None
+
+
 def test_a_candidate_that_cannot_run_is_no_end():
     rule = Rule(lambda recipe: 20.0)
 

@@ -116,7 +116,7 @@ def add_search_flags(parser: ArgumentParser) -> None:
         "--auto",
         action="store_true",
         help="try the recipes that can differ on this network, judge each on images that it has not seen, and take the "
-        "nearest to float, or one about as near that is simpler or predicts more as float does",
+        "nearest to float, or one about as near that is simpler, was learned, or predicts more as float does",
     )
     group.add_argument(
         "--doctor",

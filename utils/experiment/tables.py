@@ -10,6 +10,7 @@ the end of its name, `rows:` the rows by name, `columns:` the columns, `layout: 
 """
 
 import argparse
+import ast
 import re
 import shlex
 import subprocess
@@ -27,7 +28,7 @@ from utils.core.errors import UserError
 from utils.experiment import cli
 from utils.experiment.published import Published, published
 from utils.experiment.records import change, identity, name_of, read_lines, signed_interval
-from utils.quantization.recipe import TABLE
+from utils.quantization.recipe import TABLE, row_name
 from utils.search.replay import replayed
 from utils.tasks.registry import TASKS
 
@@ -41,6 +42,7 @@ _SEARCH = (
     "utils/search/auto.py",
     "utils/search/float_layers.py",
 )  # what a row of --auto follows from, but for its rules
+_RULES = ("utils/search/search.py", "utils/search/candidates.py")
 _LEARNING = tuple(f"utils/passes/{name}.py" for name in ("adaround", "block_learning", "blocks", "soft_rounding"))
 _FILES = ":!utils/quantization/serialization.py"  # reads and writes networks; no recorded row is of a saved one
 Line = Mapping[str, Any]
@@ -250,22 +252,48 @@ def _besides(line: Line) -> tuple[str, ...]:
     recipes = [one["recipe"] for one in line["ranking"]["candidates"]] if "ranking" in line else []
     learns = line["flags"].get("distill_rounding") == "adaround" or any("+AR" in recipe for recipe in recipes)
     judged = _SEARCH if line["recipe"].startswith("auto: ") else _JUDGE if line.get("fidelity") else ()
-    return judged + _LEARNING * learns
+    return judged + _LEARNING * learns + _RULES * bool(line["flags"].get("max_noise"))
 
 
 def _would_choose(line: Line) -> bool:
-    """Whether today's stages and rules of the search take what a line took, by what it measured; true of what is no search's."""
-    return "ranking" not in line or name_of(line) == f"auto: {replayed(line)}"
+    """Whether today's stages and rules of the search take what a line took, by what it measured; true of what is no search's.
+
+    With --max_noise a search goes on behind them: the files that hold them are compared then.
+    """
+    if "ranking" not in line or line["flags"].get("max_noise"):
+        return True
+    return row_name(line["recipe"], line["flags"]) == f"auto: {replayed(line)}"
 
 
 def _is_current(commit: str, besides: tuple[str, ...]) -> bool:
-    """Whether the method's code, and what else a line follows from, is what it was at a commit; '+' at its end: it was no
+    """Whether the method's code, and what else a line follows from, computes what it did at a commit; '+' at its end: it was no
     commit's."""
     if commit.endswith("+") or commit == "None":
         return False
     others = [f":!{file}" for file in _LEARNING if file not in besides]
-    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *_METHOD, _FILES, *besides, *others]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    changed = _git("diff", "--name-only", commit, "--", *_METHOD, _FILES, *besides, *others)
+    return changed is not None and all(_says_the_same(commit, file) for file in changed.splitlines())
+
+
+def _says_the_same(commit: str, file: str) -> bool:
+    """Whether a file's code is what it was, words for its readers aside."""
+    before, now = _git("show", f"{commit}:{file}"), ROOT / file
+    return before is not None and now.is_file() and file.endswith(".py") and _code(before) == _code(now.read_text())
+
+
+def _code(text: str) -> str:
+    """Without comments and docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+def _git(*words: str) -> str | None:
+    """What git prints; None where it cannot."""
+    found = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    return found.stdout if found.returncode == 0 else None
 
 
 def main(argv: Sequence[str] | None) -> None:

@@ -2,7 +2,7 @@
 
 Nagel et al., Up or Down? (ICML 2020, arXiv 2004.10568), in the blocks and the order of BRECQ. It starts from weights
 that GPTQ rounded and biases that are corrected. A block that comes no nearer to its float one on held-out images
-stays as it was, and so does a whole network that comes no nearer: what is learned is not further from float than what GPTQ gives.
+stays as it was, and so does a whole network that comes no nearer on all held-out images together: see is_nearer().
 """
 
 import copy

@@ -1,13 +1,14 @@
 """The recipes that can differ on a network, in the stages in which they are tried."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
 from utils.core.errors import UserError
 from utils.graph.layers import Clip
+from utils.passes.adaround import SAME
 from utils.quantization.recipe import OF_A_ROW, SETTINGS, Recipe, Value
 from utils.quantization.target import target_of
 from utils.search.judge import Judgement
@@ -18,13 +19,20 @@ class Stage:
     """A change to the best recipe so far, which is tried.
 
     change: settings of Recipe by name; what they require is given with them. gain: by how many dB it must come nearer to
-    float to take the other's place, since that is simpler, or was fitted to fewer images. unless_same: nor where it measures
-    exactly the same, as a change does that was not kept.
+    float to take the other's place, since that is simpler, or was fitted to fewer images. beside: settings that the best
+    recipe must have, or the stage is passed over. unless_same: nor is it taken where it measures exactly the same, as a change
+    does that was not kept.
     """
 
     change: dict[str, Any]
     gain: float
+    beside: dict[str, Any] = field(default_factory=dict)
     unless_same: bool = False
+
+    def recipe(self, best: Recipe) -> Recipe | None:
+        """The best recipe with the change; None where that means nothing, or is not to be tried."""
+        fits = all(getattr(best, name) == value for name, value in self.beside.items())
+        return changed(best, self.change) if fits else None
 
     def moved(self, before: Judgement, after: Judgement) -> bool:
         """Whether the change counts as one, by what was measured without and with it."""
@@ -34,9 +42,8 @@ class Stage:
 AGAIN = Stage({}, 0.0)  # no change: what was refused beside far more noise is tried once more
 FAR_MORE = 3.0  # dB that noise has fallen since
 IMAGES_GAIN = 1.0  # dB: what looks at distilled images does better on other distilled ones than on photographs
-SAME = 0.5  # dB that decide nothing
 SURER = 10.0  # points of agreement with float's predictions, which decide where dB do not; of few predictions more
-LEARNED_GAIN = 0.05  # dB on photographs: learned rounding that is as near as what it started from is no gain
+LEARNED_GAIN = 0.05  # dB: learned rounding that was not kept is as near as what it started from
 RELU_LOSS = 0.3  # dB that ReLU in the place of ReLU6 may cost, since engines run it faster
 
 
@@ -70,8 +77,8 @@ def stages(network: fx.GraphModule, first: Recipe, real: bool) -> Iterator[Stage
     """The stages for a network. first: the recipe that they start from. real: whether images are photographs.
 
     With few bits the rounding of weights is most of the noise, on any images alike: it is compensated first, so that all
-    else is judged beside it, and learned last, once, since that takes minutes. Where images are distilled it was held to its start
-    on dead leaves too, which tell more than other distilled ones: there it must only not be further off. Weights get zero points then, which cost
+    else is judged beside it, and learned last, once, since that takes minutes. Where images are distilled, dead leaves told
+    already whether learning is nearer than the compensation that it starts from: here it must not be further off. Weights get zero points then, which cost
     engines nothing where 8 bits hold them. Empirical correction is left to photographs: beside compensated rounding it is
     nearer on distilled images and further off on photographs (results/rounding.txt).
     """
@@ -97,7 +104,10 @@ def stages(network: fx.GraphModule, first: Recipe, real: bool) -> Iterator[Stage
     if any(isinstance(module, Clip) and module.rectifies and module.capped for module in network.modules()):
         yield Stage({"relu": True}, -RELU_LOSS)
     if few:
-        yield Stage({"distill_rounding": "adaround"}, LEARNED_GAIN if real else -SAME, unless_same=True)
+        learned = {"distill_rounding": "adaround"}
+        if not real:
+            yield Stage(learned, -SAME, beside=compensated.change, unless_same=True)
+        yield Stage(learned, LEARNED_GAIN)
 
 
 def changed(recipe: Recipe, change: dict[str, Any]) -> Recipe | None:

@@ -20,14 +20,14 @@ class Unmeasured(Exception):
 
 
 def replayed(line: Mapping[str, Any]) -> str | None:
-    """The name of the recipe that today's stages and rules take; None where they try another candidate than was tried.
+    """The name of the recipe that today's stages and rules take; None where they try another candidate than was tried,
+    or refuse what was asked for.
 
     line: of results, of a run of --auto without --max_noise.
     """
     tried = {one["recipe"]: one for one in line["ranking"]["candidates"]}
     capped = [Clip(0.0, 6.0)] if any("+ReLU" in name for name in tried) else []  # all that stages() asks of a network
     flags = as_today(line["flags"])
-    first = start({name: flags[name] for name in SETTINGS if name in flags and name not in OF_A_ROW})
     asked: list[Recipe] = []
 
     def quantize(recipe: Recipe) -> Quantized:
@@ -45,7 +45,8 @@ def replayed(line: Mapping[str, Any]) -> str | None:
         )
 
     try:
+        first = start({name: flags[name] for name in SETTINGS if name in flags and name not in OF_A_ROW})
         found = search(first, stages(nn.Sequential(*capped), first, flags["images"] is not None), quantize, judge)
-    except Unmeasured:
+    except (Unmeasured, UserError):  # or today refuses its settings
         return None
     return found.chosen.recipe.row_name

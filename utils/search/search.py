@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from utils.core.errors import UserError
 from utils.passes.result import Quantized
 from utils.quantization.recipe import Recipe
-from utils.search.candidates import AGAIN, FAR_MORE, SAME, SURER, Stage, changed
+from utils.search.candidates import AGAIN, FAR_MORE, SAME, SURER, Stage
 from utils.search.judge import Judge, Judgement
 
 
@@ -74,7 +74,7 @@ def search(
         if stage is AGAIN:
             waiting.extendleft(one for one, then in reversed(refused) if best.noise >= then + FAR_MORE)
             continue
-        recipe = changed(best.recipe, stage.change)
+        recipe = stage.recipe(best.recipe)
         if recipe is None or recipe in tried:
             continue
         candidate, quantized = attempt(recipe)
@@ -138,5 +138,5 @@ def reason(ranked: Sequence[Candidate], best: Candidate) -> str:
         return f"{behind}, but its predictions are float's more often: {shares}"
     return (
         f"{behind}, which is no more than what differs by chance or by the images; "
-        "of what is as near it is the simpler, the faster, or that which predicts more as float does"
+        "of what is as near it is the simpler, the faster, what was learned, or that which predicts more as float does"
     )
