@@ -78,8 +78,8 @@ def stages(network: fx.GraphModule, first: Recipe, real: bool) -> Iterator[Stage
 
     With few bits the rounding of weights is most of the noise, on any images alike: it is compensated first, so that all
     else is judged beside it, and learned last, once, since that takes minutes. Where images are distilled, dead leaves told
-    already whether learning is nearer than the compensation that it starts from: here it must not be further off. Weights get zero points then, which cost
-    engines nothing where 8 bits hold them. Empirical correction is left to photographs: beside compensated rounding it is
+    already whether learning is nearer than the compensation that it starts from: here it must not be further off. Weights
+    get zero points then, which cost engines nothing where 8 bits hold them. Empirical correction is left to photographs: beside compensated rounding it is
     nearer on distilled images and further off on photographs (results/rounding.txt).
     """
     few = first.bits_weight < OUTER_BITS
